@@ -1,0 +1,52 @@
+"""str <-> ids. Three ways to get a tokenizer (`char`, `bpe`, `gpt2`), one interface."""
+
+import os
+from pathlib import Path
+from typing import Protocol
+
+from rlhf_jax.errors import InputError
+from rlhf_jax.text import bpe, char, stored
+
+
+class Tokenizer(Protocol):
+    """Ids are 0..vocab_size-1, PAD and EOS among them. PAD is a token of its own, never EOS; no text encodes to either.
+
+    Equal tokenizers compare equal and have equal fingerprints.
+    """
+
+    @property
+    def vocab_size(self) -> int: ...
+
+    @property
+    def pad_id(self) -> int: ...
+
+    @property
+    def eos_id(self) -> int: ...
+
+    def encode(self, text: str) -> list[int]:
+        """The ids of `text`, without EOS. The name of a special token is ordinary text."""
+
+    def encode_batch(self, texts: list[str]) -> list[list[int]]:
+        """`encode` of each, faster."""
+
+    def decode(self, ids: list[int]) -> str:
+        """The text of `ids`: PAD and EOS are dropped, what is not text becomes U+FFFD."""
+
+    def save(self, directory: str | os.PathLike) -> None:
+        """Writes what `load` reads."""
+
+    def fingerprint(self) -> str:
+        """sha256 (hex) of all that decides which ids a text gets."""
+
+
+def load(directory: str | os.PathLike) -> Tokenizer:
+    """The tokenizer saved in `directory`. InputError if there is none, or a damaged one."""
+    path = Path(directory, stored.FILE)
+    kinds = {"char": char.CharTokenizer, "bpe": bpe.BPETokenizer}
+    record = stored.read_json(path)
+    try:
+        return kinds[record["kind"]].from_record(record)
+    except InputError as error:
+        raise InputError(f"{path}: {error}") from None
+    except (AttributeError, KeyError, TypeError):  # not an object, a field missing, a field of another type
+        raise InputError(f"{path}: expected the fields of a tokenizer of kind {' or '.join(kinds)}") from None

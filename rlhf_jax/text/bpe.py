@@ -1,0 +1,109 @@
+"""Byte-level byte-pair encoding (Sennrich et al. 2016; bytes and word split as in Radford et al. 2019).
+
+Tokens and merges are written in GPT-2's alphabet, which gives each of the 256 bytes one printable character: a space is
+"Ġ". All 256 are tokens, so there is no unknown text.
+"""
+
+import dataclasses
+import functools
+import json
+import os
+from collections.abc import Iterable
+
+import tokenizers
+
+from rlhf_jax.errors import InputError
+from rlhf_jax.text import stored
+
+EOS = "<|endoftext|>"
+BYTES = sorted(tokenizers.pre_tokenizers.ByteLevel.alphabet())
+
+
+@dataclasses.dataclass(frozen=True)
+class BPETokenizer:
+    """Id i is tokens[i]: the 256 bytes, what the merges make, and EOS, in any order. PAD is the id after them.
+
+    merges[r] = "left right" is the merge of rank r; the lowest rank goes first.
+    """
+
+    tokens: tuple[str, ...]
+    merges: tuple[str, ...]
+
+    def __post_init__(self):
+        made = {EOS, *BYTES}
+        for rank, merge in enumerate(self.merges):
+            left, _, right = merge.partition(" ")
+            if left not in made or right not in made:
+                raise InputError(f"merges: expected two earlier tokens at rank {rank}, got {merge!r}")
+            made.add(left + right)
+        if len(set(self.tokens)) < len(self.tokens) or made != set(self.tokens):
+            raise InputError(
+                f"tokens: expected the {len(made)} that are bytes, {EOS} or made by a merge, each once, "
+                f"got {len(self.tokens)} with {len(made - set(self.tokens))} of them missing"
+            )
+
+    @classmethod
+    def from_record(cls, record: dict) -> "BPETokenizer":
+        return cls(tuple(record["tokens"]), tuple(record["merges"]))
+
+    @functools.cached_property
+    def eos_id(self) -> int:
+        return self.tokens.index(EOS)
+
+    @property
+    def pad_id(self) -> int:
+        return len(self.tokens)
+
+    @property
+    def vocab_size(self) -> int:
+        return len(self.tokens) + 1
+
+    def encode(self, text: str) -> list[int]:
+        return self._codec.encode(text).ids
+
+    def encode_batch(self, texts: list[str]) -> list[list[int]]:
+        return [encoding.ids for encoding in self._codec.encode_batch_fast(texts)]
+
+    def decode(self, ids: list[int]) -> str:
+        return self._codec.decode([i for i in ids if i not in (self.pad_id, self.eos_id)])
+
+    def save(self, directory: str | os.PathLike) -> None:
+        stored.write(directory, self._record)
+
+    def fingerprint(self) -> str:
+        return stored.fingerprint(self._record)
+
+    @property
+    def _record(self) -> dict:
+        return {"kind": "bpe", "tokens": self.tokens, "merges": self.merges}
+
+    @functools.cached_property
+    def _codec(self) -> tokenizers.Tokenizer:
+        # EOS and PAD are not made known as special tokens: text that spells them must stay text.
+        ids = {token: i for i, token in enumerate(self.tokens)}
+        return _byte_level(tokenizers.models.BPE(ids, [tuple(merge.split(" ")) for merge in self.merges]))
+
+
+def train(texts: Iterable[str], vocab_size: int) -> BPETokenizer:
+    """The bytes, then one token for each merge learned from `texts`, then EOS and PAD: `vocab_size` ids.
+
+    Fewer where `texts` runs out of pairs that occur twice. The same texts give the same tokenizer.
+    """
+    learned = vocab_size - 2  # without EOS and PAD
+    if learned < len(BYTES):
+        raise InputError(f"vocab_size: expected at least {len(BYTES) + 2} (the bytes, EOS and PAD), got {vocab_size}")
+    trainer = tokenizers.trainers.BpeTrainer(
+        vocab_size=learned, initial_alphabet=BYTES, min_frequency=2, show_progress=False
+    )
+    codec = _byte_level(tokenizers.models.BPE())
+    codec.train_from_iterator(texts, trainer)
+    model = json.loads(codec.to_str())["model"]
+    tokens = sorted(model["vocab"], key=model["vocab"].get)
+    return BPETokenizer((*tokens, EOS), tuple(" ".join(merge) for merge in model["merges"]))
+
+
+def _byte_level(model: tokenizers.models.BPE) -> tokenizers.Tokenizer:
+    codec = tokenizers.Tokenizer(model)
+    codec.pre_tokenizer = tokenizers.pre_tokenizers.ByteLevel(add_prefix_space=False)
+    codec.decoder = tokenizers.decoders.ByteLevel()
+    return codec

@@ -1,0 +1,79 @@
+"""One id a character: the smallest vocabulary, and the longest sequences."""
+
+import dataclasses
+import functools
+import os
+from collections.abc import Iterable
+
+from rlhf_jax.errors import InputError
+from rlhf_jax.text import stored
+
+UNKNOWN = "\N{REPLACEMENT CHARACTER}"  # how an unknown character reads when it is decoded
+
+
+@dataclasses.dataclass(frozen=True)
+class CharTokenizer:
+    """Id i is characters[i]; the three ids after them are UNK (any other character), EOS and PAD."""
+
+    characters: str
+
+    def __post_init__(self):
+        if not isinstance(self.characters, str) or not self.characters:
+            raise InputError("characters: expected a string of at least one character")
+        if len(set(self.characters)) < len(self.characters):
+            raise InputError("characters: expected each character once")
+
+    @classmethod
+    def from_record(cls, record: dict) -> "CharTokenizer":
+        return cls(record["characters"])
+
+    @property
+    def unk_id(self) -> int:
+        return len(self.characters)
+
+    @property
+    def eos_id(self) -> int:
+        return len(self.characters) + 1
+
+    @property
+    def pad_id(self) -> int:
+        return len(self.characters) + 2
+
+    @property
+    def vocab_size(self) -> int:
+        return len(self.characters) + 3
+
+    def encode(self, text: str) -> list[int]:
+        """One id a character. InputError if all there is to read in `text` is unknown."""
+        ids = [self._ids.get(character, self.unk_id) for character in text]
+        visible = text.strip()
+        if visible and self._ids.keys().isdisjoint(visible):
+            first = "".join(dict.fromkeys(visible))[:5]
+            raise InputError(f"text with no known characters: it begins with {first!r}, and none of it was trained on")
+        return ids
+
+    def encode_batch(self, texts: list[str]) -> list[list[int]]:
+        return [self.encode(text) for text in texts]
+
+    def decode(self, ids: list[int]) -> str:
+        characters = self.characters + UNKNOWN
+        return "".join(characters[i] for i in ids if i not in (self.pad_id, self.eos_id))
+
+    def save(self, directory: str | os.PathLike) -> None:
+        stored.write(directory, self._record)
+
+    def fingerprint(self) -> str:
+        return stored.fingerprint(self._record)
+
+    @property
+    def _record(self) -> dict:
+        return {"kind": "char", "characters": self.characters}
+
+    @functools.cached_property
+    def _ids(self) -> dict[str, int]:
+        return {character: i for i, character in enumerate(self.characters)}
+
+
+def train(texts: Iterable[str]) -> CharTokenizer:
+    """Knows every character of `texts`, in the order of their code points."""
+    return CharTokenizer("".join(sorted(set().union(*texts))))

@@ -1,0 +1,45 @@
+"""Files of a tokenizer. Ours is one JSON object, `tokenizer.json`; its field `kind` says which tokenizer it holds."""
+
+import hashlib
+import json
+import os
+from pathlib import Path
+
+from rlhf_jax.errors import InputError
+
+FILE = "tokenizer.json"
+
+
+def write(directory: str | os.PathLike, record: dict) -> None:
+    """Writes `record` whole or not at all: whoever is killed here leaves the old file or the new one."""
+    path = Path(directory, FILE)
+    path.parent.mkdir(parents=True, exist_ok=True)
+    unfinished = path.with_suffix(".unfinished")
+    unfinished.write_text(_canonical(record), encoding="utf-8")
+    os.replace(unfinished, path)
+
+
+def fingerprint(record: dict) -> str:
+    return hashlib.sha256(_canonical(record).encode()).hexdigest()
+
+
+def read_json(path: Path):
+    """The JSON value in the file; InputError, naming the file, where there is none."""
+    try:
+        return json.loads(read_text(path))
+    except json.JSONDecodeError as error:
+        raise InputError(f"{path}:{error.lineno}: expected JSON ({error.msg})") from None
+
+
+def read_text(path: Path) -> str:
+    """The text in the file; InputError, naming the file, where there is none."""
+    try:
+        return path.read_text(encoding="utf-8")
+    except OSError as error:
+        raise InputError(f"{path}: {error.strerror}") from None
+    except UnicodeDecodeError as error:
+        raise InputError(f"{path}: expected UTF-8, but byte {error.start} is not") from None
+
+
+def _canonical(record: dict) -> str:
+    return json.dumps(record, sort_keys=True)

@@ -1,0 +1,94 @@
+import json
+import os
+from pathlib import Path
+
+import pytest
+
+from rlhf_jax.errors import InputError
+from rlhf_jax.text import bpe, gpt2
+
+DATA = Path(os.environ.get("RLHF_JAX_DATA", Path(__file__).parents[3] / "shared" / "data"))
+
+# EOS is in the middle: its id comes from the file. "h e" is ranked before "he l", so "hel" is one token, "el" none.
+TOKENS = [*bpe.BYTES, "he", "<|endoftext|>", "hel", "Ġhel"]
+MERGES = "#version: 0.2\nh e\nhe l\nĠ hel\n"
+
+
+@pytest.fixture(params=gpt2.NAMES)
+def folder(tmp_path, request):
+    vocabulary, merges = request.param
+    (tmp_path / vocabulary).write_text(json.dumps({token: i for i, token in enumerate(TOKENS)}))
+    (tmp_path / merges).write_text(MERGES, encoding="utf-8")
+    return tmp_path
+
+
+def test_by_hand(folder):
+    tokenizer = gpt2.from_files(folder)
+    h, e, el = (bpe.BYTES.index(letter) for letter in "hel")
+    assert tokenizer.encode("hel hel eh") == [258, 259, bpe.BYTES.index("Ġ"), e, h]
+    assert tokenizer.encode("ell") == [e, el, el]
+    assert (tokenizer.eos_id, tokenizer.pad_id, tokenizer.vocab_size) == (257, 260, 261)
+    assert tokenizer.decode([260, 258, 259, 257, 260]) == "hel hel"
+
+
+def test_the_name_of_eos_is_ordinary_text(folder):
+    assert gpt2.from_files(folder).encode("<|endoftext|>") == [bpe.BYTES.index(letter) for letter in "<|endoftext|>"]
+
+
+def test_ids_not_the_order_in_the_file_decide(tmp_path):
+    for name, tokens in [("a", TOKENS), ("b", reversed(TOKENS))]:
+        ids = {token: TOKENS.index(token) for token in tokens}
+        (tmp_path / name).mkdir()
+        (tmp_path / name / "encoder.json").write_text(json.dumps(ids))
+        (tmp_path / name / "vocab.bpe").write_text(MERGES, encoding="utf-8")
+    assert gpt2.from_files(tmp_path / "a") == gpt2.from_files(tmp_path / "b")
+
+
+def test_missing_files_are_named(tmp_path):
+    (tmp_path / "encoder.json").write_text("{}")
+    with pytest.raises(InputError, match=f"{tmp_path}: .*encoder.json and vocab.bpe or vocab.json and merges.txt"):
+        gpt2.from_files(tmp_path)
+
+
+@pytest.mark.parametrize(
+    ("vocabulary", "message"),
+    [
+        ('{"a": 0', "encoder.json:1: expected JSON"),
+        ("[]", "encoder.json: expected a JSON object of token -> id"),
+        ('{"a": "0"}', "encoder.json: expected a JSON object of token -> id"),
+        ('{"a": 0, "b": 2}', "encoder.json: expected each of the ids 0 to 1 once"),
+        ('{"a": 0, "b": 1}', "encoder.json does not fit vocab.bpe: tokens: expected the 260"),
+    ],
+)
+def test_a_bad_vocabulary_is_named(tmp_path, vocabulary, message):
+    (tmp_path / "encoder.json").write_text(vocabulary)
+    (tmp_path / "vocab.bpe").write_text(MERGES, encoding="utf-8")
+    with pytest.raises(InputError, match=f"{tmp_path}/{message}"):
+        gpt2.from_files(tmp_path)
+
+
+def test_merges_cut_short_are_found(folder):
+    merges = next(file for file in folder.iterdir() if file.suffix in (".bpe", ".txt"))
+    merges.write_text("#version: 0.2\nh e\n")
+    with pytest.raises(InputError, match=f"does not fit {merges.name}: tokens: expected the 258 .* got 260"):
+        gpt2.from_files(folder)
+
+
+def test_merges_that_are_not_utf8_are_named(tmp_path):
+    (tmp_path / "encoder.json").write_text("{}")
+    (tmp_path / "vocab.bpe").write_bytes(b"h e\n\xff l\n")
+    with pytest.raises(InputError, match="vocab.bpe: expected UTF-8, but byte 4 is not"):
+        gpt2.from_files(tmp_path)
+
+
+def test_golden_ids():
+    golden = DATA / "goldens" / "gpt2_bpe_ids.json"
+    if not golden.exists():
+        pytest.skip(f"no {golden}")
+    tokenizer = gpt2.from_files(DATA / "gpt2_bpe")
+    rows = json.loads(golden.read_text())
+    wrong = [i for i, row in enumerate(rows) if tokenizer.encode(row["text"]) != row["ids"]]
+    assert wrong == []
+    assert tokenizer.encode_batch([row["text"] for row in rows]) == [row["ids"] for row in rows]
+    assert [i for i, row in enumerate(rows) if tokenizer.decode(row["ids"]) != row["text"]] == []
+    assert (tokenizer.eos_id, tokenizer.pad_id, tokenizer.vocab_size) == (50256, 50257, 50258)

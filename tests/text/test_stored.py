@@ -1,0 +1,74 @@
+"""Saving and loading, for every kind of tokenizer."""
+
+import json
+
+import pytest
+
+from rlhf_jax import text
+from rlhf_jax.errors import InputError
+from rlhf_jax.text import bpe, char
+
+TEXTS = ["one one é 你 \n", 'two "two" two']
+TOKENIZERS = [char.train(TEXTS), bpe.train(TEXTS, 270)]
+
+
+@pytest.fixture(params=TOKENIZERS, ids=["char", "bpe"])
+def tokenizer(request) -> text.Tokenizer:
+    return request.param
+
+
+def test_a_saved_tokenizer_comes_back_equal(tokenizer, tmp_path):
+    tokenizer.save(tmp_path / "new" / "folder")
+    loaded = text.load(tmp_path / "new" / "folder")
+    assert loaded == tokenizer
+    assert loaded.fingerprint() == tokenizer.fingerprint()
+    assert loaded.encode(TEXTS[0]) == tokenizer.encode(TEXTS[0])
+
+
+def test_saving_replaces_and_leaves_one_file(tokenizer, tmp_path):
+    char.train(["something else"]).save(tmp_path)
+    tokenizer.save(tmp_path)
+    assert text.load(tmp_path) == tokenizer
+    assert [file.name for file in tmp_path.iterdir()] == ["tokenizer.json"]
+
+
+def test_a_save_that_fails_keeps_the_old_file(tokenizer, tmp_path, monkeypatch):
+    tokenizer.save(tmp_path)
+    monkeypatch.setattr("os.replace", lambda *_: (_ for _ in ()).throw(KeyboardInterrupt))
+    with pytest.raises(KeyboardInterrupt):
+        char.train(["something else"]).save(tmp_path)
+    assert text.load(tmp_path) == tokenizer
+
+
+def test_fingerprints_tell_tokenizers_apart():
+    others = [char.train(["one"]), bpe.train(TEXTS, 258)]
+    assert len({tokenizer.fingerprint() for tokenizer in TOKENIZERS + others}) == 4
+
+
+def test_a_folder_without_a_tokenizer_is_named(tmp_path):
+    with pytest.raises(InputError, match=f"{tmp_path}/tokenizer.json: No such file"):
+        text.load(tmp_path)
+
+
+@pytest.mark.parametrize(
+    ("saved", "message"),
+    [
+        ('{"kind": "char",\n "characters"', "tokenizer.json:2: expected JSON"),
+        ("[]", "tokenizer.json: expected the fields of a tokenizer of kind char or bpe"),
+        ('{"kind": "words"}', "tokenizer.json: expected the fields of a tokenizer of kind char or bpe"),
+        ('{"kind": "bpe", "tokens": 3, "merges": []}', "tokenizer.json: expected the fields"),
+        ('{"kind": "bpe", "tokens": ["a"], "merges": []}', "tokenizer.json: tokens: expected the 257"),
+        ('{"kind": "char"}', "tokenizer.json: expected the fields"),
+        ('{"kind": "char", "characters": ""}', "tokenizer.json: characters: expected a string"),
+        ('{"kind": "char", "characters": "abca"}', "tokenizer.json: characters: expected each character once"),
+    ],
+)
+def test_a_damaged_file_is_named(tmp_path, saved, message):
+    (tmp_path / "tokenizer.json").write_text(saved)
+    with pytest.raises(InputError, match=f"{tmp_path}/{message}"):
+        text.load(tmp_path)
+
+
+def test_the_file_is_json_with_its_kind(tmp_path):
+    TOKENIZERS[0].save(tmp_path)
+    assert json.loads((tmp_path / "tokenizer.json").read_text())["kind"] == "char"
