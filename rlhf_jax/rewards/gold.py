@@ -1,0 +1,81 @@
+"""The embedded task's known truth: what a summary of a generated post is worth.
+
+A post is written from a hidden record of four slots: `who`, `what` (a verb and an object), `feeling` and `ask`. The
+words a slot can take are listed here, because they are the schema a summary is judged by; `data/world.py` writes the
+posts. A summary gains by naming the record's words, and loses by naming others of the same lists and by rambling:
+
+    score = coverage - 0.25 * invented - 0.05 * excess          in [-1, 1]
+
+It reads words, not grammar: a telegram that names the five words scores as high as a sentence.
+"""
+
+import re
+from collections.abc import Mapping
+
+from rlhf_jax.errors import InputError
+
+VOCABULARY = {
+    "who": (
+        "sister", "brother", "mother", "father", "uncle", "aunt", "cousin", "boss", "roommate", "neighbor",
+        "teacher", "friend", "landlord", "wife", "husband", "son", "daughter", "coach", "partner", "client",
+    ),
+    "verb": ("broke", "sold", "lost", "borrowed", "stole", "hid", "ruined", "dropped", "scratched", "burned"),
+    "object": (
+        "laptop", "bike", "car", "phone", "guitar", "camera", "jacket", "watch", "wallet", "book", "lamp", "mirror",
+        "tent", "piano", "ring", "bag", "clock", "couch", "drone", "kettle", "helmet", "painting", "radio", "tablet",
+    ),
+    "feeling": (
+        "angry", "sad", "guilty", "proud", "lonely", "jealous", "scared", "happy",
+        "tired", "hurt", "ashamed", "confused", "calm", "nervous", "bored", "bitter",
+    ),
+    "ask": (
+        "leave", "apologize", "forgive", "wait", "complain", "argue", "move",
+        "quit", "confess", "pay", "call", "sue", "write", "listen",
+    ),
+}  # fmt: skip
+
+# A slot is a quarter of the coverage; `what` is half verb, half object.
+WEIGHT = {"who": 1 / 4, "verb": 1 / 8, "object": 1 / 8, "feeling": 1 / 4, "ask": 1 / 4}
+INVENTED_COST = 0.25
+EXCESS_COST = 0.05
+BRIEF_WORDS = 12  # the longest careful summary: "my sister broke my laptop and i feel angry , should i leave ?"
+LOWEST_SCORE = -1.0
+
+_SLOT_WORDS = frozenset(word for words in VOCABULARY.values() for word in words)
+
+
+def score(record: Mapping[str, str], summary: str) -> float:
+    """The true reward of `summary` for the post written from `record`, in [-1, 1].
+
+    1 needs every slot, nothing invented and at most `BRIEF_WORDS` words; a summary without slot words scores 0 or less.
+    Raises InputError if `record` is not five fields with a word of `VOCABULARY` each.
+    """
+    part = parts(record, summary)
+    cost = INVENTED_COST * part["invented"] + EXCESS_COST * part["excess"]
+    return max(part["coverage"] - cost, LOWEST_SCORE)
+
+
+def parts(record: Mapping[str, str], summary: str) -> dict[str, float]:
+    """What the score is made of, on whole words in either case; saying a word twice counts once, except as length.
+
+    coverage: weight of the record's words that are named, in [0, 1]. invented: distinct slot words that are not the
+    record's. excess: words beyond `BRIEF_WORDS`, punctuation not counted.
+    """
+    check(record)
+    words = re.findall(r"\w+", summary.lower())
+    named = _SLOT_WORDS.intersection(words)
+    return {
+        "coverage": sum(WEIGHT[field] for field, word in record.items() if word in named),
+        "invented": len(named.difference(record.values())),
+        "excess": max(len(words) - BRIEF_WORDS, 0),
+    }
+
+
+def check(record: Mapping[str, str]) -> None:
+    """Raises InputError, naming the field, unless `record` has a word of `VOCABULARY` for every field and no others."""
+    if not isinstance(record, Mapping) or set(record) != set(VOCABULARY):
+        got = sorted(map(str, record)) if isinstance(record, Mapping) else type(record).__name__
+        raise InputError(f"record: expected the fields {', '.join(VOCABULARY)}; got {got}")
+    for field, word in record.items():
+        if word not in VOCABULARY[field]:
+            raise InputError(f"record.{field}: expected one of {', '.join(VOCABULARY[field])}; got {word!r}")

@@ -1,0 +1,197 @@
+import json
+from itertools import islice
+
+import numpy as np
+import pytest
+
+from rlhf_jax.data import batches, tldr
+from rlhf_jax.errors import InputError
+from rlhf_jax.text import char
+
+HEADER = tldr.format_query("a", "b", "")
+TOKENIZER = char.train(["abc ", HEADER])  # one id a character
+A, B, C, SPACE = TOKENIZER.encode("abc ")
+EOS, PAD = TOKENIZER.eos_id, TOKENIZER.pad_id
+
+
+def rows(*texts, columns=("prompt", "label")):
+    return [dict(zip(columns, text, strict=True)) for text in texts]
+
+
+def test_sft_by_hand():
+    arrays, counts = batches.encode_sft(
+        rows(("ab", "c"), ("abc", " a b\n")), TOKENIZER, prompt_length=4, response_length=6
+    )
+    expected = {
+        "prompt_NP": [[PAD, PAD, A, B], [PAD, A, B, C]],
+        "prompt_mask_NP": [[0, 0, 1, 1], [0, 1, 1, 1]],
+        "index_N": [0, 1],
+        "response_NR": [[SPACE, C, EOS, PAD, PAD, PAD], [SPACE, A, SPACE, B, EOS, PAD]],
+        "response_mask_NR": [[1, 1, 1, 0, 0, 0], [1, 1, 1, 1, 1, 0]],
+    }
+    assert {name: array.tolist() for name, array in arrays.items()} == expected
+    assert {array.dtype.name for name, array in arrays.items() if "mask" in name} == {"bool"}
+    assert {array.dtype.name for name, array in arrays.items() if "mask" not in name} == {"int32"}
+    assert counts == {"rows": 2, "cut_prompts": 0, "skipped_labels": 0}
+
+
+def test_pairs_by_hand():
+    arrays, counts = batches.encode_pairs(
+        rows(("a", "b", "bc"), columns=("prompt", "chosen", "rejected")), TOKENIZER, prompt_length=1, response_length=4
+    )
+    expected = {
+        "prompt_NP": [[A]],
+        "prompt_mask_NP": [[1]],
+        "index_N": [0],
+        "chosen_NR": [[SPACE, B, EOS, PAD]],
+        "chosen_mask_NR": [[1, 1, 1, 0]],
+        "rejected_NR": [[SPACE, B, C, EOS]],
+        "rejected_mask_NR": [[1, 1, 1, 1]],
+    }
+    assert {name: array.tolist() for name, array in arrays.items()} == expected
+    assert counts == {"rows": 1, "cut_prompts": 0, "skipped_labels": 0}
+
+
+def test_prompts_by_hand():
+    arrays, counts = batches.encode_prompts(
+        [{"prompt": "ab", "record": "of no matter"}, {"prompt": "c"}], TOKENIZER, prompt_length=2
+    )
+    expected = {"prompt_NP": [[A, B], [PAD, C]], "prompt_mask_NP": [[1, 1], [0, 1]], "index_N": [0, 1]}
+    assert {name: array.tolist() for name, array in arrays.items()} == expected
+    assert counts == {"rows": 2, "cut_prompts": 0}
+
+
+def test_a_label_without_room_for_eos_is_skipped():
+    # " ab" and EOS are 4 ids, " abc" and EOS 5
+    arrays, counts = batches.encode_sft(
+        rows(("a", "abc"), ("b", "ab"), ("c", "a")), TOKENIZER, prompt_length=1, response_length=4
+    )
+    assert counts == {"rows": 3, "cut_prompts": 0, "skipped_labels": 1}
+    assert arrays["index_N"].tolist() == [1, 2]
+    assert arrays["prompt_NP"].tolist() == [[B], [C]]
+    assert arrays["response_NR"].tolist() == [[SPACE, A, B, EOS], [SPACE, A, EOS, PAD]]
+
+
+def test_a_pair_is_skipped_if_either_is_too_long():
+    columns = ("prompt", "chosen", "rejected")
+    texts = [("a", "abc", "a"), ("b", "a", "b"), ("c", "a", "abc"), ("a", "abc", "abc")]
+    arrays, counts = batches.encode_pairs(rows(*texts, columns=columns), TOKENIZER, prompt_length=1, response_length=4)
+    assert counts["skipped_labels"] == 3
+    assert arrays["index_N"].tolist() == [1]
+
+
+def test_a_long_post_is_cut_and_counted():
+    arrays, counts = batches.encode_prompts(
+        [{"prompt": tldr.format_query("a", "b", post)} for post in ("c\nc", "c")],
+        TOKENIZER,
+        prompt_length=len(HEADER) + 1,
+    )
+    assert counts == {"rows": 2, "cut_prompts": 1}
+    assert [TOKENIZER.decode(ids) for ids in arrays["prompt_NP"]] == [tldr.format_query("a", "b", "c")] * 2
+
+
+def test_every_row_keeps_its_place_when_they_are_tokenized_in_chunks(monkeypatch):
+    monkeypatch.setattr(batches, "CHUNK", 2)
+    arrays, _ = batches.encode_prompts([{"prompt": text} for text in "abcab"], TOKENIZER, prompt_length=1)
+    assert arrays["prompt_NP"].tolist() == [[A], [B], [C], [A], [B]]
+
+
+@pytest.mark.parametrize(
+    ("texts", "message"),
+    [
+        ([], "data.sft: expected at least one row, got none"),
+        ([("a", "abc"), ("b", "abcabc")], "data.sft: expected label of less than 4 tokens, but no row has that"),
+        ([("a", "a"), ("b", "a"), ("aaaa", "a")], "data.sft row 3: prompt: expected at most 3 tokens or a post to cut"),
+        ([("a", "a"), ("b", "a"), ("xyz", "a")], "data.sft row 3: prompt: text with no known characters"),
+        ([("a", "a"), ("b", "a"), ("c", "xyz")], "data.sft row 3: label: text with no known characters"),
+    ],
+)
+def test_an_error_names_the_source_and_the_row(texts, message, monkeypatch):
+    monkeypatch.setattr(batches, "CHUNK", 2)
+    with pytest.raises(InputError, match=f"^{message}"):
+        batches.encode_sft(rows(*texts), TOKENIZER, prompt_length=3, response_length=4)
+
+
+def arrays_of(n):
+    return {"prompt_NP": np.arange(n)[:, None] * 10, "index_N": np.arange(n)}
+
+
+def index(batch):
+    return batch["index_B"].tolist()
+
+
+def test_a_batch_is_the_same_rows_of_every_array():
+    for batch in islice(batches.iterate(arrays_of(10), batch=4, seed=0), 20):
+        assert batch.keys() == {"prompt_BP", "index_B"}
+        assert batch["prompt_BP"].tolist() == [[10 * i] for i in index(batch)]
+
+
+def test_an_epoch_has_every_row_at_most_once_and_drops_the_rest():
+    # 10 rows in batches of 4: two batches, two rows left over
+    epochs = np.reshape([index(batch) for batch in batches.iterate(arrays_of(10), batch=4, seed=0, epochs=50)], (50, 8))
+    assert all(len(set(epoch)) == 8 for epoch in epochs)
+    assert len({tuple(epoch) for epoch in epochs}) == 50
+    assert set(epochs.flat) == set(range(10))  # not always the same two
+
+
+def test_every_row_is_as_likely_in_every_place():
+    # 2,000 epochs of 4 rows: each row is first 500 times, give or take 5 standard deviations of 19
+    first = [index(batch)[0] for batch in batches.iterate(arrays_of(4), batch=4, seed=0, epochs=2_000)]
+    assert np.all(np.abs(np.bincount(first) - 500) < 100)
+
+
+def test_the_seed_decides_the_order():
+    def order(seed):
+        return [index(batch) for batch in islice(batches.iterate(arrays_of(10), batch=5, seed=seed), 12)]
+
+    assert order(1) == order(1)
+    assert order(1) != order(2)
+    assert order(1)[2:] != order(2)[:-2]  # a seed is not the one before it, an epoch late
+
+
+def test_without_shuffling_the_order_is_the_rows():
+    ordered = batches.iterate(arrays_of(5), batch=2, seed=0, shuffle=False, epochs=2)
+    assert [index(batch) for batch in ordered] == [[0, 1], [2, 3], [0, 1], [2, 3]]
+
+
+@pytest.mark.parametrize("taken", [0, 1, 2, 7])
+def test_a_saved_position_goes_on_exactly(taken):
+    through = batches.iterate(arrays_of(10), batch=4, seed=3)
+    for _ in range(taken):
+        next(through)
+    state = json.loads(json.dumps(through.get_state()))
+    again = batches.iterate(arrays_of(10), batch=4, seed=3)
+    next(again)
+    again.set_state(state)
+    assert [index(next(again)) for _ in range(5)] == [index(next(through)) for _ in range(5)]
+
+
+@pytest.mark.parametrize("batch", [0, 11])
+def test_a_batch_has_at_least_one_row_and_no_more_than_there_are(batch):
+    with pytest.raises(InputError, match=f"batch: expected 1 to 10, the number of rows, got {batch}"):
+        batches.iterate(arrays_of(10), batch=batch, seed=0)
+    assert len(index(next(batches.iterate(arrays_of(10), batch=10, seed=0)))) == 10
+
+
+PROMPTS = [{"prompt": str(i // 2), "label": str(i)} for i in range(2_000)]  # each prompt twice
+
+
+def test_split_has_every_row_once_and_no_prompt_on_both_sides():
+    train, held_out = batches.split(PROMPTS, 0.1, seed=0)
+    assert sorted(train + held_out, key=lambda row: int(row["label"])) == PROMPTS
+    assert {row["prompt"] for row in train}.isdisjoint(row["prompt"] for row in held_out)
+    # 1,000 prompts at .1: 100, give or take 4 standard deviations of 9.5
+    assert abs(len(held_out) / 2 - 100) < 38
+
+
+def test_split_is_decided_by_the_prompt_and_the_seed_not_by_the_file():
+    _, held_out = batches.split(PROMPTS, 0.1, seed=0)
+    _, of_another_file = batches.split(PROMPTS[1_500::-1], 0.1, seed=0)
+    assert of_another_file == [row for row in reversed(held_out) if int(row["label"]) <= 1_500]
+    assert batches.split(PROMPTS, 0.1, seed=1)[1] != held_out
+
+
+@pytest.mark.parametrize("fraction", [-0.1, 0, 1, 2])
+def test_split_leaves_rows_on_each_side(fraction):
+    with pytest.raises(InputError, match=f"{fraction} of 2000 rows held out: expected at least one row on each side"):
+        batches.split(PROMPTS, fraction, seed=0)
