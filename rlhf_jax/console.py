@@ -1,0 +1,198 @@
+"""What a person sees while a run goes on; the only module that prints.
+
+On a terminal a stage is a progress bar over its last numbers, redrawn in place. Anywhere else, in a file or a CI log,
+it is a plain line now and then: no bars, no control characters.
+"""
+
+import math
+import sys
+import time
+from collections import deque
+
+from rich import box
+from rich.columns import Columns
+from rich.console import Console, Group
+from rich.live import Live
+from rich.progress_bar import ProgressBar
+from rich.table import Column, Table
+from rich.text import Text
+
+# The numbers worth a glance, in this order and without the stage before the slash; metrics.jsonl has the others.
+SHOWN = ("loss", "eval_loss", "accuracy", "eval_accuracy", "score", "eval_score", "gold", "eval_gold")
+SHOWN += ("kl", "entropy", "clip_fraction", "length", "eos_rate", "lr")
+SAMPLE_NUMBERS = "score", "kl", "total", "gold"
+PROMPT_TAIL, COMPLETION_HEAD = 240, 480  # characters of a sample that are shown
+LINE_EVERY = 15.0  # seconds from one plain line to the next, or sooner when a tenth of the stage is done
+PACE_STEPS = 50  # the pace is that of the last steps: a stage that compiles or evaluates is slow for a while
+PLAIN_WIDTH = 120  # columns, where there is no terminal to ask
+
+
+class Reporter:
+    """Reports stages to `stream`, standard output by default, and leaves the terminal as it was, exception or not.
+
+    with Reporter() as reporter:
+        reporter.stage("sft", 600)
+        reporter.update(1, {"sft/loss": 2.3})  # one step is done
+        reporter.finish("held-out loss 1.92")
+    """
+
+    def __init__(self, stream=None):
+        stream = stream or sys.stdout
+        terminal = stream.isatty()
+        width = None if terminal else PLAIN_WIDTH
+        self._console = Console(
+            file=stream, force_terminal=terminal, force_jupyter=False, width=width, highlight=False
+        )
+        self._redraws = terminal and not self._console.is_dumb_terminal
+        self._stage = self._live = None
+
+    def __enter__(self):
+        return self
+
+    def __exit__(self, *exception):
+        self._close()
+
+    def stage(self, name, total_steps, start=0):
+        """Begin a stage of `total_steps`, of which `start` were done by the run that it resumes."""
+        self._close()
+        self._stage = _Stage(name, total_steps, start)
+        self._printed = time.monotonic()
+        if self._redraws:
+            self._live = Live(get_renderable=self._stage.panel, console=self._console, transient=True)
+            self._live.start()
+        else:
+            self.note(self._stage.line())
+
+    def update(self, step, metrics):
+        """`step` steps of the stage are done; `metrics`, {name: float or 0-d array}, are its last numbers."""
+        tenth = self._stage.tenth
+        self._stage.update(step, metrics)
+        due = self._stage.tenth > tenth or time.monotonic() - self._printed >= LINE_EVERY
+        if due and not self._redraws:
+            self._printed = time.monotonic()
+            self.note(self._stage.line())
+
+    def finish(self, note=""):
+        """End the stage: how long it took, and `note`."""
+        stage = self._stage
+        self._close()
+        self.note(f"{stage.name}  done in {duration(time.monotonic() - stage.began)}  {note}".rstrip())
+
+    def note(self, text):
+        """One line."""
+        self._console.print(Text(self._visible(text)), soft_wrap=True)
+
+    def samples(self, rows):
+        """Completions: dicts with "prompt", "completion" and any of the numbers "score", "kl", "total", "gold"."""
+        for row in rows:
+            grid = Table.grid("", Column(overflow="fold"), padding=(0, 2))
+            numbers = "  ".join(f"{name} {number(row[name])}" for name in SAMPLE_NUMBERS if name in row)
+            prompt, completion = row["prompt"], row["completion"]
+            prompt = "..." * (len(prompt) > PROMPT_TAIL) + prompt[-PROMPT_TAIL:]
+            completion = completion[:COMPLETION_HEAD] + "..." * (len(completion) > COMPLETION_HEAD)
+            grid.add_row(Text("prompt", "dim"), Text(self._visible(prompt), "dim"))
+            grid.add_row(Text("completion", "dim"), Text(self._visible(completion), "bold"))
+            self._print(Group(Text(f"sample  {numbers}", "cyan"), grid, ""))
+
+    def before_after(self, table):
+        """The result: rows (name, before, after, change, (low, high) of the change), each number None where unknown."""
+        shape = box.SIMPLE_HEAD if self._redraws else None
+        grid = Table("", "before", "after", "change", "95% interval", box=shape, pad_edge=False)
+        for column in grid.columns[1:]:
+            column.justify = "right"
+        for name, before, after, change, interval in table:
+            between = "-" if interval is None else f"{number(interval[0], '+')} to {number(interval[1], '+')}"
+            grid.add_row(Text(self._visible(name)), number(before), number(after), number(change, "+"), between)
+        self._print(grid)
+
+    def _visible(self, text):
+        """`text` on one line that a stream of this encoding can show and that cannot move the cursor."""
+        text = "".join(c if c.isprintable() else c.encode("unicode_escape").decode() for c in text)
+        return text.encode(self._console.encoding, "backslashreplace").decode(self._console.encoding)
+
+    def _print(self, renderable):
+        if self._redraws:
+            self._console.print(renderable)
+        else:  # without the spaces that pad every line to the width of its table
+            with self._console.capture() as capture:
+                self._console.print(renderable)
+            for line in capture.get().splitlines():
+                self.note(line.rstrip())
+
+    def _close(self):
+        if self._live:
+            self._live.stop()
+            self.note(self._stage.line())  # what stood in the bar, which is gone
+        self._stage = self._live = None
+
+
+class Silent:
+    """A Reporter that says nothing, for tests and for use as a library."""
+
+    def __enter__(self):
+        return self
+
+    def _nothing(self, *args, **kwargs):
+        pass
+
+    __exit__ = stage = update = finish = note = samples = before_after = _nothing
+
+
+class _Stage:
+    """How far a stage is, how fast it goes, and its last numbers."""
+
+    def __init__(self, name, total, start):
+        self.name, self.total, self.step = name, total, start
+        self.began = time.monotonic()
+        self._marks = deque(maxlen=PACE_STEPS)  # (step, seconds)
+        self._numbers = {}
+
+    def update(self, step, metrics):
+        self.step = step
+        self._marks.append((step, time.monotonic()))
+        # A new dict, not a changed one: the bar is drawn by another thread. Evaluations stay until the next one.
+        self._numbers = self._numbers | {name.split("/")[-1]: float(value) for name, value in metrics.items()}
+
+    @property
+    def tenth(self):
+        return 10 * self.step // max(self.total, 1)
+
+    def numbers(self):
+        last = self._numbers
+        return [f"{name} {number(last[name])}" for name in SHOWN if name in last]
+
+    def pace(self):
+        """["0.21 s/step", "1m42s left"], or nothing before the second step: the first is slow, it compiles."""
+        if len(self._marks) < 2:
+            return []
+        (first, began), (last, ended) = self._marks[0], self._marks[-1]
+        seconds = (ended - began) / max(last - first, 1)
+        return [f"{number(seconds)} s/step", f"{duration(seconds * (self.total - self.step))} left"]
+
+    def line(self):
+        return "  ".join([self.name, f"{self.step}/{self.total}", *self.numbers(), *self.pace()])
+
+    def panel(self):
+        head = Table.grid("", "", "", padding=(0, 2))
+        bar = ProgressBar(total=max(self.total, 1), completed=self.step, width=30, complete_style="cyan")
+        head.add_row(Text(self.name, "bold"), bar, "  ".join([f"{self.step}/{self.total}", *self.pace()]))
+        return Group(head, Columns(map(Text, self.numbers()), padding=(0, 3)))
+
+
+def number(value, sign=""):
+    """Three digits, about: 2.31, 0.783, 12.4, 512, 1.9e-3. `sign` "+" marks what is above 0; None is "-"."""
+    if value is None:
+        return "-"
+    size = abs(value)
+    if size and not 0.01 <= size < 1e5 and math.isfinite(value):
+        mantissa, exponent = f"{value:{sign}.1e}".split("e")
+        return f"{mantissa}e{int(exponent)}"
+    decimals = 0 if size == 0 or size >= 100 else 1 if size >= 10 else 2 if size >= 1 else 3
+    return f"{value:{sign}.{decimals}f}"
+
+
+def duration(seconds):
+    """45s, 1m42s, 2h05m."""
+    minutes, seconds = divmod(round(seconds), 60)
+    hours, minutes = divmod(minutes, 60)
+    return f"{hours}h{minutes:02}m" if hours else f"{minutes}m{seconds:02}s" if minutes else f"{seconds}s"

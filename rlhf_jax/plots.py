@@ -1,0 +1,259 @@
+"""Pictures of a run, as PNG files: losses, reward accuracy, the PPO dashboard, before and after.
+
+Each function takes rows of `metrics.read`, leaves out what they do not have, and returns the Figure it saved, or None
+where there was nothing to draw. A colour is a quantity; a faint line is what was measured at each step, the bold line
+its running mean, black dots are held-out evaluations. The number at the end of a curve is its last value.
+"""
+
+import dataclasses
+from functools import partial
+from pathlib import Path
+
+import matplotlib
+import numpy as np
+from matplotlib.figure import Figure
+from matplotlib.ticker import MaxNLocator, StrMethodFormatter
+
+from rlhf_jax.metrics import series
+
+# Okabe and Ito's colours, which any colour vision tells apart, darkened until they can be read as text.
+BLUE, AMBER, GREEN, PURPLE, BLACK, GREY = "#0072B2", "#B36B00", "#007A5A", "#B0578D", "#222222", "#767676"
+STYLE = {
+    "figure.dpi": 130, "savefig.dpi": 130, "font.family": "DejaVu Sans", "font.size": 9, "text.color": BLACK,
+    "axes.titlesize": 10.5, "axes.titleweight": "bold", "axes.titlelocation": "left", "axes.titlepad": 9,
+    "axes.labelcolor": GREY, "axes.edgecolor": "#BBBBBB", "axes.spines.top": False, "axes.spines.right": False,
+    "axes.grid": True, "axes.axisbelow": True, "axes.xmargin": 0.02, "axes.ymargin": 0.08,
+    "grid.color": "#ECECEC", "grid.linewidth": 0.8, "xtick.color": "#BBBBBB", "ytick.color": "#BBBBBB",
+    "xtick.labelcolor": GREY, "ytick.labelcolor": GREY, "figure.titlesize": 12.5, "figure.titleweight": "bold",
+}  # fmt: skip
+PANEL, SINGLE = (4.0, 2.75), (5.5, 3.5)  # inches: one panel among others, one alone
+DASHED = 0, (4, 3)
+STEPS = dict(nbins=5, steps=(1, 2, 5, 10), integer=True)  # where the ticks of a step axis go
+
+
+@dataclasses.dataclass(frozen=True)
+class Curve:
+    name: str  # in the rows
+    label: str = ""  # said at its end, where a panel shows several
+    color: str = BLUE
+    dots: bool = False  # few points, each worth seeing: held-out evaluations
+
+
+@dataclasses.dataclass(frozen=True)
+class Panel:
+    title: str
+    unit: str
+    curves: tuple[Curve, ...]
+    x: str = "training step"
+    view: tuple[float, float] = (-np.inf, np.inf)  # never beyond: for values that have bounds or run away
+    level: tuple[float, str] | None = None  # a value to compare with, and its name
+
+
+def _trained(stem, metric, color=BLUE, label="training"):
+    """The curve of a metric in training and its held-out evaluations."""
+    return Curve(f"{stem}/{metric}", label, color), Curve(f"{stem}/eval_{metric}", "held out", BLACK, dots=True)
+
+
+SFT_LOSS = Panel("Fine-tuning loss", "cross-entropy (nats per token)", _trained("sft", "loss"))
+SFT_GOLD = Panel("Gold score of samples", "true reward (at most 1)", (Curve("sft/gold", color=AMBER, dots=True),))
+REWARD_LOSS = Panel("Reward model loss", "Bradley-Terry (nats per pair)", _trained("reward", "loss"),
+                    level=(np.log(2), "coin flip"))  # fmt: skip
+ACCURACY = Panel("Reward model accuracy", "pairs ranked as labelled", _trained("reward", "accuracy", GREEN),
+                 view=(0, 1.01), level=(0.5, "coin flip"))  # fmt: skip
+MARGIN = Panel("Reward margin", "score of chosen minus rejected", (Curve("reward/margin", color=PURPLE),))
+
+_ppo = partial(Panel, x="PPO iteration")
+PPO = {
+    "score": _ppo("Learned score", "reward model's score", _trained("ppo", "score", label="rollouts")),
+    "gold": _ppo("Gold score", "true reward (at most 1)", _trained("ppo", "gold", AMBER, label="rollouts")),
+    "kl": _ppo("KL from the reference", "nats per response",
+               (Curve("ppo/kl", "k1"), Curve("ppo/kl_k3", "k3", PURPLE), Curve("ppo/kl_exact", "exact", GREEN))),
+    "entropy": _ppo("Entropy of the policy", "nats per token", (Curve("ppo/entropy", color=PURPLE),)),
+    "length": _ppo("Response length", "tokens", _trained("ppo", "length", label="rollouts")),
+    "eos_rate": _ppo("Responses that end", "share with EOS", _trained("ppo", "eos_rate", GREEN, label="rollouts"),
+                     view=(0, 1.01)),
+    "clip_fraction": _ppo("Clip fraction", "share of token ratios clipped", (Curve("ppo/clip_fraction", color=GREEN),),
+                          view=(0, 1)),
+    "approx_kl": _ppo("Size of an update", "KL, old to new (nats per token)", (Curve("ppo/approx_kl"),)),
+    "explained_variance": _ppo("Explained variance of the value", "1 is perfect, 0 a constant",
+                               (Curve("ppo/explained_variance", color=PURPLE),), view=(-1, 1.01)),
+    "policy_loss": _ppo("Policy loss", "clipped surrogate", (Curve("ppo/policy_loss"),)),
+    "value_loss": _ppo("Value loss", "half the squared error", (Curve("ppo/value_loss", color=PURPLE),)),
+}  # fmt: skip
+
+
+@matplotlib.rc_context(STYLE)
+def supervised(rows, path):
+    """Training and held-out loss of fine-tuning, and the gold score of its samples where it was measured."""
+    return _save(_panels([SFT_LOSS, SFT_GOLD], rows), path)
+
+
+@matplotlib.rc_context(STYLE)
+def reward(rows, path):
+    """Loss, accuracy and margin of the reward model, beside what a coin flip scores."""
+    return _save(_panels([REWARD_LOSS, ACCURACY, MARGIN], rows), path)
+
+
+@matplotlib.rc_context(STYLE)
+def ppo(rows, directory):
+    """directory/ppo.png with every panel, and a file for each: {file name without .png: Figure}."""
+    drawings = {name: _panels([panel], rows) for name, panel in PPO.items()}
+    drawings["over_optimization"] = _score_and_gold(rows, x="ppo/kl")
+    drawings["ppo"] = [drawing for panel in drawings.values() for drawing in panel]
+    figures = {name: _save(some, Path(directory) / f"{name}.png") for name, some in drawings.items()}
+    return {name: figure for name, figure in figures.items() if figure}
+
+
+@matplotlib.rc_context(STYLE)
+def pipeline(sft_rows, reward_rows, ppo_rows, path, title):
+    """A whole run in one picture: fine-tuning, the reward model, what PPO gained, and what that cost in KL."""
+    stages = _panels([SFT_LOSS], sft_rows) + _panels([ACCURACY], reward_rows)
+    gain = _score_and_gold(ppo_rows, x="step") or _panels([PPO["score"]], ppo_rows)
+    return _save(stages + gain + _panels([PPO["kl"]], ppo_rows), path, columns=2, title=title)
+
+
+@matplotlib.rc_context(STYLE)
+def before_after(before_N, after_N, path, *, name, win_rate):
+    """Scores of the same N prompts under SFT and PPO: both distributions, and the change of each prompt.
+
+    `name` says what the score is; `win_rate` is (rate, (low, high)) as evaluate.win_rate gives it.
+    """
+    before_N, after_N = np.asarray(before_N, np.float64), np.asarray(after_N, np.float64)
+    if not before_N.size:
+        return None
+    rate, (low, high) = win_rate
+    title = f"Win rate of PPO over SFT: {rate:.0%} of {before_N.size:,} prompts (95% interval {low:.0%} to {high:.0%})"
+    distributions = partial(_distributions, scores={"SFT": before_N, "PPO": after_N}, name=name)
+    return _save([distributions, partial(_changes, change_N=after_N - before_N, name=name)], path, title=title)
+
+
+def _save(drawings, path, *, columns=3, title=None):
+    """Small multiples: each of `drawings`, a function of axes, in a cell of one Figure, written to `path`."""
+    if not drawings:
+        return None
+    columns = min(columns, len(drawings))
+    lines = -(-len(drawings) // columns)
+    width, height = PANEL if len(drawings) > 1 else SINGLE
+    figure = Figure(figsize=(width * columns, height * lines + (0.4 if title else 0)), layout="constrained")
+    figure.get_layout_engine().set(w_pad=0.1, h_pad=0.1, wspace=0.02, hspace=0.04)
+    for index, draw in enumerate(drawings, 1):
+        draw(figure.add_subplot(lines, columns, index))
+    if title:
+        figure.suptitle(title, x=0.012, ha="left")
+    Path(path).parent.mkdir(parents=True, exist_ok=True)
+    figure.savefig(path)
+    return figure
+
+
+def _panels(panels, rows):
+    """A drawing for each panel that `rows` has something for."""
+    return [partial(_panel, panel=panel, rows=rows) for panel in panels if _present(panel, rows)]
+
+
+def _present(panel, rows):
+    """[(curve, steps, values)] of the curves with a finite value."""
+    found = [(curve, *series(rows, curve.name)) for curve in panel.curves]
+    return [(curve, steps, values) for curve, steps, values in found if np.isfinite(values).any()]
+
+
+def _panel(axes, panel, rows):
+    present, ends = _present(panel, rows), []
+    if panel.level:
+        axes.axhline(panel.level[0], color=GREY, linewidth=1, linestyle=DASHED)
+        ends.append((*panel.level, GREY))
+    for curve, steps, values in present:
+        if curve.dots:
+            axes.plot(steps, values, "o-", color=curve.color, markersize=4, linewidth=0.8, label=curve.name, zorder=3)
+        else:
+            axes.plot(steps, values, color=curve.color, linewidth=0.7, alpha=0.3)
+            values = smooth(values)
+            marker = "o" if len(steps) == 1 else None
+            axes.plot(steps, values, color=curve.color, linewidth=2, marker=marker, label=curve.name)
+        last = values[np.isfinite(values)][-1]
+        ends.append((last, f"{curve.label if len(present) > 1 else ''} {_number(last)}".strip(), curve.color))
+    low, high = np.clip(axes.get_ylim(), *panel.view)
+    if low < high:  # else every value is out of view, and worth seeing
+        axes.set_ylim(low, high)
+    axes.set(title=panel.title, ylabel=panel.unit, xlabel=panel.x)
+    axes.xaxis.set_major_locator(MaxNLocator(**STEPS))
+    axes.xaxis.set_major_formatter(StrMethodFormatter("{x:,.0f}"))
+    _label_ends(axes, ends)
+
+
+def _label_ends(axes, ends):
+    """Write each (value, text, color) to the right of the axes, level with its value but clear of the others."""
+    low, high = axes.get_ylim()
+    heights = [float(np.clip((value - low) / (high - low), 0, 1)) for value, _, _ in ends]
+    for height, (_, text, color) in zip(spread(heights, gap=0.075), ends, strict=True):
+        axes.annotate(text, (1, height), (4, 0), "axes fraction", "offset points", color=color, va="center")
+
+
+def _score_and_gold(rows, x):
+    """A drawing of the learned and the gold score over `x`, "step" or "ppo/kl", where rows have all three.
+
+    Over KL it shows over-optimization (Gao et al. 2023): once gold falls while the learned score still rises, the
+    policy gains by what the reward model has wrong.
+    """
+    names = x, "ppo/score", "ppo/gold"
+    points_N3 = np.array([[row.get(name, np.nan) for name in names] for row in rows]).reshape(-1, 3)
+    points_N3 = points_N3[np.isfinite(points_N3).all(axis=1)]
+    return [partial(_twins, points_N3=points_N3, over_kl=x == "ppo/kl")] if len(points_N3) else []
+
+
+def _twins(axes, points_N3, over_kl):
+    x_N, *both = points_N3.T
+    for side, panel, values in zip((axes, axes.twinx()), (PPO["score"], PPO["gold"]), both, strict=True):
+        curve = panel.curves[0]
+        side.plot(x_N, values, "." if over_kl else "-", color=curve.color, markersize=3, linewidth=0.7, alpha=0.3)
+        side.plot(smooth(x_N), smooth(values), color=curve.color, linewidth=2, label=curve.name)
+        side.set_ylabel(panel.title.lower(), color=curve.color)
+        side.tick_params(axis="y", labelcolor=curve.color)
+        side.grid(visible=side is axes)
+    axes.set(title="Learned and gold score", xlabel="PPO iteration")
+    if over_kl:  # an estimate of KL may be below 0, where there is no root
+        axes.set_xscale("function", functions=(lambda kl: np.sqrt(np.maximum(kl, 0)), np.square))
+        axes.set(title="Over-optimization", xlabel="KL from the reference (nats, square root scale)", xlim=(0, None))
+    axes.xaxis.set_major_locator(MaxNLocator(**STEPS))
+
+
+def _distributions(axes, scores, name):
+    for (label, scores_N), color, height in zip(scores.items(), (GREY, BLUE), (0.15, 0.05), strict=True):
+        axes.ecdf(scores_N, complementary=True, color=color, linewidth=2, label=label)
+        axes.axvline(scores_N.mean(), color=color, linewidth=1, linestyle=DASHED)
+        axes.text(0.02, height, f"{label}, mean {_number(scores_N.mean())}", color=color, transform=axes.transAxes)
+    axes.set(title=f"Distribution of the {name}", xlabel=name, ylabel="share of prompts at or above")
+
+
+def _changes(axes, change_N, name):
+    """Prompts from the most improved to the most worsened: the curve leaves 0 where better ends and worse begins."""
+    change_N, edges_N = np.sort(change_N)[::-1], np.linspace(0, 100, change_N.size + 1)
+    better_N, worse_N = change_N > 0, change_N < 0
+    for kind_N, color in (better_N, BLUE), (worse_N, AMBER):
+        axes.stairs(np.where(kind_N, change_N, 0), edges_N, fill=True, color=color, alpha=0.45)
+    axes.axhline(0, color=BLACK, linewidth=0.8)
+    shares = f"{better_N.mean():.0%} better, {worse_N.mean():.0%} worse"
+    axes.set(title="Change of each prompt", xlabel=f"% of prompts, sorted: {shares}", ylabel=f"{name}, PPO minus SFT")
+
+
+def _number(value):
+    return f"{value:.3g}".replace("-", "\N{MINUS SIGN}")
+
+
+def smooth(values):
+    """Centred running mean over a twentieth of the curve, cut off at its ends; NaN are passed over."""
+    half = len(values) // 40
+    kernel, known = np.ones(2 * half + 1), np.isfinite(values)
+    count = np.convolve(known, kernel, "full")[half : half + len(values)]
+    total = np.convolve(np.where(known, values, 0), kernel, "full")[half : half + len(values)]
+    return np.divide(total, count, out=np.full(len(values), np.nan), where=count > 0)
+
+
+def spread(heights, *, gap):
+    """The heights in [0, 1] moved, as little as need be, until no two are nearer than `gap`; their order is kept."""
+    order = np.argsort(heights, kind="stable")
+    placed = np.array(heights, np.float64)
+    for _ in range(100):
+        for lower, upper in zip(order, order[1:], strict=False):
+            push = max(0, gap - (placed[upper] - placed[lower])) / 2
+            placed[lower], placed[upper] = placed[lower] - push, placed[upper] + push
+    return placed
