@@ -1,0 +1,23 @@
+"""Overlap of generated summaries with reference summaries (Lin 2004)."""
+
+import numpy as np
+from rouge_score.rouge_scorer import RougeScorer
+
+from rlhf_jax.errors import InputError
+
+NAMES = ("rouge1", "rouge2", "rougeL")
+
+
+def rouge(targets, predictions, *, stemmer=False):
+    """Yields (name, mean F over the pairs) for ROUGE-1, ROUGE-2 and ROUGE-L, each in [0, 1].
+
+    F = 2 p r / (p + r), with p and r the share of the prediction's and of the target's unigrams, bigrams or longest
+    common subsequence that the two have in common; 0 where either is empty. Tokens are runs of [a-z0-9] after
+    lowercasing; `stemmer=True` strips English suffixes first (Porter) and gives higher numbers: say which was used.
+    """
+    if not targets:
+        raise InputError("rouge: expected at least one pair of target and prediction, got none")
+    scorer = RougeScorer(NAMES, use_stemmer=stemmer)
+    pairs = [scorer.score(target, prediction) for target, prediction in zip(targets, predictions, strict=True)]
+    for name in NAMES:
+        yield name, float(np.mean([pair[name].fmeasure for pair in pairs]))
