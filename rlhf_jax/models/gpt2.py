@@ -1,0 +1,167 @@
+"""GPT-2 (Radford et al. 2019): tokens, mask, cache -> hidden states, cache. Parameters are a plain nested dict.
+
+    {"wte": {"embedding": [V, D]}, "wpe": {"embedding": [context, D]}, "ln_f": {"scale", "bias"},
+     "h_0": {"ln_1", "attn": {"qkv": [D, 3HK], "out": [HK, D]}, "ln_2", "mlp": {"fc": [D, F], "proj": [F, D]}}, ...}
+"""
+
+import dataclasses
+
+import flax
+import flax.linen as nn
+import jax
+import jax.numpy as jnp
+
+
+@dataclasses.dataclass(frozen=True)
+class Config:
+    """Sizes of a GPT-2. The head size is free: heads * head_size need not be the width."""
+
+    layers: int = 12
+    heads: int = 12
+    head_size: int = 64
+    width: int = 768
+    context: int = 1024  # the most tokens a sequence can have, prompt and response together
+    vocab_size: int = 0  # 0: the tokenizer's; larger than it: padded with ids that are never targets
+    init_std: float = 0.02  # of random weights; narrow models learn to copy much sooner from about 1 / sqrt(width)
+    dropout: float = 0.0  # in supervised training only
+    dtype: str = "float32"  # of the activations; parameters are float32
+    init: str = ""  # a model.safetensors to start from; empty: random weights
+
+
+PRESETS = {
+    "nano": Config(layers=3, heads=3, head_size=16, width=48),
+    "micro": Config(layers=4, heads=3, head_size=48, width=128),  # the article's sizes; 128 / 3 is no whole number
+    "mini": Config(layers=6, heads=6, head_size=32, width=192),
+    "gpt2": Config(layers=12, heads=12, width=768),
+    "gpt2-medium": Config(layers=24, heads=16, width=1024),
+    "gpt2-large": Config(layers=36, heads=20, width=1280),
+    "gpt2-xl": Config(layers=48, heads=25, width=1600),
+}
+
+
+def preset(name, **changes):
+    """The named Config with some fields changed."""
+    return dataclasses.replace(PRESETS[name], **changes)
+
+
+@flax.struct.dataclass
+class KVCache:
+    """Keys and values of the tokens seen so far, one [B, H, S, K] array a layer.
+
+    valid_BS is 1 where a slot holds a real token; `used` slots are filled, padding included.
+    """
+
+    keys: tuple
+    values: tuple
+    valid_BS: jax.Array
+    used: jax.Array
+
+
+def empty_cache(config, batch, slots):
+    """A KVCache with room for `slots` tokens in each of `batch` rows."""
+    shape = (batch, config.heads, slots, config.head_size)
+    layers = tuple(jnp.zeros(shape, config.dtype) for _ in range(config.layers))
+    return KVCache(layers, layers, jnp.zeros((batch, slots), bool), jnp.zeros((), jnp.int32))
+
+
+class Attention(nn.Module):
+    """Causal multi-head attention; `past` is this layer's (keys, values, slot to write at) or None."""
+
+    config: Config
+
+    @nn.compact
+    def __call__(self, x_BTD, attend_BTS, past):
+        c = self.config
+        B, T, D = x_BTD.shape
+        qkv = _dense(c, 3 * c.heads * c.head_size, "qkv")(x_BTD)
+        # Heads go next to the batch: as `bthk,bshk->bhts` the products are three times slower on a CPU.
+        q_BHTK, k_BHSK, v_BHSK = jnp.moveaxis(qkv.reshape(B, T, 3, c.heads, c.head_size), (2, 3), (0, 2))
+        if past is not None:
+            keys, values, slot = past
+            k_BHSK = jax.lax.dynamic_update_slice_in_dim(keys, k_BHSK, slot, axis=2)
+            v_BHSK = jax.lax.dynamic_update_slice_in_dim(values, v_BHSK, slot, axis=2)
+        scores_BHTS = jnp.einsum("bhtk,bhsk->bhts", q_BHTK * c.head_size**-0.5, k_BHSK)
+        scores_BHTS = scores_BHTS.astype(jnp.float32)
+        # A finite floor, not -inf: a padding query attends to nothing, and must not turn into NaN.
+        scores_BHTS = jnp.where(attend_BTS[:, None], scores_BHTS, jnp.finfo(jnp.float32).min)
+        weights_BHTS = jax.nn.softmax(scores_BHTS, axis=-1).astype(c.dtype)
+        mixed_BHTK = jnp.einsum("bhts,bhsk->bhtk", weights_BHTS, v_BHSK)
+        mixed = jnp.moveaxis(mixed_BHTK, 1, 2).reshape(B, T, c.heads * c.head_size)
+        return _dense(c, D, "out", residual=True)(mixed), (k_BHSK, v_BHSK)
+
+
+class MLP(nn.Module):
+    """The feed-forward layer: width -> 4 width -> width, GELU (tanh form) between."""
+
+    config: Config
+
+    @nn.compact
+    def __call__(self, x_BTD):
+        h_BTF = jax.nn.gelu(_dense(self.config, 4 * self.config.width, "fc")(x_BTD), approximate=True)
+        return _dense(self.config, self.config.width, "proj", residual=True)(h_BTF)
+
+
+class Block(nn.Module):
+    """Attention, then the feed-forward layer, each normalized before and added after."""
+
+    config: Config
+
+    @nn.compact
+    def __call__(self, x_BTD, attend_BTS, past, *, deterministic):
+        dropout = nn.Dropout(self.config.dropout, deterministic=deterministic, name="dropout")
+        normed_BTD = _norm(self.config, "ln_1")(x_BTD)
+        mixed_BTD, kv = Attention(self.config, name="attn")(normed_BTD, attend_BTS, past)
+        x_BTD = x_BTD + dropout(mixed_BTD)
+        return x_BTD + dropout(MLP(self.config, name="mlp")(_norm(self.config, "ln_2")(x_BTD))), kv
+
+
+class GPT2(nn.Module):
+    """The trunk: everything but the projection on the vocabulary."""
+
+    config: Config
+
+    @nn.compact
+    def __call__(self, tokens_BT, mask_BT, cache=None, *, deterministic=True):
+        """(tokens [B, T] int, mask [B, T] 1 at real tokens, cache) -> (hidden [B, T, D], cache).
+
+        Positions count real tokens only, so left padding changes no real token's result. With a cache the tokens
+        come after those it holds, and the cache returned holds them too.
+        """
+        c = self.config
+        B, T = tokens_BT.shape
+        mask_BT = mask_BT.astype(bool)
+        seen = jnp.cumsum(mask_BT, axis=1, dtype=jnp.int32)
+        if cache is None:
+            attend_BTS = jnp.tril(jnp.ones((T, T), bool)) & mask_BT[:, None, :]
+        else:
+            seen = seen + jnp.sum(cache.valid_BS, axis=1, keepdims=True, dtype=jnp.int32)
+            valid_BS = jax.lax.dynamic_update_slice_in_dim(cache.valid_BS, mask_BT, cache.used, axis=1)
+            slot_S = jnp.arange(valid_BS.shape[1])
+            attend_BTS = (slot_S <= cache.used + jnp.arange(T)[:, None]) & valid_BS[:, None, :]
+        x_BTD = _embed(c, c.vocab_size, "wte")(tokens_BT) + _embed(c, c.context, "wpe")(jnp.maximum(seen - 1, 0))
+        x_BTD = nn.Dropout(c.dropout, deterministic=deterministic, name="dropout")(x_BTD)
+        layers = []
+        for i in range(c.layers):
+            past = None if cache is None else (cache.keys[i], cache.values[i], cache.used)
+            x_BTD, kv = Block(c, name=f"h_{i}")(x_BTD, attend_BTS, past, deterministic=deterministic)
+            layers.append(kv)
+        x_BTD = _norm(c, "ln_f")(x_BTD)
+        if cache is None:
+            return x_BTD, None
+        keys, values = zip(*layers, strict=True)
+        return x_BTD, KVCache(keys, values, valid_BS, cache.used + T)
+
+
+def _dense(config, features, name, *, residual=False):
+    # GPT-2 scales what is added to the residual stream by 1 / sqrt(2N): its variance does not grow with the depth.
+    scale = config.init_std / (2 * config.layers) ** 0.5 if residual else config.init_std
+    return nn.Dense(features, name=name, dtype=config.dtype, kernel_init=nn.initializers.normal(scale))
+
+
+def _embed(config, entries, name):
+    init = nn.initializers.normal(config.init_std)
+    return nn.Embed(entries, config.width, name=name, dtype=config.dtype, embedding_init=init)
+
+
+def _norm(config, name):
+    return nn.LayerNorm(epsilon=1e-5, name=name, dtype=config.dtype)

@@ -1,0 +1,114 @@
+"""What stands on the trunk: the tied language-model head (policy, reference) and a scalar head (value, reward).
+
+Both are bundles of pure functions of a parameter pytree: what the algorithms are handed as `apply`. The reward
+and the value model share one class and one tree, {"trunk": GPT-2, "head": {"kernel" [D], "bias" []}}.
+"""
+
+import dataclasses
+
+import jax
+import jax.numpy as jnp
+
+from rlhf_jax.models import gpt2
+from rlhf_jax.ops import kl, logprobs
+
+
+@dataclasses.dataclass(frozen=True)
+class LanguageModel:
+    """GPT-2 with its vocabulary projection tied to the token embedding. Parameters: the trunk's."""
+
+    config: gpt2.Config
+    chunk: int = 2048  # tokens projected on the vocabulary at a time
+
+    def init(self, key):
+        """Random parameters."""
+        tokens_BT = jnp.zeros((1, 1), jnp.int32)
+        return gpt2.GPT2(self.config).init(key, tokens_BT, jnp.ones_like(tokens_BT))["params"]
+
+    def hidden(self, params, tokens_BT, mask_BT, dropout_key=None):
+        """Last hidden states [B, T, D]; dropout only where a key is given."""
+        rngs = None if dropout_key is None else {"dropout": dropout_key}
+        model = gpt2.GPT2(self.config)
+        return model.apply({"params": params}, tokens_BT, mask_BT, deterministic=rngs is None, rngs=rngs)[0]
+
+    def logits(self, params, hidden):
+        """hidden [..., D] -> logits [..., V] in float32."""
+        embedding_VD = params["wte"]["embedding"].astype(hidden.dtype)
+        return jnp.einsum("...d,vd->...v", hidden, embedding_VD, preferred_element_type=jnp.float32)
+
+    def prefill(self, params, tokens_BP, mask_BP, slots):
+        """Reads the prompts: (hidden [B, D] of the last prompt token, cache with `slots` places)."""
+        cache = gpt2.empty_cache(self.config, tokens_BP.shape[0], slots)
+        hidden_BPD, cache = gpt2.GPT2(self.config).apply({"params": params}, tokens_BP, mask_BP, cache)
+        return hidden_BPD[:, -1], cache
+
+    def decode(self, params, token_B, mask_B, cache):
+        """Reads one more token a row (mask_B 0: the row has ended): (hidden [B, D], cache)."""
+        hidden_B1D, cache = gpt2.GPT2(self.config).apply({"params": params}, token_B[:, None], mask_B[:, None], cache)
+        return hidden_B1D[:, 0], cache
+
+    def logprobs(self, params, tokens_BT, mask_BT, count, *, temperature=1.0, dropout_key=None):
+        """Log-probs [B, count] of the last `count` tokens at the temperature; only these are projected."""
+        hidden = logprobs.before(self.hidden(params, tokens_BT, mask_BT, dropout_key), count)
+
+        def project(hidden, targets):
+            return logprobs.gather(self.logits(params, hidden), targets, temperature=temperature)
+
+        return logprobs.chunked(project, hidden, tokens_BT[:, -count:], chunk=self.chunk)
+
+    def compare(self, policy, hidden, reference, hidden_ref, targets, *, temperature=1.0):
+        """Full-vocabulary comparison of two models at the same tokens, from their hidden states [B, R, D].
+
+        Returns (logp_ref, exact KL(policy || reference), entropy of the policy), each [B, R], in nats.
+        """
+
+        def project(hidden, hidden_ref, targets):
+            logits, logits_ref = self.logits(policy, hidden), self.logits(reference, hidden_ref)
+            return (
+                logprobs.gather(logits_ref, targets, temperature=temperature),
+                kl.exact(logits, logits_ref, temperature=temperature),
+                logprobs.entropy(logits, temperature=temperature),
+            )
+
+        return logprobs.chunked(project, hidden, hidden_ref, targets, chunk=self.chunk)
+
+
+@dataclasses.dataclass(frozen=True)
+class ScalarModel:
+    """GPT-2 with one number a position: read at every response token (value) or at the last (reward)."""
+
+    config: gpt2.Config
+
+    def init(self, key, trunk):
+        """The trunk given, under a new head ~ N(0, 1/sqrt(D + 1)) with bias 0 (arXiv 2403.17031)."""
+        width = self.config.width
+        kernel_D = jax.random.normal(key, (width,)) / (width + 1) ** 0.5
+        return {"trunk": trunk, "head": {"kernel": kernel_D, "bias": jnp.zeros(())}}
+
+    def zero_head(self, trunk):
+        """The trunk given, under a head that says 0 everywhere."""
+        return {"trunk": trunk, "head": {"kernel": jnp.zeros((self.config.width,)), "bias": jnp.zeros(())}}
+
+    def read(self, params, hidden):
+        """hidden [..., D] -> [...] in float32."""
+        head = params["head"]
+        return jnp.einsum("...d,d->...", hidden.astype(jnp.float32), head["kernel"]) + head["bias"]
+
+    def values(self, params, tokens_BT, mask_BT, count):
+        """The value before each of the last `count` tokens, [B, count]."""
+        hidden_BTD, _ = gpt2.GPT2(self.config).apply({"params": params["trunk"]}, tokens_BT, mask_BT)
+        return self.read(params, logprobs.before(hidden_BTD, count))
+
+    def score(self, params, tokens_BT, mask_BT):
+        """The score of each sequence [B], read at its last real token: EOS where there is one."""
+        hidden_BTD, _ = gpt2.GPT2(self.config).apply({"params": params["trunk"]}, tokens_BT, mask_BT)
+        index_T = jnp.arange(tokens_BT.shape[1])
+        last_B = jnp.max(jnp.where(mask_BT, index_T, 0), axis=1)
+        return self.read(params, jnp.take_along_axis(hidden_BTD, last_B[:, None, None], axis=1)[:, 0])
+
+    @staticmethod
+    def normalize(params, mean, std):
+        """The same model with gain 1/std and bias -mean/std folded into its head: scores of that mean and
+        standard deviation become 0 and 1."""
+        head = params["head"]
+        return {**params, "head": {"kernel": head["kernel"] / std, "bias": (head["bias"] - mean) / std}}

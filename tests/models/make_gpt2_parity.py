@@ -1,0 +1,88 @@
+"""Makes tests/models/gpt2_parity/ with PyTorch and transformers, so that the tests need neither.
+
+    python3.11 -m venv parity && parity/bin/pip install torch==2.13.0 transformers==5.23.0
+    parity/bin/python tests/models/make_gpt2_parity.py
+
+A tiny GPT-2 with random weights (seed 0) goes to model.safetensors and config.json, as transformers saves them;
+what transformers computes with it goes to expected.npz. It computes in float64 (its loss alone rounds the logits to
+float32), so that the rounding the tests measure is ours, and stores float32. Running this again writes the same bytes.
+"""
+
+from pathlib import Path
+
+import numpy as np
+import torch
+from transformers import GPT2Config, GPT2LMHeadModel
+
+FOLDER = Path(__file__).with_name("gpt2_parity")
+LENGTHS = [16, 11, 5, 2]  # real tokens a row, at the right end of 16 columns
+NEW_TOKENS = 12
+
+
+def tiny_gpt2():
+    """Two layers of width 24 with weights ten times the usual size, so that logits spread and greedy ids differ."""
+    sizes = dict(vocab_size=97, n_positions=32, n_embd=24, n_layer=2, n_head=3, bos_token_id=None, eos_token_id=None)
+    model = GPT2LMHeadModel(GPT2Config(**sizes, attn_implementation="eager")).eval()  # eval: no dropout
+    random = torch.Generator().manual_seed(0)
+    for name, parameter in model.named_parameters():
+        # Gains and biases are drawn too: at their usual 1 and 0 a test could not tell them apart, or see them lost.
+        centre = 1.0 if ".ln_" in name and name.endswith("weight") else 0.0
+        parameter.data = centre + 0.2 * torch.randn(parameter.shape, generator=random)
+    return model
+
+
+def batch():
+    """(tokens, mask, positions), each [B, T]. Padding on the left holds random tokens: nothing may read them."""
+    width = max(LENGTHS)
+    tokens_BT = torch.randint(97, (len(LENGTHS), width), generator=torch.Generator().manual_seed(1))
+    mask_BT = (torch.arange(width) >= width - torch.tensor(LENGTHS)[:, None]).long()
+    return tokens_BT, mask_BT, (mask_BT.cumsum(1) - 1).clamp(min=0)
+
+
+def expected(model):
+    """Everything the tests compare, by name; gradients under "gradient/" and the parameter's safetensors name."""
+    tokens_BT, mask_BT, positions_BT = batch()
+    is_first_BT = mask_BT.bool() & (mask_BT.cumsum(1) == 1)  # nothing real stands before it to predict it from
+    labels_BT = tokens_BT.masked_fill(is_first_BT | (mask_BT == 0), -100)  # -100: left out of the loss
+    inputs = dict(attention_mask=mask_BT, position_ids=positions_BT)
+    out = model(tokens_BT, **inputs, labels=labels_BT, output_hidden_states=True)
+    out.loss.backward()
+    answers = {
+        "tokens_BT": tokens_BT,
+        "mask_BT": mask_BT,
+        "positions_BT": positions_BT,
+        "logits_BTV": out.logits,
+        "hidden_BTD": out.hidden_states[-1],  # after the final layer norm
+        "loss": out.loss,  # cross-entropy in nats, mean over every real token that a real token stands before
+        "greedy_BR": greedy(model, tokens_BT, mask_BT),
+    }
+    gradients = {f"gradient/{name}": parameter.grad for name, parameter in model.named_parameters()}
+    return {name: to_numpy(x) for name, x in (answers | gradients).items()}
+
+
+def greedy(model, tokens_BT, mask_BT):
+    """The most likely continuation. Its margins are checked: a near tie would test rounding, not the model."""
+    out = model.generate(
+        tokens_BT,
+        attention_mask=mask_BT,
+        max_new_tokens=NEW_TOKENS,
+        do_sample=False,
+        pad_token_id=0,
+        output_logits=True,
+        return_dict_in_generate=True,
+    )
+    best_two = torch.stack(out.logits).topk(2).values
+    assert (best_two[..., 0] - best_two[..., 1]).min() > 1e-2
+    return out.sequences[:, tokens_BT.shape[1] :]
+
+
+def to_numpy(x):
+    """Whole numbers as int32, the rest as float32."""
+    return x.detach().numpy().astype(np.float32 if x.is_floating_point() else np.int32)
+
+
+if __name__ == "__main__":
+    model = tiny_gpt2()
+    model.save_pretrained(FOLDER)
+    (FOLDER / "generation_config.json").unlink()
+    np.savez(FOLDER / "expected.npz", **expected(model.double()))
