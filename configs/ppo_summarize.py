@@ -1,0 +1,67 @@
+"""Summarization with RLHF: fine-tuning, reward model, PPO.
+
+    python experiments/ppo_summarize.py --config=configs/ppo_summarize.py --workdir=runs/demo
+
+:tiny (the default)  a 0.9M-parameter GPT-2 on a generated world of posts, whose true reward is known; CPU
+:files               the same small model on your rows: --config.data.sft=FILE --config.data.preferences=FILE
+                     (and --config.data.prompts=FILE), with GPT-2's tokenizer from --config.text.path=FOLDER
+:gpt2                the published recipe of GPT-2 124M on Reddit TL;DR (arXiv 2403.17031), from local files
+
+Every field is a flag: --config.ppo.kl_coef=0.1
+"""
+
+import dataclasses
+
+from ml_collections import ConfigDict
+
+from rlhf_jax.algorithms import ppo, preference, supervised
+from rlhf_jax.config import Config, Evaluation, Text
+from rlhf_jax.data import sources
+from rlhf_jax.errors import InputError
+from rlhf_jax.models import gpt2
+
+
+def get_config(arg="tiny"):
+    """The config of an argument, with every field in it."""
+    arguments = {"tiny": tiny, "files": files, "gpt2": recipe}
+    if arg not in arguments:
+        raise InputError(f"--config=...:{arg}: expected {', '.join(arguments)}")
+    return ConfigDict(dataclasses.asdict(arguments[arg]()))
+
+
+def tiny():
+    """The embedded task."""
+    return Config(
+        text=Text(kind="bpe", vocab_size=800),
+        data=sources.Config(prompt_length=64, response_length=22),
+        model=gpt2.preset("micro", heads=4, head_size=32, context=96),
+        sft=supervised.Config(lr=2e-3, warmup=50, steps=600, batch=64, eval_every=100),
+        reward=preference.Config(lr=5e-4, warmup=20, steps=200, batch=64, eval_every=50),
+        ppo=ppo.Config(lr=2e-4, steps=80, batch=64, epochs=2, temperature=1.0, eval_every=20),
+        evaluation=Evaluation(prompts=512, batch=256, temperature=1.0),
+    )
+
+
+def files():
+    """Rows in files, a small model from random weights."""
+    return dataclasses.replace(
+        tiny(),
+        text=Text(kind="gpt2"),
+        data=sources.Config(source="files", prompt_length=512, response_length=53),
+        model=gpt2.preset("micro", heads=4, head_size=32, context=640),
+    )
+
+
+def recipe():
+    """GPT-2 124M: all defaults are the recipe's; only the places of the files are filled in."""
+    return Config(
+        text=Text(path="gpt2"),
+        data=sources.Config(
+            source="files",
+            sft="tldr/sft.jsonl",
+            preferences="tldr/preferences.jsonl",
+            prompt_length=512,
+            response_length=53,
+        ),
+        model=gpt2.preset("gpt2", init="gpt2/model.safetensors"),
+    )

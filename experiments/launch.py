@@ -1,0 +1,60 @@
+"""What every experiment does first: flags -> typed config, the compilation cache, errors as one line."""
+
+import os
+import sys
+from pathlib import Path
+
+import jax
+from absl import app, flags, logging
+from ml_collections import config_flags
+
+from rlhf_jax import config as configs
+from rlhf_jax import loop
+from rlhf_jax.console import Reporter
+from rlhf_jax.errors import InputError
+from rlhf_jax.run import Run
+
+CONFIG = config_flags.DEFINE_config_file("config", "configs/ppo_summarize.py", "Config file, and :argument.")
+WORKDIR = flags.DEFINE_string("workdir", None, "Folder of the run; started again, it goes on where it was.")
+
+BAD_INPUT, STOPPED, NOT_FINITE = 2, 3, 4  # exit codes
+
+
+def launch(job):
+    """Runs job(run). Bad input is one line and exit code 2; stopped by a signal 3; a number not finite 4."""
+    app.run(lambda _: _run(job), flags_parser=_parse)
+
+
+def _parse(argv):
+    try:
+        rest = flags.FLAGS(argv)
+        if rest[1:]:
+            raise InputError(f"{rest[1]}: expected only --flags")
+        if not WORKDIR.value:
+            raise InputError("--workdir: expected the folder of the run, got none")
+        return rest
+    except (flags.Error, AttributeError, KeyError, TypeError, ValueError, OSError) as error:
+        _leave(error, BAD_INPUT)
+
+
+def _run(job):
+    # Compiled programs are kept: a second start takes seconds.
+    cache = Path(os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache", "rlhf_jax", "xla")
+    jax.config.update("jax_compilation_cache_dir", str(cache))
+    jax.config.update("jax_persistent_cache_min_compile_time_secs", 0)
+    logging.set_verbosity(logging.WARNING)  # Orbax tells of every file it touches otherwise
+    try:
+        with Reporter() as reporter:
+            job(Run(configs.parse(CONFIG.value.to_dict()), WORKDIR.value, reporter))
+    except InputError as error:
+        _leave(error, BAD_INPUT)
+    except loop.Stopped as error:
+        _leave(error, STOPPED)
+    except loop.NonFinite as error:
+        _leave(error, NOT_FINITE)
+
+
+def _leave(error, code):
+    text = error.args[0] if error.args else error  # a KeyError's str() is quoted
+    print(f"{Path(sys.argv[0]).name}: {' '.join(str(text).split())}", file=sys.stderr)
+    sys.exit(code)

@@ -1,0 +1,11 @@
+"""The main job: fine-tuning, reward model and PPO, without what the workdir has already.
+
+python experiments/ppo_summarize.py --config=configs/ppo_summarize.py --workdir=runs/demo
+"""
+
+from launch import launch
+
+from rlhf_jax import stages
+
+if __name__ == "__main__":
+    launch(stages.summarize)

@@ -1,0 +1,11 @@
+"""Fine-tuning alone: WORKDIR/sft.
+
+python experiments/sft_summarize.py --config=configs/ppo_summarize.py --workdir=runs/demo
+"""
+
+from launch import launch
+
+from rlhf_jax import stages
+
+if __name__ == "__main__":
+    launch(stages.sft)

@@ -1,0 +1,193 @@
+"""Proximal policy optimization (Schulman et al. 2017) for language models. Trains `policy` and `value`.
+
+One step is: sample a Rollout from the policy, score it, `estimate` advantages, then `update` for some epochs of
+minibatches on the frozen rollout. Sampling and scoring are rollout.py's; this file starts where the score is known.
+"""
+
+import dataclasses
+
+import jax
+import jax.numpy as jnp
+
+from rlhf_jax import optim
+from rlhf_jax.ops import advantages, kl, losses, masked
+from rlhf_jax.train_state import TrainState
+
+
+@dataclasses.dataclass(frozen=True)
+class Config(optim.Config):
+    """Defaults are the published TL;DR recipe (arXiv 2403.17031): about 1M episodes."""
+
+    steps: int = 1_953  # rollouts
+    batch: int = 512  # episodes a rollout
+    epochs: int = 4
+    minibatches: int = 1
+    microbatches: int = 1  # slices of a minibatch whose gradients are summed, to save memory
+    temperature: float = 0.7
+    top_k: int = 0  # must stay 0: rollouts draw from the distribution that the update differentiates
+    top_p: float = 1.0  # must stay 1
+    kl_coef: float = 0.05
+    kl_target: float = 0.0  # nats a sequence that an adaptive kl_coef steers to; 0: kl_coef is fixed
+    kl_horizon: int = 10_000  # episodes over which it adapts
+    gamma: float = 1.0
+    lam: float = 0.95
+    clip: float = 0.2
+    value_clip: float = 0.2
+    value_coef: float = 0.1
+    value_init: str = "reward"  # reward: trunk and head of the reward model; zero: the SFT trunk under a zero head
+    missing_eos: str = "replace"  # a response without EOS: replace its score by the penalty, or subtract it
+    missing_eos_penalty: float = 1.0  # replace: the score becomes -penalty; subtract: score - penalty
+    whiten_rewards: bool = False
+    whiten_advantages: bool = True
+    eval_every: int = 50
+    save_every: int = 100
+
+
+def init(policy, value, reward, key, *, config, tx):
+    """The state before the first rollout; the reference is the policy as it is now."""
+    # Copies, because the trees may share arrays: the state is donated to the update, and a buffer can be only once.
+    policy, reference, value, reward = jax.tree.map(jnp.copy, (policy, policy, value, reward))
+    return TrainState.create(
+        key,
+        policy=policy,
+        reference=reference,
+        value=value,
+        reward=reward,
+        optimizer={"policy": tx.init(policy), "value": tx.init(value)},
+        kl_coef=jnp.float32(config.kl_coef),
+    )
+
+
+def final_score(score_B, eos_B, *, missing_eos, penalty):
+    """The score that PPO is given: responses that never ended are punished.
+
+    missing_eos "replace": their score becomes -penalty (the default: a good start does not pay for no end);
+    "subtract": it becomes score - penalty.
+    """
+    punished_B = jnp.full_like(score_B, -penalty) if missing_eos == "replace" else score_B - penalty
+    return jnp.where(eos_B, score_B, punished_B)
+
+
+def estimate(rollout, kl_coef, *, config):
+    """The rollout with advantages and returns: from here on they are constants."""
+    score_B = final_score(
+        rollout.score_B, rollout.eos_B, missing_eos=config.missing_eos, penalty=config.missing_eos_penalty
+    )
+    shape = jax.vmap(lambda score, kl_R, mask_R: advantages.shape_rewards(score, kl_R, mask_R, kl_coef=kl_coef))
+    rewards_BR = shape(score_B, rollout.kl_BR, rollout.mask_BR)
+    if config.whiten_rewards:
+        rewards_BR = masked.whiten(rewards_BR, rollout.mask_BR, shift_mean=False)
+    gae = jax.vmap(lambda r, v, m: advantages.gae(r, v, m, gamma=config.gamma, lam=config.lam))
+    advantages_BR, returns_BR = gae(rewards_BR, rollout.values_BR, rollout.mask_BR)
+    if config.whiten_advantages:
+        advantages_BR = masked.whiten(advantages_BR, rollout.mask_BR)
+    return rollout.replace(advantages_BR=advantages_BR, returns_BR=returns_BR)
+
+
+def loss(params, batch, *, config, apply):
+    """Clipped surrogate plus clipped value loss over one minibatch: (scalar, metrics).
+
+    params is {"policy", "value"}; batch a Rollout with advantages.
+    """
+    R = batch.mask_BR.shape[1]
+    logp_BR = apply.policy.logprobs(
+        params["policy"], batch.tokens_BT, batch.attend_BT, R, temperature=config.temperature
+    )
+    values_BR = apply.scalar.values(params["value"], batch.tokens_BT, batch.attend_BT, R)
+    policy_loss, policy_aux = losses.ppo_policy(
+        logp_BR, batch.logp_BR, batch.advantages_BR, batch.mask_BR, clip=config.clip
+    )
+    value_loss, value_aux = losses.ppo_value(
+        values_BR, batch.values_BR, batch.returns_BR, batch.mask_BR, clip=config.value_clip
+    )
+    return policy_loss + config.value_coef * value_loss, {
+        "ppo/policy_loss": policy_loss,
+        "ppo/value_loss": value_loss,
+        "ppo/clip_fraction": policy_aux["clip_fraction"],
+        "ppo/approx_kl": policy_aux["approx_kl"],
+        "ppo/ratio": policy_aux["ratio"],
+        "ppo/value_clip_fraction": value_aux["clip_fraction"],
+    }
+
+
+def update(state, rollout, *, config, apply, tx):
+    """All epochs and minibatches on one rollout: (state, metrics [epochs, minibatches] each).
+
+    One compiled scan; every epoch draws its own permutation. Reference and reward pass through untouched.
+    """
+    B = rollout.mask_BR.shape[0]
+    shuffle_key = jax.random.fold_in(state.step_key, 1)
+
+    def minibatch(carry, rows):
+        params, opt = carry
+        batch = jax.tree.map(lambda x: x[rows], rollout)
+
+        def grads(part):
+            (_, aux), grads = jax.value_and_grad(loss, has_aux=True)(params, part, config=config, apply=apply)
+            return grads, aux
+
+        grads, aux = optim.accumulate(grads, batch, jnp.sum(batch.mask_BR, axis=1), config.microbatches)
+        moved = {name: optim.update(tx, grads[name], opt[name], params[name]) for name in params}
+        aux |= {f"ppo/{name}_grad_norm": optim.norm(grads[name]) for name in params}
+        return ({name: moved[name][0] for name in params}, {name: moved[name][1] for name in params}), aux
+
+    def epoch(carry, key):
+        rows = jax.random.permutation(key, B).reshape(config.minibatches, -1)
+        return jax.lax.scan(minibatch, carry, rows)
+
+    start = ({"policy": state.policy, "value": state.value}, state.optimizer)
+    (params, opt), aux = jax.lax.scan(epoch, start, jax.random.split(shuffle_key, config.epochs))
+    state = state.replace(step=state.step + 1, policy=params["policy"], value=params["value"], optimizer=opt)
+    return state, aux
+
+
+def step(state, rollout, *, config, apply, tx):
+    """Advantages, update and KL controller for a scored rollout with values: (state, metrics)."""
+    rollout = estimate(rollout, state.kl_coef, config=config)
+    numbers = metrics(rollout, kl_coef=state.kl_coef, config=config)
+    state, aux = update(state, rollout, config=config, apply=apply, tx=tx)
+    state = state.replace(kl_coef=adapt(state.kl_coef, numbers["ppo/kl"], rollout.mask_BR.shape[0], config=config))
+    numbers |= {name: jnp.mean(value) for name, value in aux.items()}
+    numbers["ppo/approx_kl_last"] = aux["ppo/approx_kl"][-1, -1]
+    return state, numbers
+
+
+def adapt(kl_coef, sequence_kl, episodes, *, config):
+    """The next KL coefficient: fixed, or proportional control in log space (arXiv 1909.08593, sec. 2.2)."""
+    if not config.kl_target:
+        return kl_coef
+    error = jnp.clip(sequence_kl / config.kl_target - 1, -0.2, 0.2)
+    return kl_coef * (1 + error * episodes / config.kl_horizon)
+
+
+def metrics(rollout, *, kl_coef, config):
+    """What a rollout says, before the policy learns from it. KL, entropy and lengths in nats and tokens.
+
+    kl, kl_k2, kl_k3, kl_exact are summed over a sequence and averaged over the batch; entropy is per token.
+    """
+    mask_BR = rollout.mask_BR
+
+    def per_sequence(x_BR):
+        return jnp.mean(masked.sum(x_BR, mask_BR, axis=1))
+
+    score_B = final_score(
+        rollout.score_B, rollout.eos_B, missing_eos=config.missing_eos, penalty=config.missing_eos_penalty
+    )
+    residual_BR = rollout.returns_BR - rollout.values_BR
+    explained = 1 - masked.var(residual_BR, mask_BR) / jnp.maximum(masked.var(rollout.returns_BR, mask_BR), 1e-8)
+    return {
+        "ppo/score": jnp.mean(rollout.score_B),
+        "ppo/score_final": jnp.mean(score_B),  # after the rule for a missing EOS
+        "ppo/score_total": jnp.mean(score_B - kl_coef * masked.sum(rollout.kl_BR, mask_BR, axis=1)),
+        "ppo/kl": per_sequence(rollout.kl_BR),
+        "ppo/kl_k2": per_sequence(kl.k2(rollout.logp_BR, rollout.logp_ref_BR)),
+        "ppo/kl_k3": per_sequence(kl.k3(rollout.logp_BR, rollout.logp_ref_BR)),
+        "ppo/kl_exact": per_sequence(rollout.kl_exact_BR),
+        "ppo/kl_coef": kl_coef,
+        "ppo/entropy": masked.mean(rollout.entropy_BR, mask_BR),
+        "ppo/eos_rate": jnp.mean(rollout.eos_B),
+        "ppo/length": jnp.mean(rollout.length_B),
+        "ppo/value": masked.mean(rollout.values_BR, mask_BR),
+        "ppo/returns": masked.mean(rollout.returns_BR, mask_BR),
+        "ppo/explained_variance": explained,
+    }

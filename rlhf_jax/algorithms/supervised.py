@@ -1,0 +1,75 @@
+"""Next-token training on text: pretraining and fine-tuning. Trains `policy`."""
+
+import dataclasses
+
+import jax
+import jax.numpy as jnp
+
+from rlhf_jax import optim
+from rlhf_jax.ops import losses
+from rlhf_jax.train_state import TrainState
+
+
+@dataclasses.dataclass(frozen=True)
+class Config(optim.Config):
+    """Defaults are the published TL;DR recipe (arXiv 2403.17031): one epoch of 116,722 examples."""
+
+    schedule: str = "cosine"
+    steps: int = 911
+    batch: int = 128
+    microbatches: int = 1
+    loss_on: str = "all"  # all: query and response, as published; response: the response alone
+    eval_every: int = 100
+    save_every: int = 300
+
+
+def init(policy, key, *, tx):
+    """The state before the first step."""
+    return TrainState.create(key, policy=policy, optimizer={"policy": tx.init(policy)})
+
+
+def tokens(batch, loss_on):
+    """A batch of data/batches.py as (tokens [B, T], real [B, T], which tokens count in the loss [B, T - 1])."""
+    tokens_BT = jnp.concatenate([batch["prompt_BP"], batch["response_BR"]], axis=1)
+    real_BT = jnp.concatenate([batch["prompt_mask_BP"], batch["response_mask_BR"]], axis=1).astype(bool)
+    in_loss_BT = real_BT.at[:, : batch["prompt_BP"].shape[1]].set(False) if loss_on == "response" else real_BT
+    # The first real token of a row has nothing before it to be predicted from.
+    predicted_BT = in_loss_BT[:, 1:] & real_BT[:, :-1]
+    return tokens_BT, real_BT, predicted_BT
+
+
+def loss(policy, batch, *, config, apply, dropout_key=None):
+    """Cross-entropy in nats per token: (scalar, metrics)."""
+    tokens_BT, real_BT, mask_BT = tokens(batch, config.loss_on)
+    logp_BT = apply.policy.logprobs(policy, tokens_BT, real_BT, mask_BT.shape[1], dropout_key=dropout_key)
+    value = losses.cross_entropy(logp_BT, mask_BT)
+    return value, {"sft/loss": value}
+
+
+def logprobs(policy, batch, *, config, apply):
+    """(log-probs [B, T - 1], which of them the loss counts): what a held-out loss is summed from."""
+    tokens_BT, real_BT, mask_BT = tokens(batch, config.loss_on)
+    return apply.policy.logprobs(policy, tokens_BT, real_BT, mask_BT.shape[1]), mask_BT
+
+
+def step(state, batch, *, config, apply, tx):
+    """One optimizer step: (state, metrics)."""
+    *_, mask_BT = tokens(batch, config.loss_on)
+
+    def grads(part):
+        # A slice has its own noise: its first row's index tells slices apart.
+        key = jax.random.fold_in(state.step_key, part["index_B"][0])
+        (_, aux), grads = jax.value_and_grad(loss, has_aux=True)(
+            state.policy, part, config=config, apply=apply, dropout_key=key
+        )
+        return grads, aux
+
+    grads, aux = optim.accumulate(grads, batch, jnp.sum(mask_BT, axis=1), config.microbatches)
+    policy, opt_state = optim.update(tx, grads, state.optimizer["policy"], state.policy)
+    state = state.replace(step=state.step + 1, policy=policy, optimizer={"policy": opt_state})
+    return state, metrics(aux, grads)
+
+
+def metrics(aux, grads):
+    """What is logged each step."""
+    return {**aux, "sft/grad_norm": optim.norm(grads)}

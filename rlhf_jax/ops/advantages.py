@@ -1,0 +1,53 @@
+"""Token rewards, discounted returns and GAE for one response; `jax.vmap` them over a batch.
+
+mask_R is 1 on the response tokens and 0 after; every output is 0 where the mask is.
+"""
+
+import jax
+import jax.numpy as jnp
+
+
+def shape_rewards(score, kl_R, mask_R, *, kl_coef):
+    """Reward of each response token: -kl_coef * kl, plus the score on the last one (EOS where there is one).
+
+        r_t = -kl_coef * kl_t + [t is last] * score        (arXiv 1909.08593, eq. 2; 2009.01325, sec. 3.4)
+
+    score is a scalar, kl_R the k1 estimate in nats. An empty response gets no reward.
+    """
+    index_R = jnp.arange(mask_R.shape[0])
+    last = jnp.max(jnp.where(mask_R, index_R, -1))
+    return jnp.where(mask_R, -kl_coef * kl_R, 0) + jnp.where(index_R == last, score, 0)
+
+
+def discounted_returns(rewards_R, mask_R, *, gamma):
+    """Reward-to-go G_t = r_t + gamma G_{t+1}; masked tokens are stepped over."""
+
+    def backward(later, token):
+        reward, mask = token
+        here = reward + gamma * later
+        return jnp.where(mask, here, later), jnp.where(mask, here, 0)
+
+    _, returns_R = jax.lax.scan(backward, jnp.zeros((), rewards_R.dtype), (rewards_R, mask_R), reverse=True)
+    return returns_R
+
+
+def gae(rewards_R, values_R, mask_R, *, gamma, lam):
+    """Generalized advantage estimation (Schulman et al. 2016, arXiv 1506.02438, eq. 16).
+
+        delta_t = r_t + gamma V_{t+1} - V_t        A_t = delta_t + gamma lam A_{t+1}
+
+    values_R[t] is the value *before* response token t; after the last token it is 0. t + 1 is the next token
+    with mask 1: a gap in the mask (a tool's output, say) is stepped over, whatever stands in it.
+    Returns (advantages_R, returns_R) with returns = advantages + values.
+    """
+
+    def backward(later, token):
+        reward, value, mask = token
+        next_advantage, next_value = later
+        advantage = reward + gamma * next_value - value + gamma * lam * next_advantage
+        here = (advantage, value)
+        return jax.tree.map(lambda new, old: jnp.where(mask, new, old), here, later), jnp.where(mask, advantage, 0)
+
+    end = (jnp.zeros((), values_R.dtype), jnp.zeros((), values_R.dtype))
+    _, advantages_R = jax.lax.scan(backward, end, (rewards_R, values_R, mask_R), reverse=True)
+    return advantages_R, jnp.where(mask_R, advantages_R + values_R, 0)

@@ -1,0 +1,40 @@
+"""Estimators of KL(policy || reference) per token, in nats (Schulman 2020, "Approximating KL divergence").
+
+All take the log-probs of tokens sampled from the policy, at the temperature they were sampled at.
+"""
+
+import jax
+import jax.numpy as jnp
+
+from rlhf_jax.ops import logprobs
+
+
+def k1(logp, logp_ref):
+    """log p - log q: unbiased, of either sign. The one that is put in the reward."""
+    return logp - logp_ref
+
+
+def k2(logp, logp_ref):
+    """(log p - log q)^2 / 2: biased, >= 0."""
+    return jnp.square(k1(logp, logp_ref)) / 2
+
+
+def k3(logp, logp_ref):
+    """q/p - 1 - log(q/p): unbiased, >= 0, low variance."""
+    log_ratio = -k1(logp, logp_ref)
+    return jnp.expm1(log_ratio) - log_ratio
+
+
+def exact(logits_TV, logits_ref_TV, *, temperature=1.0):
+    """KL(p || q) of the full distributions, sum_v p_v (log p_v - log q_v), >= 0, shape [..., T].
+
+    Each term is written as q - p - p log(q/p), which sums to the same and is never negative; near p = q it is
+    p (expm1(d) - d) with d = log(q/p), so that equal models give 0 and not the rounding error of a sum of both signs.
+    """
+    logp_TV = jax.nn.log_softmax(logprobs.scale(logits_TV, temperature), axis=-1)
+    logq_TV = jax.nn.log_softmax(logprobs.scale(logits_ref_TV, temperature), axis=-1)
+    p_TV = jnp.exp(logp_TV)
+    d_TV = logq_TV - logp_TV
+    near_TV = p_TV * (jnp.expm1(jnp.clip(d_TV, -1, 1)) - d_TV)
+    far_TV = jnp.exp(logq_TV) - p_TV - p_TV * d_TV
+    return jnp.sum(jnp.maximum(jnp.where(jnp.abs(d_TV) < 1, near_TV, far_TV), 0), axis=-1)

@@ -1,0 +1,61 @@
+"""Log-probabilities of chosen tokens, and the only shift by one in the project.
+
+A language model's output at position t scores the token at t + 1. `before` is the one function that knows it.
+"""
+
+import math
+
+import jax
+import jax.numpy as jnp
+
+
+def before(x_BT, count):
+    """The `count` entries of x that stand one place before the last `count` tokens: x_BT[:, -count-1:-1].
+
+    Logits, hidden states and values at these positions belong to the last `count` tokens: with the prompt and
+    the response side by side, `before(hidden_BTD, R)` predicts the R response tokens, and
+    `before(hidden_BTD, T - 1)` every token but the first. x may have axes after T.
+    """
+    return x_BT[:, -count - 1 : -1]
+
+
+def scale(logits, temperature):
+    """Logits / temperature in float32 or wider: what sampler, learner and reference all take the softmax of."""
+    return logits.astype(jnp.promote_types(logits.dtype, jnp.float32)) / temperature
+
+
+def gather(logits_TV, targets_T, *, temperature=1.0):
+    """log softmax(logits / temperature)[t, targets[t]], in nats, shape of targets.
+
+    logits_TV[t] must already be the distribution *of* targets_T[t] (see `before`). Leading axes may be added to both.
+    """
+    logits_TV = scale(logits_TV, temperature)
+    chosen_T = jnp.take_along_axis(logits_TV, targets_T[..., None], axis=-1)[..., 0]
+    return chosen_T - jax.nn.logsumexp(logits_TV, axis=-1)
+
+
+def entropy(logits_TV, *, temperature=1.0):
+    """Entropy of softmax(logits / temperature) in nats, >= 0: log-sum-exp minus the mean logit."""
+    logits_TV = scale(logits_TV, temperature)
+    logp_TV = jax.nn.log_softmax(logits_TV, axis=-1)
+    return jnp.maximum(-jnp.sum(jnp.exp(logp_TV) * logp_TV, axis=-1), 0)
+
+
+def chunked(function, hidden, *arrays, chunk):
+    """function(hidden_XD, *arrays) applied to `chunk` tokens at a time, over any leading token axes X.
+
+    `function` goes through the vocabulary (hidden -> logits -> a few numbers a token); a chunk's logits are
+    recomputed in the backward pass, so that no [B, T, V] array exists in either direction. Every array starts with
+    hidden's token axes and may have more; the results have the token axes alone.
+    """
+    axes = hidden.shape[:-1]
+    tokens = math.prod(axes)
+    if tokens <= chunk:
+        return function(hidden, *arrays)
+
+    def fold(x):
+        x = x.reshape(tokens, *x.shape[len(axes) :])
+        return jnp.pad(x, [(0, -tokens % chunk)] + [(0, 0)] * (x.ndim - 1)).reshape(-1, chunk, *x.shape[1:])
+
+    out = jax.lax.map(lambda part: jax.checkpoint(function)(*part), jax.tree.map(fold, (hidden, *arrays)))
+    return jax.tree.map(lambda x: x.reshape(-1)[:tokens].reshape(axes), out)

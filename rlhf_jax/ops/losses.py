@@ -1,0 +1,53 @@
+"""The losses, as masked means over tokens (or one number a pair). Minimize all of them."""
+
+import jax
+import jax.numpy as jnp
+
+from rlhf_jax.ops import masked
+
+
+def cross_entropy(logp, mask):
+    """-log p of the tokens under the mask, mean, in nats per token."""
+    return -masked.mean(logp, mask)
+
+
+def bradley_terry(chosen_B, rejected_B):
+    """-log sigmoid(chosen - rejected) for each pair (Bradley-Terry; arXiv 2009.01325, eq. 1), >= 0."""
+    return -jax.nn.log_sigmoid(chosen_B - rejected_B)
+
+
+def policy_gradient(logp, advantages, mask):
+    """-A log p: its gradient is minus the policy gradient (REINFORCE; Williams 1992)."""
+    return masked.mean(-advantages * logp, mask)
+
+
+def ppo_policy(logp, logp_old, advantages, mask, *, clip):
+    """Clipped surrogate (Schulman et al. 2017, arXiv 1707.06347, eq. 7), to be minimized.
+
+        ratio = exp(logp - logp_old)        loss = mean max(-A ratio, -A clip(ratio, 1 - clip, 1 + clip))
+
+    Returns (loss, aux). aux holds masked means: clip_fraction, the share of tokens where the clipped term is the
+    larger one, so that they push no gradient; approx_kl, mean of ratio - 1 - log ratio (k3 of old to new, >= 0); ratio.
+    """
+    log_ratio = jnp.where(mask, logp - logp_old, 0)
+    ratio = jnp.exp(log_ratio)
+    plain = -advantages * ratio
+    clipped = -advantages * jnp.clip(ratio, 1 - clip, 1 + clip)
+    aux = {
+        "clip_fraction": masked.mean((clipped > plain).astype(ratio.dtype), mask),
+        "approx_kl": masked.mean(jnp.expm1(log_ratio) - log_ratio, mask),
+        "ratio": masked.mean(ratio, mask),
+    }
+    return masked.mean(jnp.maximum(plain, clipped), mask), aux
+
+
+def ppo_value(values, values_old, returns, mask, *, clip):
+    """Half the larger of the clipped and the unclipped squared error (PPO2; arXiv 2403.17031).
+
+    The clipped value may move at most `clip` from the value at the rollout. Returns (loss, {"clip_fraction"}).
+    """
+    clipped_values = values_old + jnp.clip(values - values_old, -clip, clip)
+    plain = jnp.square(values - returns)
+    clipped = jnp.square(clipped_values - returns)
+    aux = {"clip_fraction": masked.mean((clipped > plain).astype(values.dtype), mask)}
+    return 0.5 * masked.mean(jnp.maximum(plain, clipped), mask), aux

@@ -1,0 +1,40 @@
+"""Sum, mean, variance and whitening under a mask: the only reductions over tokens in the project.
+
+Masks are bool or 0/1 of x's shape. Masked-out entries never matter, not even as inf or NaN.
+An empty mask gives 0, not NaN, so that a fully padded row cannot poison a batch.
+"""
+
+import jax
+import jax.numpy as jnp
+
+
+def sum(x, mask, axis=None):
+    """Sum of x where mask is 1."""
+    return jnp.sum(jnp.where(mask, x, 0), axis=axis)
+
+
+def mean(x, mask, axis=None):
+    """Mean of x where mask is 1; 0 where the mask is empty."""
+    count = jnp.sum(jnp.asarray(mask, x.dtype), axis=axis)
+    return sum(x, mask, axis) / jnp.maximum(count, 1)
+
+
+def var(x, mask, axis=None):
+    """Biased variance (divides by the count) of x where mask is 1."""
+    centre = mean(x, mask, axis)
+    if axis is not None:
+        centre = jnp.expand_dims(centre, axis)
+    return mean(jnp.square(x - centre), mask, axis)
+
+
+def whiten(x, mask, *, shift_mean=True):
+    """x scaled to variance 1 under the mask, and to mean 0 unless shift_mean is False; 0 outside the mask.
+
+    Divides by sqrt(var + 1e-8) with the biased variance, as OpenAI's 2019 code does
+    (arXiv 2403.17031, detail "whitening"). shift_mean=False adds the mean back.
+    """
+    centre = mean(x, mask)
+    white = (x - centre) * jax.lax.rsqrt(var(x, mask) + 1e-8)
+    if not shift_mean:
+        white = white + centre
+    return jnp.where(mask, white, 0)

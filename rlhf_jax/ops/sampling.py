@@ -1,0 +1,40 @@
+"""One token from one row of logits. Top-k and top-p are for evaluation and the playground, never for training."""
+
+import jax
+import jax.numpy as jnp
+
+from rlhf_jax.ops import logprobs
+
+
+def top_k(logits_V, k):
+    """Logits with all but the k largest at -inf; k = 0 keeps all. Ties with the k-th stay."""
+    if k == 0 or k >= logits_V.shape[-1]:
+        return logits_V
+    return jnp.where(logits_V < jax.lax.top_k(logits_V, k)[0][-1], -jnp.inf, logits_V)
+
+
+def top_p(logits_V, p):
+    """Logits with all at -inf but the smallest set of most likely tokens whose probability reaches p (0 < p <= 1).
+
+    Nucleus sampling (Holtzman et al. 2020, arXiv 1904.09751). p = 1 keeps all; the most likely token always stays.
+    """
+    if p == 1:
+        return logits_V
+    order = jnp.argsort(-logits_V)
+    probs = jax.nn.softmax(logits_V[order])
+    keep = jnp.cumsum(probs) - probs < p
+    return jnp.where(jnp.zeros_like(keep).at[order].set(keep), logits_V, -jnp.inf)
+
+
+def draw(key, logits_V, *, temperature=1.0, k=0, p=1.0):
+    """One draw from softmax(logits / temperature) after top-k, then top-p: (token, logp).
+
+    logp is that of the distribution drawn from, so with k = 0 and p = 1 it is what the learner computes.
+    temperature = 0 takes the most likely token, with logp under temperature 1.
+    """
+    if temperature == 0:
+        token = jnp.argmax(logits_V).astype(jnp.int32)
+        return token, logprobs.gather(logits_V, token)
+    kept_V = top_p(top_k(logprobs.scale(logits_V, temperature), k), p)
+    token = jax.random.categorical(key, kept_V).astype(jnp.int32)
+    return token, logprobs.gather(kept_V, token)

@@ -1,0 +1,97 @@
+"""Prompts -> Rollout: completions, and everything that stays frozen while the policy learns from them."""
+
+from typing import Any, NamedTuple
+
+import flax
+import jax
+import jax.numpy as jnp
+
+from rlhf_jax import generate
+from rlhf_jax.ops import kl, logprobs
+
+
+class Apply(NamedTuple):
+    """The functions of parameters that rollouts and algorithms call; see models/heads.py for the real ones.
+
+    policy: prefill, decode, logits, hidden, compare, logprobs. scalar: values, score.
+    """
+
+    policy: Any
+    scalar: Any
+
+
+@flax.struct.dataclass
+class Rollout:
+    """A batch of completions. Old log-probs, old values and advantages are constants to the update.
+
+    Log-probs, KL and entropy are in nats at the sampling temperature; every `_BR` array is 0 where mask_BR is.
+    score_B, advantages_BR and returns_BR are filled by the steps that make them.
+    """
+
+    prompt_BP: jax.Array
+    prompt_mask_BP: jax.Array
+    response_BR: jax.Array
+    mask_BR: jax.Array
+    eos_B: jax.Array  # 1 where the response ended by itself
+    logp_BR: jax.Array
+    logp_ref_BR: jax.Array
+    kl_exact_BR: jax.Array  # full-vocabulary KL(policy || reference)
+    entropy_BR: jax.Array
+    values_BR: jax.Array | None = None
+    score_B: jax.Array | None = None
+    advantages_BR: jax.Array | None = None
+    returns_BR: jax.Array | None = None
+
+    @property
+    def tokens_BT(self):
+        """Prompt and response side by side."""
+        return jnp.concatenate([self.prompt_BP, self.response_BR], axis=1)
+
+    @property
+    def attend_BT(self):
+        """1 at real tokens of prompt and response."""
+        return jnp.concatenate([self.prompt_mask_BP, self.mask_BR], axis=1).astype(bool)
+
+    @property
+    def kl_BR(self):
+        """k1 per token, the estimate that goes in the reward."""
+        return kl.k1(self.logp_BR, self.logp_ref_BR)
+
+    @property
+    def length_B(self):
+        """Response tokens, EOS included."""
+        return jnp.sum(self.mask_BR, axis=1)
+
+
+def sample(apply, policy, reference, prompt_BP, prompt_mask_BP, keys_B, sampling):
+    """Completes the prompts with the policy, each with its key, and compares it with the reference at every token."""
+    drawn = generate.generate(apply.policy, policy, prompt_BP, prompt_mask_BP, keys_B, sampling)
+    tokens_BT = jnp.concatenate([prompt_BP, drawn.response_BR], axis=1)
+    attend_BT = jnp.concatenate([prompt_mask_BP.astype(bool), drawn.mask_BR], axis=1)
+    hidden_ref_BRD = logprobs.before(apply.policy.hidden(reference, tokens_BT, attend_BT), sampling.max_tokens)
+    compared = apply.policy.compare(
+        policy, drawn.hidden_BRD, reference, hidden_ref_BRD, drawn.response_BR, temperature=sampling.temperature
+    )
+    logp_ref_BR, kl_exact_BR, entropy_BR = (jnp.where(drawn.mask_BR, x_BR, 0) for x_BR in compared)
+    return Rollout(
+        prompt_BP=prompt_BP,
+        prompt_mask_BP=prompt_mask_BP.astype(bool),
+        response_BR=drawn.response_BR,
+        mask_BR=drawn.mask_BR,
+        eos_B=drawn.done_B,
+        logp_BR=drawn.logp_BR,
+        logp_ref_BR=logp_ref_BR,
+        kl_exact_BR=kl_exact_BR,
+        entropy_BR=entropy_BR,
+    )
+
+
+def score(apply, reward, rollout):
+    """The rollout with the reward model's score of each completion, read at its last token."""
+    return rollout.replace(score_B=apply.scalar.score(reward, rollout.tokens_BT, rollout.attend_BT))
+
+
+def value(apply, value, rollout):
+    """The rollout with the value before each response token."""
+    values_BR = apply.scalar.values(value, rollout.tokens_BT, rollout.attend_BT, rollout.mask_BR.shape[1])
+    return rollout.replace(values_BR=jnp.where(rollout.mask_BR, values_BR, 0))

@@ -1,0 +1,206 @@
+"""A run: a config and a workdir, and the data, tokenizer and model they stand for, each made when first asked for."""
+
+import dataclasses
+import functools
+import json
+from pathlib import Path
+
+import jax
+import numpy as np
+
+from rlhf_jax import config as configs
+from rlhf_jax import generate, metrics, rollout, sharding, text
+from rlhf_jax.checkpoint import Checkpoints
+from rlhf_jax.console import Silent
+from rlhf_jax.data import batches, sources
+from rlhf_jax.errors import InputError
+from rlhf_jax.models import heads, hf
+from rlhf_jax.rewards import gold
+from rlhf_jax.text import bpe, char, gpt2
+
+_COMMON = ("seed", "text", "data", "model", "evaluation")
+STAGES = {  # in their order, with the sections of the config that a stage's result depends on
+    "sft": (*_COMMON, "sft"),
+    "reward": (*_COMMON, "sft", "reward"),
+    "ppo": (*_COMMON, "sft", "reward", "ppo"),
+}
+PURPOSES = ("sft", "reward", "ppo", "policy init", "reward head", "evaluation")  # append only: the place is the key
+
+
+class Run:
+    """What the stages share. A stage's folder is its proof: config.json says what it was asked, checkpoints/ holds
+    the result, and summary.json, written last, says that it is finished.
+
+    Raises InputError, before anything is written, for an impossible config or a workdir of another config.
+    """
+
+    def __init__(self, config, workdir, reporter=None):
+        self.config = config
+        self.workdir = Path(workdir).absolute()
+        self.reporter = reporter or Silent()
+        self.mesh = sharding.mesh()
+        configs.check(config, devices=self.mesh.size)
+        for stage in STAGES:
+            self._check_folder(stage)
+
+    def _asked(self, stage):
+        """What config.json of the stage's folder holds."""
+        asked = dataclasses.asdict(self.config)
+        return {section: asked[section] for section in STAGES[stage]}
+
+    def _check_folder(self, stage):
+        path = self.workdir / stage / "config.json"
+        if not path.exists():
+            return
+        there, here = _flat(json.loads(path.read_text())), _flat(self._asked(stage))
+        for name in sorted(there | here):
+            if there.get(name) != here.get(name):
+                raise InputError(
+                    f"workdir: {path} was made with {name} = {there.get(name)!r}, not {here.get(name)!r}; "
+                    "choose another --workdir"
+                )
+
+    def open(self, stage):
+        """The stage's folder, with its config in it and the whole config beside it."""
+        folder = self.workdir / stage
+        try:
+            (folder / "plots").mkdir(parents=True, exist_ok=True)
+            metrics.summarize(self.workdir / "config.json", dataclasses.asdict(self.config))
+            metrics.summarize(folder / "config.json", self._asked(stage))
+        except OSError as error:
+            raise InputError(f"workdir: cannot write {folder} ({error.strerror})") from error
+        return folder
+
+    def finished(self, stage):
+        """True where the stage is done."""
+        return (self.workdir / stage / "summary.json").exists()
+
+    def summary(self, stage):
+        """The finished stage's summary.json."""
+        return json.loads((self.workdir / stage / "summary.json").read_text())
+
+    def parameters(self, stage, field, like):
+        """A parameter tree of the finished stage, shaped like `like`."""
+        if not self.finished(stage):
+            raise InputError(f"workdir: expected a finished {stage} stage in {self.workdir / stage}; run it first")
+        with Checkpoints(self.workdir / stage / "checkpoints") as checkpoints:
+            return checkpoints.restore_field(field, like)
+
+    @functools.cached_property
+    def tokenizer(self):
+        """The workdir's tokenizer; made from the config, and kept, the first time."""
+        folder = self.workdir / "text"
+        if folder.exists():
+            return text.load(folder)
+        config = self.config.text
+        if config.kind == "gpt2":
+            if not config.path:
+                raise InputError("text.path: expected the folder of GPT-2's encoder.json and vocab.bpe, got none")
+            tokenizer = gpt2.from_files(config.path)
+        else:
+            texts = [f"{row['prompt']} {row['label']}" for row in self.rows("sft")[0]]
+            tokenizer = bpe.train(texts, config.vocab_size) if config.kind == "bpe" else char.train(texts)
+        try:
+            tokenizer.save(folder)
+        except OSError as error:
+            raise InputError(f"workdir: cannot write {folder} ({error.strerror})") from error
+        return tokenizer
+
+    @functools.cache  # noqa: B019 (a run lives as long as the program)
+    def rows(self, kind):
+        """(train, held-out) rows of a kind: sft, preferences or prompts."""
+        return sources.load(kind, self.config.data, self.config.seed)
+
+    @functools.cache  # noqa: B019
+    def arrays(self, kind):
+        """(train, held-out) arrays, as data/batches.py makes them. What had to be cut or skipped is said."""
+        data = self.config.data
+        encode, lengths = {
+            "sft": (batches.encode_sft, {"response_length": data.response_length}),
+            "preferences": (batches.encode_pairs, {"response_length": data.response_length}),
+            "prompts": (batches.encode_prompts, {}),
+        }[kind]
+        sides = []
+        for side, rows in zip(("train", "held out"), self.rows(kind), strict=True):
+            source = f"data.{kind}, {side}"
+            arrays, counts = encode(rows, self.tokenizer, prompt_length=data.prompt_length, source=source, **lengths)
+            told = ", ".join(f"{count} {what.replace('_', ' ')}" for what, count in counts.items() if count)
+            self.reporter.note(f"{source}: {told}")
+            sides.append(arrays)
+        return tuple(sides)
+
+    def asked(self, kind):
+        """The held-out rows that policies are compared on, in the order of the held-out arrays."""
+        index_N = self.arrays(kind)[1]["index_N"]
+        return [self.rows(kind)[1][i] for i in index_N[: self.config.evaluation.prompts]]
+
+    @functools.cached_property
+    def apply(self):
+        """The model's functions."""
+        config, ids = self.config.model, self.tokenizer.vocab_size
+        if config.vocab_size and not ids <= config.vocab_size < ids + 256:
+            expected = f"0 or, for this tokenizer, {ids} to {ids + 255}"
+            raise InputError(f"model.vocab_size: expected {expected}, got {config.vocab_size}")
+        config = dataclasses.replace(config, vocab_size=config.vocab_size or ids)
+        return rollout.Apply(heads.LanguageModel(config), heads.ScalarModel(config))
+
+    def policy_init(self):
+        """The policy before fine-tuning: random, or the Hugging Face GPT-2 weights in the file model.init."""
+        model = self.apply.policy
+        if not self.config.model.init:
+            return model.init(self.key("policy init"))
+        arrays = hf.read(self.config.model.init)
+        ids = next((len(array) for name, array in arrays.items() if name.endswith("wte.weight")), 0)
+        params = hf.from_hf(arrays, dataclasses.replace(model.config, vocab_size=ids))
+        # PAD and what else the checkpoint has no row for starts as the mean row: a row of zeros would have logit 0,
+        # which is far above all others in GPT-2.
+        table_VD = params["wte"]["embedding"]
+        new = np.tile(table_VD.mean(axis=0), (model.config.vocab_size - ids, 1))
+        params["wte"]["embedding"] = np.concatenate([table_VD, new])
+        return params
+
+    def sampling(self, temperature):
+        """How responses are drawn."""
+        return generate.Sampling(
+            max_tokens=self.config.data.response_length,
+            eos_id=self.tokenizer.eos_id,
+            pad_id=self.tokenizer.pad_id,
+            temperature=temperature,
+        )
+
+    def key(self, purpose):
+        """The random key of one of PURPOSES."""
+        return jax.random.fold_in(jax.random.key(self.config.seed), PURPOSES.index(purpose))
+
+    def decode(self, response_BR, mask_BR):
+        """Responses as texts, without the space they begin with."""
+        pairs = zip(np.asarray(response_BR), np.asarray(mask_BR, bool), strict=True)
+        return [self.tokenizer.decode(ids[mask].tolist()).strip() for ids, mask in pairs]
+
+    def gold(self, rows, texts):
+        """{"gold": the true reward of each text}; nothing where the rows have no record, as those of files."""
+        if "record" not in rows[0]:
+            return {}
+        return {"gold": np.array([gold.score(row["record"], text) for row, text in zip(rows, texts, strict=True)])}
+
+    def over(self, arrays, function, rows=None):
+        """function(batch) over the first `rows` rows (default: all), a device batch at a time: NumPy results by row.
+
+        The last batch is filled up from the first rows, and what that adds is cut off: every batch has one shape.
+        """
+        total = rows or len(arrays["index_N"])
+        size = min(self.config.evaluation.batch, total)
+        size += -size % self.mesh.size
+        parts = []
+        for start in range(0, total, size):
+            batch = batches.take(arrays, np.arange(start, start + size) % total)
+            parts.append(sharding.gather(function(sharding.shard(batch, self.mesh))))
+        return jax.tree.map(lambda *x: np.concatenate(x)[:total], *parts)
+
+
+def _flat(tree, prefix=""):
+    """{"a": {"b": 1}} -> {"a.b": 1}."""
+    flat = {}
+    for name, value in tree.items():
+        flat |= _flat(value, f"{prefix}{name}.") if isinstance(value, dict) else {f"{prefix}{name}": value}
+    return flat
