@@ -33,10 +33,10 @@ def tiny():
     """The embedded task."""
     return Config(
         text=Text(kind="bpe", vocab_size=800),
-        data=sources.Config(prompt_length=64, response_length=22),
-        model=gpt2.preset("micro", heads=4, head_size=32, context=96),
-        sft=supervised.Config(lr=2e-3, warmup=50, steps=600, batch=64, eval_every=100),
-        reward=preference.Config(lr=5e-4, warmup=20, steps=200, batch=64, eval_every=50),
+        data=sources.Config(prompt_length=56, response_length=22),
+        model=gpt2.preset("micro", heads=4, head_size=32, context=80, init_std=0.08),
+        sft=supervised.Config(lr=2e-3, warmup=100, steps=800, batch=32, loss_on="response", eval_every=200),
+        reward=preference.Config(lr=1e-3, warmup=20, steps=250, batch=32, eval_every=50),
         ppo=ppo.Config(lr=2e-4, steps=80, batch=64, epochs=2, temperature=1.0, eval_every=20),
         evaluation=Evaluation(prompts=512, batch=256, temperature=1.0),
     )

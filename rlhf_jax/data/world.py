@@ -5,14 +5,14 @@ among remarks that use other words of the same lists: "years ago my uncle sold m
 mixed skill, so imitating them leaves reinforcement learning something to gain:
 
     writer     share  what is written                                gold: mean   sd
-    careful      .20  the whole record in 12 words                         1.00  .00
+    careful      .30  the whole record in 12 words                         1.00  .00
     forgetful    .25  one or two slots left out                             .62  .13
-    careless     .25  one or two words wrong, from a remark if possible     .32  .24
-    rambling     .15  the whole record and four to six idle words           .73  .04
+    careless     .10  one or two words wrong, from a remark if possible     .32  .24
+    rambling     .20  the whole record and four to six idle words           .73  .04
     vague        .15  one slot or none                                      .13  .13
-    all         1.00                                                        .57  .33
+    all         1.00                                                        .65  .32
 
-A pair is two such summaries of one post. The judge sees gold through noise, which flips 9% of the pairs.
+A pair is two such summaries of one post. The judge sees gold through noise, which flips 8% of the pairs.
 """
 
 import contextlib
@@ -78,7 +78,7 @@ VAGUE = (
 SLOTS = (("who",), ("verb", "object"), ("feeling",), ("ask",))
 
 Record = dict[str, str]  # field -> word, the fields of gold.VOCABULARY
-Remarked = dict[str, list[str]]  # field -> the words of it that the post's remarks use
+Remarked = dict[str, str]  # field -> the word of it that the post's remark uses
 
 
 def draw_record(rng: Random) -> Record:
@@ -91,14 +91,11 @@ def another(field: str, record: Record, rng: Random) -> str:
 
 
 def write_post(record: Record, rng: Random) -> tuple[str, Remarked]:
-    """A post about the record as a TL;DR query, and the words its one or two remarks use."""
+    """A post about the record as a TL;DR query, and the words its remark uses."""
     sentences = [rng.choice(templates).format(**record) for templates in (EVENTS, MOODS, ASKS)]
-    remarked = {}
-    for template in rng.sample(REMARKS, rng.choice((1, 2))):
-        words = {field: another(field, record, rng) for field in record if f"{{{field}}}" in template}
-        sentences.append(template.format(**words))
-        for field, word in words.items():
-            remarked.setdefault(field, []).append(word)
+    remark = rng.choice(REMARKS)
+    remarked = {field: another(field, record, rng) for field in record if f"{{{field}}}" in remark}
+    sentences.append(remark.format(**remarked))
     rng.shuffle(sentences)
     post = sentences[0] + "".join(rng.choice((" ", " ", "\n")) + sentence for sentence in sentences[1:])
     title = rng.choice(TITLES).format(**record)
@@ -130,7 +127,7 @@ def forgetful(record: Record, remarked: Remarked, rng: Random) -> str:
 
 def careless(record: Record, remarked: Remarked, rng: Random) -> str:
     fields = rng.sample(list(record), rng.choice((1, 2)))
-    wrong = {field: rng.choice(remarked.get(field) or [another(field, record, rng)]) for field in fields}
+    wrong = {field: remarked.get(field) or another(field, record, rng) for field in fields}
     return compose(record | wrong, rng)
 
 
@@ -143,7 +140,7 @@ def vague(record: Record, remarked: Remarked, rng: Random) -> str:
     return rng.choice(VAGUE).format(**record)
 
 
-WRITERS = {careful: 0.20, forgetful: 0.25, careless: 0.25, rambling: 0.15, vague: 0.15}  # writer -> share of summaries
+WRITERS = {careful: 0.30, forgetful: 0.25, careless: 0.10, rambling: 0.20, vague: 0.15}  # writer -> share of summaries
 
 
 def write_summary(record: Record, remarked: Remarked, rng: Random) -> str:
@@ -197,7 +194,7 @@ class Config(tfds.core.BuilderConfig):
 class World(tfds.core.GeneratorBasedBuilder, skip_registration=True):
     """The world as TFDS knows it: every feature is text, `record` as JSON."""
 
-    VERSION = tfds.core.Version("1.0.0")  # goes up with every change of the rows, or old ones would be read again
+    VERSION = tfds.core.Version("1.1.0")  # goes up with every change of the rows, or old ones would be read again
 
     def _info(self) -> tfds.core.DatasetInfo:
         texts = {name: tfds.features.Text() for name in FEATURES[self.builder_config.kind]}

@@ -41,7 +41,7 @@ def test_a_post_is_a_query_that_tells_the_record_and_remarks_on_other_words():
         _, title, post = QUERY.fullmatch(prompt).groups()
         told = gold.parts(record, f"{title} {post}")
         assert told["coverage"] == 1
-        assert told["invented"] == len({word for words in remarked.values() for word in words}) > 0
+        assert told["invented"] == len({word for word in remarked.values()}) > 0
 
 
 def test_a_post_is_short():
@@ -69,16 +69,16 @@ def test_gold_by_writer():
 
 
 def test_labels_leave_something_to_learn():
-    # by the table in the module's docstring: mean .57, standard deviation .33, a fifth of them right
+    # by the table in the module's docstring: mean .65, standard deviation .32, three in ten of them right
     scores = [gold.score(row["record"], row["label"]) for row in rows("sft", count=2000)]
     mean = sum(scores) / len(scores)
-    assert mean == pytest.approx(0.57, abs=0.03)
-    assert (sum((score - mean) ** 2 for score in scores) / len(scores)) ** 0.5 == pytest.approx(0.33, abs=0.02)
-    assert scores.count(1.0) / len(scores) == pytest.approx(0.20, abs=0.03)
+    assert mean == pytest.approx(0.65, abs=0.03)
+    assert (sum((score - mean) ** 2 for score in scores) / len(scores)) ** 0.5 == pytest.approx(0.32, abs=0.02)
+    assert scores.count(1.0) / len(scores) == pytest.approx(0.30, abs=0.03)
 
 
 def test_a_careless_writer_believes_a_remark():
-    remarked = {field: [words[-1]] for field, words in gold.VOCABULARY.items()}
+    remarked = {field: words[-1] for field, words in gold.VOCABULARY.items()}
     for seed in range(50):
         words = set(world.careless(RECORD, remarked, Random(seed)).split())
         wrong = {word for words in gold.VOCABULARY.values() for word in words} & words - set(RECORD.values())
@@ -122,7 +122,7 @@ def test_a_tenth_of_all_pairs_is_flipped():
 def test_the_rows_of_a_version_never_change():
     # Another digest means other rows: raise World.VERSION, or data sets prepared before would be read for them.
     text = json.dumps([rows(kind, split, count=200) for kind in world.FEATURES for split in world.SPLITS])
-    assert (str(world.World.VERSION), hashlib.sha256(text.encode()).hexdigest()[:16]) == ("1.0.0", "7a9320ebc00fa83c")
+    assert (str(world.World.VERSION), hashlib.sha256(text.encode()).hexdigest()[:16]) == ("1.1.0", "e49c91a51eddebf8")
 
 
 def test_kinds_splits_and_seeds_have_their_own_posts():
