@@ -35,33 +35,31 @@ def tiny():
         text=Text(kind="bpe", vocab_size=800),
         data=sources.Config(prompt_length=56, response_length=22),
         model=gpt2.preset("micro", heads=4, head_size=32, context=80, init_std=0.08),
-        sft=supervised.Config(lr=2e-3, warmup=100, steps=800, batch=32, loss_on="response", eval_every=200),
-        reward=preference.Config(lr=1e-3, warmup=20, steps=250, batch=32, eval_every=50),
-        ppo=ppo.Config(lr=2e-4, steps=80, batch=64, epochs=2, temperature=1.0, eval_every=20),
+        sft=supervised.Config(
+            lr=2e-3, warmup=100, adam_b2=0.95, steps=800, batch=32, loss_on="response", eval_every=200
+        ),
+        reward=preference.Config(lr=1e-3, warmup=20, steps=200, batch=32, eval_every=50),
+        ppo=ppo.Config(lr=3e-4, steps=60, batch=64, epochs=2, temperature=1.0, eval_every=20),
         evaluation=Evaluation(prompts=512, batch=256, temperature=1.0),
     )
 
 
 def files():
-    """Rows in files, a small model from random weights."""
-    return dataclasses.replace(
-        tiny(),
-        text=Text(kind="gpt2"),
-        data=sources.Config(source="files", prompt_length=512, response_length=53),
-        model=gpt2.preset("micro", heads=4, head_size=32, context=640),
+    """Rows in files, a small model from random weights: sizes for some hundreds of posts on a CPU."""
+    return Config(
+        data=sources.Config(source="files"),
+        model=gpt2.preset("micro", heads=4, head_size=32, context=565, init_std=0.08),
+        sft=supervised.Config(lr=1e-3, warmup=50, adam_b2=0.95, steps=300, batch=8, loss_on="response", eval_every=100),
+        reward=preference.Config(lr=3e-4, warmup=20, steps=100, batch=8, eval_every=25),
+        ppo=ppo.Config(lr=1e-4, steps=20, batch=16, epochs=2, temperature=1.0, eval_every=10),
+        evaluation=Evaluation(prompts=64, batch=16, temperature=1.0),
     )
 
 
 def recipe():
-    """GPT-2 124M: all defaults are the recipe's; only the places of the files are filled in."""
+    """GPT-2 124M: every default is the recipe's; only the model and the places of the files are named."""
     return Config(
         text=Text(path="gpt2"),
-        data=sources.Config(
-            source="files",
-            sft="tldr/sft.jsonl",
-            preferences="tldr/preferences.jsonl",
-            prompt_length=512,
-            response_length=53,
-        ),
+        data=sources.Config(source="files", sft="tldr/sft.jsonl", preferences="tldr/preferences.jsonl"),
         model=gpt2.preset("gpt2", init="gpt2/model.safetensors"),
     )

@@ -14,7 +14,7 @@ from rlhf_jax.console import Reporter
 from rlhf_jax.errors import InputError
 from rlhf_jax.run import Run
 
-CONFIG = config_flags.DEFINE_config_file("config", "configs/ppo_summarize.py", "Config file, and :argument.")
+CONFIG = config_flags.DEFINE_config_file("config", None, "Config file, and :argument.")
 WORKDIR = flags.DEFINE_string("workdir", None, "Folder of the run; started again, it goes on where it was.")
 
 BAD_INPUT, STOPPED, NOT_FINITE = 2, 3, 4  # exit codes
@@ -28,13 +28,27 @@ def launch(job):
 def _parse(argv):
     try:
         rest = flags.FLAGS(argv)
+        for name in ("config", "workdir"):
+            if flags.FLAGS[name].value is None:
+                raise InputError(f"--{name}: expected, got none")
         if rest[1:]:
             raise InputError(f"{rest[1]}: expected only --flags")
-        if not WORKDIR.value:
-            raise InputError("--workdir: expected the folder of the run, got none")
+        CONFIG.value.to_dict()  # a config that could not be loaded says so only when it is read
         return rest
     except (flags.Error, AttributeError, KeyError, TypeError, ValueError, OSError) as error:
-        _leave(error, BAD_INPUT)
+        _leave(_told(error, argv), BAD_INPUT)
+
+
+def _told(error, argv):
+    """What was wrong with a flag: ml_collections says it in several lines, at times with a traceback in them."""
+    text = str(error.args[0] if error.args else error).strip()
+    if isinstance(error, AttributeError | KeyError):  # \'lrr\'\nDid you mean "lr" instead of "lrr"?
+        field, *hint = text.replace("\\n", "\n").replace("\\'", "'").strip("\"'").split("\n")
+        flag = next((arg for arg in argv if arg.split("=")[0].endswith(field.strip("'"))), "--config")
+        return " ".join([f"{flag}: no such field.", *hint])
+    if "\n" in text:
+        text = f"--config: {text.splitlines()[-1].strip()}"
+    return text.replace(f"{InputError.__module__}.{InputError.__name__}: ", "")
 
 
 def _run(job):
@@ -54,7 +68,6 @@ def _run(job):
         _leave(error, NOT_FINITE)
 
 
-def _leave(error, code):
-    text = error.args[0] if error.args else error  # a KeyError's str() is quoted
-    print(f"{Path(sys.argv[0]).name}: {' '.join(str(text).split())}", file=sys.stderr)
+def _leave(told, code):
+    print(f"{Path(sys.argv[0]).name}: {' '.join(str(told).split())}", file=sys.stderr)
     sys.exit(code)

@@ -40,9 +40,7 @@ class Reporter:
         stream = stream or sys.stdout
         terminal = stream.isatty()
         width = None if terminal else PLAIN_WIDTH
-        self._console = Console(
-            file=stream, force_terminal=terminal, force_jupyter=False, width=width, highlight=False
-        )
+        self._console = Console(file=stream, force_terminal=terminal, force_jupyter=False, width=width, highlight=False)
         self._redraws = terminal and not self._console.is_dumb_terminal
         self._stage = self._live = None
 

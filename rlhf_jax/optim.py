@@ -16,6 +16,7 @@ class Config:
     warmup: int = 0  # optimizer steps from 0 to lr
     end_lr: float = 0.0  # where linear and cosine end, as a fraction of lr
     weight_decay: float = 0.0
+    adam_b2: float = 0.999
     adam_eps: float = 1e-5
     max_grad_norm: float = 1.0  # global norm to clip at; 0: no clip
 
@@ -36,7 +37,9 @@ def schedule(config, updates):
 def adamw(config, updates):
     """The optax transformation. Build it once: a new one is a new compilation."""
     clip = optax.clip_by_global_norm(config.max_grad_norm) if config.max_grad_norm else optax.identity()
-    adam = optax.adamw(schedule(config, updates), eps=config.adam_eps, weight_decay=config.weight_decay)
+    adam = optax.adamw(
+        schedule(config, updates), b2=config.adam_b2, eps=config.adam_eps, weight_decay=config.weight_decay
+    )
     return optax.chain(clip, adam)
 
 

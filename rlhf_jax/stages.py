@@ -17,9 +17,16 @@ from rlhf_jax import loop, metrics, optim, plots, rollout, sharding
 from rlhf_jax.algorithms import ppo as ppo_algorithm
 from rlhf_jax.algorithms import preference, supervised
 from rlhf_jax.checkpoint import Checkpoints
+from rlhf_jax.console import number
 from rlhf_jax.data import batches
 from rlhf_jax.evaluate import accuracy, interval, perplexity, rouge, win_rate
 from rlhf_jax.generate import generate
+
+HEADLINES = {  # what a stage says when it is done
+    "sft": ("sft/loss", "sft/gold", "sft/eos_rate"),
+    "reward": ("reward/loss", "reward/accuracy"),
+    "ppo": ("ppo/score", "ppo/gold", "ppo/win_rate", "ppo/kl_exact", "ppo/eos_rate"),
+}
 
 
 def summarize(run):
@@ -182,7 +189,9 @@ def ppo(run):
         plots.ppo(rows, folder)
         truth = "gold" if "gold" in after else "score"
         rate = win_rate.win_rate(after[truth], before[truth])
-        plots.before_after(before[truth], after[truth], folder / "before_after.png", name=truth, win_rate=rate)
+        plots.before_after(
+            before[truth], after[truth], folder / "before_after.png", name=f"{truth} score", win_rate=rate
+        )
 
     summary = _finish(run, "ppo", began, numbers, samples, draw)
     run.reporter.before_after(_table(before, after))
@@ -319,7 +328,8 @@ def _finish(run, name, began, numbers, samples, draw):
     with open(folder / "samples.jsonl", "w", encoding="utf-8") as file:
         file.writelines(json.dumps(sample) + "\n" for sample in samples)
     summary = _summary(run, folder, began, {key.replace("eval_", ""): value for key, value in numbers.items()})
-    run.reporter.finish()
+    told = (f"{key.split('/')[1]} {number(summary[key])}" for key in HEADLINES[name] if key in summary)
+    run.reporter.finish("held out: " + "  ".join(told))
     return summary
 
 

@@ -1,7 +1,7 @@
 """The embedded task: a small world of people who ask strangers for advice, as a TFDS data set written from a seed.
 
 A post tells who did what, how it felt and what is asked (the hidden record, whose words are in `rewards/gold.py`),
-among remarks that use other words of the same lists: "years ago my uncle sold my bike .". Labels come from writers of
+with a remark that uses other words of the same lists: "years ago my uncle sold my bike .". Labels come from writers of
 mixed skill, so imitating them leaves reinforcement learning something to gain:
 
     writer     share  what is written                                gold: mean   sd
@@ -12,7 +12,7 @@ mixed skill, so imitating them leaves reinforcement learning something to gain:
     vague        .15  one slot or none                                      .13  .13
     all         1.00                                                        .65  .32
 
-A pair is two such summaries of one post. The judge sees gold through noise, which flips 8% of the pairs.
+A pair is two such summaries of one post. The judge sees gold through noise, which flips 6% of the pairs.
 """
 
 import contextlib
@@ -38,7 +38,7 @@ FEATURES = {
     "prompts": ("prompt", "record"),
 }
 SPLITS = ("train", "validation")
-NOISE = 0.13  # tau of the judge, who prefers a to b with probability sigmoid((gold(a) - gold(b)) / tau)
+NOISE = 0.1  # tau of the judge, who prefers a to b with probability sigmoid((gold(a) - gold(b)) / tau)
 
 SUBREDDITS = ("advice", "family", "people", "home", "today", "help")
 TITLES = (
@@ -194,7 +194,7 @@ class Config(tfds.core.BuilderConfig):
 class World(tfds.core.GeneratorBasedBuilder, skip_registration=True):
     """The world as TFDS knows it: every feature is text, `record` as JSON."""
 
-    VERSION = tfds.core.Version("1.1.0")  # goes up with every change of the rows, or old ones would be read again
+    VERSION = tfds.core.Version("1.2.0")  # goes up with every change of the rows, or old ones would be read again
 
     def _info(self) -> tfds.core.DatasetInfo:
         texts = {name: tfds.features.Text() for name in FEATURES[self.builder_config.kind]}

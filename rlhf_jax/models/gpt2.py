@@ -1,7 +1,7 @@
 """GPT-2 (Radford et al. 2019): tokens, mask, cache -> hidden states, cache. Parameters are a plain nested dict.
 
-    {"wte": {"embedding": [V, D]}, "wpe": {"embedding": [context, D]}, "ln_f": {"scale", "bias"},
-     "h_0": {"ln_1", "attn": {"qkv": [D, 3HK], "out": [HK, D]}, "ln_2", "mlp": {"fc": [D, F], "proj": [F, D]}}, ...}
+{"wte": {"embedding": [V, D]}, "wpe": {"embedding": [context, D]}, "ln_f": {"scale", "bias"},
+ "h_0": {"ln_1", "attn": {"qkv": [D, 3HK], "out": [HK, D]}, "ln_2", "mlp": {"fc": [D, F], "proj": [F, D]}}, ...}
 """
 
 import dataclasses

@@ -101,19 +101,19 @@ def test_a_tie_is_redrawn_whole(monkeypatch):
 
 @pytest.mark.parametrize("better_first", [True, False])
 def test_the_judge_flips_a_pair_by_bradley_terry(monkeypatch, better_first):
-    # gold 1/2 against 1/4: flipped with probability 1 / (1 + exp(.25 / .13)) = .1275
+    # gold 1/2 against 1/4: flipped with probability 1 / (1 + exp(.25 / .1)) = .0759
     drawn = ["sister leave", "sister"] if better_first else ["sister", "sister leave"]
     summaries = iter(drawn * 4000)
     monkeypatch.setattr(world, "write_summary", lambda record, remarked, rng: next(summaries))
     rng = Random(0)
     flipped = sum(world.write_pair(RECORD, {}, rng)[0] == "sister" for _ in range(4000))
-    assert flipped / 4000 == pytest.approx(0.1275, abs=0.015)  # 3 standard errors
+    assert flipped / 4000 == pytest.approx(0.0759, abs=0.013)  # 3 standard errors
 
 
-def test_a_tenth_of_all_pairs_is_flipped():
+def test_a_few_of_all_pairs_are_flipped():
     pairs = [(row["record"], row["chosen"], row["rejected"]) for row in rows("preferences", count=3000)]
     flipped = sum(gold.score(record, chosen) < gold.score(record, rejected) for record, chosen, rejected in pairs)
-    assert 0.08 < flipped / len(pairs) < 0.12
+    assert 0.04 < flipped / len(pairs) < 0.08
 
 
 # The same rows again, and never the same twice
@@ -122,7 +122,7 @@ def test_a_tenth_of_all_pairs_is_flipped():
 def test_the_rows_of_a_version_never_change():
     # Another digest means other rows: raise World.VERSION, or data sets prepared before would be read for them.
     text = json.dumps([rows(kind, split, count=200) for kind in world.FEATURES for split in world.SPLITS])
-    assert (str(world.World.VERSION), hashlib.sha256(text.encode()).hexdigest()[:16]) == ("1.1.0", "e49c91a51eddebf8")
+    assert (str(world.World.VERSION), hashlib.sha256(text.encode()).hexdigest()[:16]) == ("1.2.0", "c6532598a6610c50")
 
 
 def test_kinds_splits_and_seeds_have_their_own_posts():
