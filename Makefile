@@ -8,7 +8,7 @@ demo: .venv/installed  ## the main job on the embedded task: fine-tuning, reward
 	$(PY) experiments/ppo_summarize.py --config=configs/ppo_summarize.py --workdir=runs/demo
 
 test: .venv/installed-test  ## the whole suite
-	$(PY) -m pytest -q -n 2
+	$(PY) -m pytest -q -n 2 --dist loadfile
 
 lint: .venv/installed-test
 	$(PY) -m ruff check .

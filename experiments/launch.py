@@ -29,7 +29,7 @@ def _parse(argv):
     try:
         rest = flags.FLAGS(argv)
         for name in ("config", "workdir"):
-            if flags.FLAGS[name].value is None:
+            if not flags.FLAGS[name].value:
                 raise InputError(f"--{name}: expected, got none")
         if rest[1:]:
             raise InputError(f"{rest[1]}: expected only --flags")

@@ -72,4 +72,4 @@ def accumulate(grad_fn, batch, weights, microbatches):
 
 def norm(grads):
     """Global norm of a gradient pytree, before clipping."""
-    return optax.global_norm(grads)
+    return optax.tree.norm(grads)

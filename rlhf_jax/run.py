@@ -90,8 +90,8 @@ class Run:
     def tokenizer(self):
         """The workdir's tokenizer; made from the config, and kept, the first time."""
         folder = self.workdir / "text"
-        if folder.exists():
-            return text.load(folder)
+        if any((self.workdir / stage / "config.json").exists() for stage in STAGES):
+            return text.load(folder)  # of this config: the stages' were compared with it
         config = self.config.text
         if config.kind == "gpt2":
             if not config.path:
@@ -99,7 +99,10 @@ class Run:
             tokenizer = gpt2.from_files(config.path)
         else:
             texts = [f"{row['prompt']} {row['label']}" for row in self.rows("sft")[0]]
-            tokenizer = bpe.train(texts, config.vocab_size) if config.kind == "bpe" else char.train(texts)
+            try:
+                tokenizer = bpe.train(texts, config.vocab_size) if config.kind == "bpe" else char.train(texts)
+            except InputError as error:
+                raise InputError(f"text.{error}") from None
         try:
             tokenizer.save(folder)
         except OSError as error:
@@ -115,10 +118,10 @@ class Run:
     def arrays(self, kind):
         """(train, held-out) arrays, as data/batches.py makes them. What had to be cut or skipped is said."""
         data = self.config.data
-        encode, lengths = {
-            "sft": (batches.encode_sft, {"response_length": data.response_length}),
-            "preferences": (batches.encode_pairs, {"response_length": data.response_length}),
-            "prompts": (batches.encode_prompts, {}),
+        stage, encode, lengths = {
+            "sft": ("sft", batches.encode_sft, {"response_length": data.response_length}),
+            "preferences": ("reward", batches.encode_pairs, {"response_length": data.response_length}),
+            "prompts": ("ppo", batches.encode_prompts, {}),
         }[kind]
         sides = []
         for side, rows in zip(("train", "held out"), self.rows(kind), strict=True):
@@ -127,6 +130,9 @@ class Run:
             told = ", ".join(f"{count} {what.replace('_', ' ')}" for what, count in counts.items() if count)
             self.reporter.note(f"{source}: {told}")
             sides.append(arrays)
+        rows, batch = len(sides[0]["index_N"]), getattr(self.config, stage).batch
+        if batch > rows:
+            raise InputError(f"{stage}.batch: expected at most {rows}, the training rows of data.{kind}, got {batch}")
         return tuple(sides)
 
     def asked(self, kind):
@@ -148,9 +154,12 @@ class Run:
         """The policy before fine-tuning: random, or the Hugging Face GPT-2 weights in the file model.init."""
         model = self.apply.policy
         if not self.config.model.init:
-            return model.init(self.key("policy init"))
+            return jax.jit(model.init)(self.key("policy init"))
         arrays = hf.read(self.config.model.init)
         ids = next((len(array) for name, array in arrays.items() if name.endswith("wte.weight")), 0)
+        if ids > model.config.vocab_size:
+            expected = f"at most the tokenizer's {model.config.vocab_size} ids"
+            raise InputError(f"model.init: expected {expected}, got a token embedding of {ids} rows")
         params = hf.from_hf(arrays, dataclasses.replace(model.config, vocab_size=ids))
         # PAD and what else the checkpoint has no row for starts as the mean row: a row of zeros would have logit 0,
         # which is far above all others in GPT-2.

@@ -33,6 +33,9 @@ def summarize(run):
     """The whole job, fine-tuning -> reward model -> PPO, without what is finished already: the run's summary."""
     began = time.monotonic()
     stages = {"sft": sft, "reward": reward, "ppo": ppo}
+    if all(map(run.finished, stages)) and (run.workdir / "summary.json").exists():
+        run.reporter.note(f"finished with this config: {run.workdir / 'summary.json'}")
+        return json.loads((run.workdir / "summary.json").read_text())
     for kind in ("sft", "preferences", "prompts"):
         run.arrays(kind)  # a bad row is found now, not when its stage begins
     for name, stage in stages.items():
@@ -58,7 +61,7 @@ def sft(run):
     tx = optim.adamw(config, config.steps)
     state = supervised.init(run.policy_init(), run.key("sft"), tx=tx)
     step = jax.jit(functools.partial(supervised.step, config=config, apply=apply, tx=tx), donate_argnums=0)
-    logprobs = jax.jit(functools.partial(supervised.logprobs, config=config, apply=apply))
+    logprobs = jax.jit(functools.partial(supervised.token_logprobs, config=config, apply=apply))
     sampling = run.sampling(run.config.evaluation.temperature)
 
     @jax.jit
@@ -98,7 +101,6 @@ def reward(run):
     state = preference.init(apply.scalar.init(run.key("reward head"), policy), run.key("reward"), tx=tx)
     step = jax.jit(functools.partial(preference.step, config=config, apply=apply, tx=tx), donate_argnums=0)
     scores = jax.jit(functools.partial(preference.scores, apply=apply))
-    normalizer = {}
 
     @jax.jit
     def score(reward, batch):
@@ -109,8 +111,8 @@ def reward(run):
         """Reference summaries score mean 0 and standard deviation 1 from here on."""
         scores_N = run.over(references, lambda batch: score(state.reward, batch))
         mean, std = float(np.mean(scores_N)), float(np.std(scores_N))
-        normalizer.update({"reward/reference_mean": mean, "reward/reference_std": std})
-        return state.replace(reward=apply.scalar.normalize(state.reward, mean, std))
+        numbers = {"reward/reference_mean": mean, "reward/reference_std": std}
+        return state.replace(reward=apply.scalar.normalize(state.reward, mean, std)), numbers
 
     def evaluate(state):
         chosen_N, rejected_N = run.over(held_out, lambda batch: scores(state.reward, batch))
@@ -129,7 +131,7 @@ def reward(run):
     _, numbers, (ci95, samples) = _train(
         run, "reward", state, train, step_fn=step, evaluate=evaluate, complete=normalize
     )
-    numbers |= {"reward/accuracy_ci95": ci95} | normalizer
+    numbers |= {"reward/accuracy_ci95": ci95}
     return _finish(run, "reward", began, numbers, samples, draw)
 
 
@@ -146,6 +148,7 @@ def ppo(run):
     asked = run.asked("prompts")
     tx = optim.adamw(config, config.steps * config.epochs * config.minibatches)
     state = ppo_algorithm.init(policy, value, reward, run.key("ppo"), config=config, tx=tx)
+    state = sharding.replicate(state, run.mesh)  # before the first measurement, which would be compiled twice otherwise
     sampling = run.sampling(config.temperature)
 
     @jax.jit
@@ -276,10 +279,11 @@ def _row_keys(run, batch):
     return jax.vmap(jax.random.fold_in, (None, 0))(run.key("evaluation"), batch["index_B"])
 
 
-def _train(run, name, state, arrays, *, step_fn, evaluate, complete=lambda state: state):
-    """The loop of one stage in its folder, from its last checkpoint if it has one: (state, *evaluate(state)).
+def _train(run, name, state, arrays, *, step_fn, evaluate, complete=lambda state: (state, {})):
+    """The loop of one stage in its folder, from its last checkpoint if it has one: (state, numbers, details).
 
-    `complete(state)` is applied after the last step, before the last evaluation and checkpoint.
+    numbers and details are evaluate's of the last state. complete(state) -> (state, numbers) is applied after the last
+    step, before that evaluation and the last checkpoint.
     """
     config = getattr(run.config, name)
     folder = run.open(name)
@@ -297,11 +301,16 @@ def _train(run, name, state, arrays, *, step_fn, evaluate, complete=lambda state
             parts = {"checkpoints": checkpoints, "log": log, "reporter": run.reporter, "stop": stop}
             state = loop.run(state, feed, config=config, step_fn=step_fn, evaluate=evaluate, **parts)
             if saved == config.steps:  # it was stopped between its last checkpoint and its summary
-                return state, *evaluate(state)
-            state = complete(state)
+                numbers, details = evaluate(state)
+                logged = metrics.read(folder / "metrics.jsonl")[-1]
+                return state, {name: logged[name] for name in logged if "/" in name} | numbers, details
+            state, told = complete(state)
             numbers, details = evaluate(state)
+            numbers |= told
             loop.record(config.steps, numbers, log, run.reporter)
             checkpoints.save(config.steps, state, feed.get_state())
+            if stop():
+                raise loop.Stopped(f"stopped after the last step of {name}; the same command goes on from there")
             return state, numbers, details
 
 

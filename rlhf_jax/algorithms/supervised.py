@@ -6,7 +6,7 @@ import jax
 import jax.numpy as jnp
 
 from rlhf_jax import optim
-from rlhf_jax.ops import losses
+from rlhf_jax.ops import logprobs, losses
 from rlhf_jax.train_state import TrainState
 
 
@@ -34,7 +34,8 @@ def tokens(batch, loss_on):
     real_BT = jnp.concatenate([batch["prompt_mask_BP"], batch["response_mask_BR"]], axis=1).astype(bool)
     in_loss_BT = real_BT.at[:, : batch["prompt_BP"].shape[1]].set(False) if loss_on == "response" else real_BT
     # The first real token of a row has nothing before it to be predicted from.
-    predicted_BT = in_loss_BT[:, 1:] & real_BT[:, :-1]
+    count = tokens_BT.shape[1] - 1
+    predicted_BT = in_loss_BT[:, -count:] & logprobs.before(real_BT, count)
     return tokens_BT, real_BT, predicted_BT
 
 
@@ -46,7 +47,7 @@ def loss(policy, batch, *, config, apply, dropout_key=None):
     return value, {"sft/loss": value}
 
 
-def logprobs(policy, batch, *, config, apply):
+def token_logprobs(policy, batch, *, config, apply):
     """(log-probs [B, T - 1], which of them the loss counts): what a held-out loss is summed from."""
     tokens_BT, real_BT, mask_BT = tokens(batch, config.loss_on)
     return apply.policy.logprobs(policy, tokens_BT, real_BT, mask_BT.shape[1]), mask_BT

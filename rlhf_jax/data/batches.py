@@ -36,9 +36,9 @@ def encode_prompts(
     prompts = [row["prompt"] for row in rows]
     prompt_NP = np.full((len(rows), prompt_length), tokenizer.pad_id, np.int32)
     cut_prompts = 0
-    for i, ids in enumerate(_encode(prompts, tokenizer, source, "prompt")):
+    for i, ids in enumerate(_encode(prompts, tokenizer, rows, source, "prompt")):
         if len(ids) > prompt_length:
-            with _naming(source, i, "prompt"):
+            with _naming(rows, i, source, "prompt"):
                 ids, _ = tldr.fit(prompts[i], tokenizer, prompt_length)
             cut_prompts += 1
         prompt_NP[i, prompt_length - len(ids) :] = ids
@@ -130,7 +130,7 @@ def _encode_answered(
     for column, name in responses.items():
         texts = [tldr.completion(row[column]) for row in rows]
         response_NR = np.full((len(rows), response_length), tokenizer.pad_id, np.int32)
-        for i, ids in enumerate(_encode(texts, tokenizer, source, column)):
+        for i, ids in enumerate(_encode(texts, tokenizer, rows, source, column)):
             if len(ids) < response_length:
                 response_NR[i, : len(ids) + 1] = [*ids, tokenizer.eos_id]
             else:
@@ -143,24 +143,26 @@ def _encode_answered(
     return arrays, counts | {"skipped_labels": int(np.sum(~fits_N))}
 
 
-def _encode(texts: list[str], tokenizer: Tokenizer, source: str, column: str) -> Iterator[list[int]]:
+def _encode(texts: list[str], tokenizer: Tokenizer, rows: list[dict], source: str, column: str) -> Iterator[list[int]]:
     for start in range(0, len(texts), CHUNK):
         chunk = texts[start : start + CHUNK]
         try:
             yield from tokenizer.encode_batch(chunk)
         except InputError:
             for i, text in enumerate(chunk, start):  # one by one, to name the row
-                with _naming(source, i, column):
+                with _naming(rows, i, source, column):
                     tokenizer.encode(text)
             raise
 
 
 @contextlib.contextmanager
-def _naming(source: str, i: int, column: str) -> Iterator[None]:
+def _naming(rows: list[dict], i: int, source: str, column: str) -> Iterator[None]:
+    """Names the row in an InputError: by file and line where it was read from one (data/files.py), else by number."""
     try:
         yield
     except InputError as error:
-        raise InputError(f"{source} row {i + 1}: {column}: {error}") from None
+        where = getattr(rows[i], "where", f"row {i + 1}")
+        raise InputError(f"{source} {where}: {column}: {error}") from None
 
 
 def take(arrays: Arrays, index_B: np.ndarray) -> Arrays:

@@ -12,6 +12,14 @@ import pyarrow.parquet
 from rlhf_jax.errors import InputError
 
 
+class Row(dict):
+    """The texts of a row by column, and `where` in the file it is: "pairs.jsonl:17"."""
+
+    def __init__(self, texts: dict[str, str], where: str):
+        super().__init__(texts)
+        self.where = where
+
+
 def read(path: str | os.PathLike, columns: tuple[str, ...]) -> list[dict[str, str]]:
     """The rows of the file, with these columns and no other; every value has something to read in it.
 
@@ -23,7 +31,7 @@ def read(path: str | os.PathLike, columns: tuple[str, ...]) -> list[dict[str, st
     if reader is None:
         raise InputError(f"{path}: expected a file that ends in {', '.join(readers)}")
     try:
-        rows = [_checked(row, where) for where, row in reader(path, columns)]
+        rows = [Row(_checked(row, where), where) for where, row in reader(path, columns)]
     except OSError as error:
         raise InputError(f"{path}: {error.strerror}") from None
     if not rows:

@@ -39,7 +39,10 @@ def load(kind, config, seed):
         sizes = {"train": getattr(config, f"world_{kind}"), "validation": config.world_held_out}
         folder = config.cache or _cache_folder()
         load_split = functools.partial(world.load, kind, seed=config.world_seed, data_dir=folder, **sizes)
-        return tuple(load_split(split=split) for split in world.SPLITS)
+        try:
+            return tuple(load_split(split=split) for split in world.SPLITS)
+        except InputError as error:
+            raise InputError(str(error).replace("data_dir:", "data.cache:")) from None
     if kind == "prompts" and not config.prompts:
         return load("sft", config, seed)
     path = getattr(config, kind)

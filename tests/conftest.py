@@ -1,0 +1,133 @@
+"""What the tests share: float64, the golden numbers, a policy to do by hand, and the smallest real models."""
+
+import json
+import os
+import re
+from math import prod
+from pathlib import Path
+
+import hypothesis
+import jax
+import jax.numpy as jnp
+import pytest
+
+from rlhf_jax.models import gpt2, heads
+from rlhf_jax.rollout import Apply
+
+DATA = Path(os.environ.get("RLHF_JAX_DATA", Path(__file__).parents[2] / "shared" / "data"))
+
+# Compiling is most of the time: a second run takes a fifth of the first, and equal programs compile once in a run.
+CACHE = Path(os.environ.get("XDG_CACHE_HOME", Path.home() / ".cache")) / "rlhf_jax" / "compiled"
+jax.config.update("jax_compilation_cache_dir", str(CACHE))
+jax.config.update("jax_persistent_cache_min_compile_time_secs", 0)
+jax.config.update("jax_persistent_cache_min_entry_size_bytes", -1)
+
+
+def pytest_configure(config):
+    # A run that was killed while it wrote may leave half an entry. JAX compiles again, and says so.
+    config.addinivalue_line("filterwarnings", "ignore:Error (reading|writing) persistent compilation cache entry")
+
+
+# The first example compiles, which no deadline allows for; and a failure must be the same on every machine.
+hypothesis.settings.register_profile("jax", deadline=None, derandomize=True, max_examples=50)
+hypothesis.settings.load_profile("jax")
+
+
+@pytest.fixture
+def float64():
+    """Arrays made in the test are float64."""
+    with jax.enable_x64(True):
+        yield
+
+
+@pytest.fixture(scope="session")
+def goldens():
+    """Float64 values of the PPO mathematics, computed by others."""
+    path = DATA / "goldens" / "ppo_maths.json"
+    if not path.exists():
+        pytest.skip("the shared golden file ppo_maths.json is not here")
+    return json.loads(path.read_text())
+
+
+class Bigram(heads.LanguageModel):
+    """A policy to do by hand: params[v] are the logits of the token after token v, whatever stood before it."""
+
+    def __init__(self):
+        super().__init__(config=None)
+
+    def hidden(self, params, tokens_BT, mask_BT, dropout_key=None):
+        return params[tokens_BT]
+
+    def logits(self, params, hidden):
+        return hidden
+
+    def prefill(self, params, tokens_BP, mask_BP, slots):
+        return params[tokens_BP[:, -1]], ()
+
+    def decode(self, params, token_B, mask_B, cache):
+        return params[token_B], cache
+
+
+@pytest.fixture(scope="session")
+def bigram():
+    return Bigram()
+
+
+# heads * head_size is not the width, and no other size is the vocabulary's: an array that has it shows.
+TINY = gpt2.Config(layers=2, heads=2, head_size=7, width=16, context=40, vocab_size=29)
+CHUNK = 8  # tokens projected on the vocabulary at a time, fewer than any batch has
+
+
+@pytest.fixture(scope="session")
+def apply():
+    """A GPT-2 of 2 layers and width 16: (policy, scalar). Ids are 0 to 28; the tests take 0 as PAD and 1 as EOS."""
+    return Apply(heads.LanguageModel(TINY, chunk=CHUNK), heads.ScalarModel(TINY))
+
+
+@pytest.fixture(scope="session")
+def policy(apply):
+    """Parameters far from their small start, where all tokens are about as likely: here they differ."""
+    return spread(init(apply.policy, jax.random.key(0)), jax.random.key(1))
+
+
+@pytest.fixture(scope="session")
+def reference(apply):
+    return spread(init(apply.policy, jax.random.key(2)), jax.random.key(3))
+
+
+@pytest.fixture(scope="session")
+def scalar(apply, policy):
+    """Parameters of a reward or value model."""
+    head = apply.scalar.init(jax.random.key(4), policy)
+    return head | {"trunk": spread(init(apply.policy, jax.random.key(5)), jax.random.key(6))}
+
+
+init = jax.jit(heads.LanguageModel.init, static_argnums=0)
+
+
+@jax.jit
+def spread(params, key):
+    leaves, tree = jax.tree.flatten(params)
+    keys = jax.random.split(key, len(leaves))
+    return tree.unflatten([x + 0.3 * jax.random.normal(k, x.shape) for x, k in zip(leaves, keys, strict=True)])
+
+
+@pytest.fixture(scope="session")
+def prompts():
+    """Six prompts of 1 to 6 tokens, left-padded with 0: (prompt_BP, prompt_mask_BP)."""
+    prompt_BP = jax.random.randint(jax.random.key(7), (6, 6), 2, TINY.vocab_size)
+    mask_BP = jnp.arange(6) >= jnp.arange(6)[:, None]
+    return jnp.where(mask_BP, prompt_BP, 0), mask_BP
+
+
+@pytest.fixture(scope="session")
+def most_tokens():
+    """A function of a program's text: the most tokens that any of its arrays has the tiny vocabulary for."""
+
+    def most_tokens(program):
+        shapes = [re.split("[x,]", sizes) for sizes in re.findall(r"[<\[](\d+(?:[x,]\d+)*)", program)]
+        shapes = [[int(size) for size in shape] for shape in shapes]
+        embedding = sorted((TINY.vocab_size, TINY.width))
+        return max(prod(s) // TINY.vocab_size for s in shapes if TINY.vocab_size in s and sorted(s) != embedding)
+
+    return most_tokens

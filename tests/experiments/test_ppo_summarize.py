@@ -1,0 +1,205 @@
+"""The commands as a person runs them: what they say of bad input, and a run that is stopped and goes on."""
+
+import json
+import subprocess
+import sys
+import types
+from pathlib import Path
+
+import pytest
+
+from rlhf_jax.data.tldr import format_query
+
+ROOT = Path(__file__).parents[2]
+PPO, REWARD, SFT = (f"experiments/{name}_summarize.py" for name in ("ppo", "reward", "sft"))
+
+# Imports once what takes seconds to import, then runs a command line in a fork of itself for each line it reads.
+FORKS = """
+import json, os, runpy, sys, tempfile
+sys.path.insert(0, "experiments")
+import launch, rlhf_jax.stages
+for line in sys.stdin:
+    with tempfile.TemporaryFile("w+") as out, tempfile.TemporaryFile("w+") as err:
+        if not (child := os.fork()):
+            os.dup2(out.fileno(), 1)
+            os.dup2(err.fileno(), 2)
+            sys.argv = json.loads(line)
+            runpy.run_path(sys.argv[0], run_name="__main__")
+            sys.exit()
+        code = os.waitstatus_to_exitcode(os.waitpid(child, 0)[1])
+        texts = [file.seek(0) or file.read() for file in (out, err)]
+        print(json.dumps([code, *texts]), flush=True)
+"""
+
+
+@pytest.fixture(scope="module")
+def small(tmp_path_factory):
+    """Flags of the smallest run."""
+    fields = {"data.cache": tmp_path_factory.mktemp("world"), "data.prompt_length": 48, "evaluation.prompts": 4}
+    fields |= {"data.world_sft": 40, "data.world_preferences": 40, "data.world_prompts": 40, "data.world_held_out": 8}
+    fields |= {"model.layers": 1, "model.width": 16, "model.heads": 2, "model.head_size": 8}
+    for stage in "sft", "reward", "ppo":
+        fields |= {f"{stage}.steps": 2, f"{stage}.batch": 4}
+    return ["--config=configs/ppo_summarize.py", *(f"--config.{field}={value}" for field, value in fields.items())]
+
+
+@pytest.fixture(scope="module")
+def command(small):
+    """command(flags) -> its exit code and what it wrote. The flags come after those of the smallest run."""
+    with subprocess.Popen(
+        [sys.executable, "-c", FORKS], cwd=ROOT, text=True, stdin=subprocess.PIPE, stdout=subprocess.PIPE
+    ) as forks:
+
+        def run(*flags, script=PPO, before=small):
+            print(json.dumps([script, *before, *flags]), file=forks.stdin, flush=True)
+            code, out, err = json.loads(forks.stdout.readline())
+            return types.SimpleNamespace(code=code, out=out, err=err)
+
+        yield run
+
+
+def assert_refused(result, *words):
+    """One line that has these words, and exit code 2."""
+    assert (result.code, result.err.count("\n")) == (2, 1), result.err
+    assert result.err.startswith("ppo_summarize.py: ") and "Traceback" not in result.err
+    for word in words:
+        assert word in result.err
+
+
+def on_disk(folder):
+    return {path: path.read_bytes() for path in folder.rglob("*") if path.is_file()}
+
+
+@pytest.mark.parametrize(
+    ("flag", "words"),
+    [
+        ("--confg.ppo.steps=3", ["confg.ppo.steps"]),
+        ("--seed=3", ["seed"]),
+        ("--config.ppo.kl_coeff=1", ["kl_coeff", 'Did you mean "kl_coef"']),
+        ("--config.pppo.steps=1", ["pppo", 'Did you mean "ppo"']),
+        ("--config.ppo.steps=many", ["--config.ppo.steps=many"]),
+        ("--config.ppo.steps=1.5", ["--config.ppo.steps=1.5"]),
+        ("--config.ppo.lr=fast", ["--config.ppo.lr=fast"]),
+        ("--config.ppo.whiten_rewards=maybe", ["--config.ppo.whiten_rewards=maybe"]),
+        ("--config.data.response_length=80", ["model.context: expected at least", "= 128"]),
+        ("--config.sft.microbatches=3", ["sft.batch: expected a multiple of", "got 4"]),
+        ("--config.ppo.top_k=5", ["ppo.top_k: expected 0 in training (a rollout draws from", "got 5"]),
+        ("--config.ppo.top_p=0.9", ["ppo.top_p: expected 1 in training (a rollout draws from", "got 0.9"]),
+        ("--config.text.kind=words", ["text.kind: expected gpt2 or bpe or char, got 'words'"]),
+        ("--config.data.sft=no.jsonl", ["missing files: data.sft = 'no.jsonl'"]),
+        ("--config.data.source=files", ["data.sft: expected a .jsonl, .csv or .parquet file"]),
+        ("--config.data.prompt_length=9", ["data.sft", "prompt: expected at most 9 tokens, got"]),
+        ("--config.seed=99999999999999999999", ["seed"]),
+        ("--config.text.vocab_size=9", ["text.vocab_size: expected at least 258"]),
+        ("--config.data.world_sft=0", ["data.world_sft: expected at least 1 row"]),
+        ("stray", ["stray: expected only --flags"]),
+    ],
+)
+def test_a_flag_that_cannot_be_is_one_line(flag, words, command, tmp_path):
+    assert_refused(command(f"--workdir={tmp_path}/run", flag), *words)
+    assert not (tmp_path / "run" / "sft").exists()
+
+
+@pytest.mark.parametrize(
+    ("flags", "words"),
+    [
+        (["--config=configs/ppo_summarize.py:tinny"], ["tinny: expected tiny, files, gpt2"]),
+        (["--config=configs/no.py"], ["configs/no.py"]),
+        ([], ["--config: expected"]),
+        (["--config=configs/ppo_summarize.py:files"], ["data.sft: expected a .jsonl, .csv or .parquet file"]),
+        (["--config=configs/ppo_summarize.py:gpt2"], ["missing files: model.init = ", "text.path = ", "data.sft = "]),
+    ],
+)
+def test_a_config_that_cannot_be_is_one_line(flags, words, command, tmp_path):
+    assert_refused(command(f"--workdir={tmp_path}/run", *flags, before=[]), *words)
+    assert not (tmp_path / "run").exists()
+
+
+@pytest.mark.parametrize("flags", [[], ["--workdir="]])
+def test_a_run_needs_a_workdir(flags, command):
+    """An empty one would be the folder that the command was started in."""
+    impossible = "--config.ppo.top_k=5"  # should it get further, it gets no further than this
+    assert_refused(command(*flags, impossible), "--workdir: expected")
+
+
+def test_a_workdir_that_cannot_be_written_is_one_line(command, tmp_path):
+    (tmp_path / "file").write_text("in the way")
+    assert_refused(command(f"--workdir={tmp_path}/file/run"), f"workdir: cannot write {tmp_path}/file/run", "directory")
+    assert on_disk(tmp_path) == {tmp_path / "file": b"in the way"}
+
+
+ROWS = [{"prompt": format_query("s", "t", f"post {i}"), "label": f"label {i}"} for i in range(20)]
+
+
+@pytest.mark.parametrize(
+    ("row", "words"),
+    [
+        ('{"prompt": "a", "label": ', "expected a JSON object"),
+        ('{"prompt": "a"}', "expected a column 'label'"),
+        ('{"prompt": "a", "label": " "}', "label: expected text, got an empty one"),
+        ('{"prompt": "a", "label": 3}', "label: expected text, got int"),
+    ],
+)
+def test_a_bad_row_is_named_with_its_file(row, words, command, tmp_path):
+    lines = [json.dumps(row) for row in ROWS]
+    lines[16] = row
+    (tmp_path / "sft.jsonl").write_text("\n".join(lines))
+    files = ["--config.data.source=files", f"--config.data.sft={tmp_path}/sft.jsonl", "--config.text.kind=char"]
+    result = command(f"--workdir={tmp_path}/run", *files)
+    assert_refused(result, f"data.sft: {tmp_path}/sft.jsonl:17: ", words)
+    assert not (tmp_path / "run").exists()
+
+
+def test_a_number_that_is_not_finite_ends_the_run(command, tmp_path):
+    result = command(f"--workdir={tmp_path}", "--config.sft.lr=1e38", "--config.sft.steps=9", script=SFT)
+    assert (result.code, result.err.count("\n")) == (4, 1), result.err
+    assert result.err.startswith("sft_summarize.py: step ") and "sft/loss" in result.err
+    assert (tmp_path / "sft" / "metrics.jsonl").read_text().splitlines()[-1].count("null")
+    assert not (tmp_path / "sft" / "summary.json").exists()
+
+
+@pytest.fixture(scope="module")
+def stopped(small, tmp_path_factory):
+    """Fine-tuning that was asked to stop in its first step: the command, its workdir and how it ended."""
+    workdir = tmp_path_factory.mktemp("run")
+    line = [sys.executable, SFT, f"--workdir={workdir}", *small]
+    with subprocess.Popen(line, cwd=ROOT, text=True, stdout=subprocess.PIPE, stderr=subprocess.PIPE) as process:
+        said = []
+        for text in process.stdout:
+            said.append(text)
+            if text.startswith("sft  0/2"):
+                process.terminate()
+        err = process.stderr.read()
+    return types.SimpleNamespace(line=line, workdir=workdir, code=process.returncode, out="".join(said), err=err)
+
+
+def test_a_run_that_is_asked_to_stop_saves_and_says_so(stopped):
+    assert stopped.code == 3
+    assert stopped.err == "sft_summarize.py: stopped after step 1 of 2; the same command goes on from there\n"
+
+
+def test_a_run_that_was_stopped_goes_on_to_the_end(stopped, command):
+    """Stage by stage, each command after the other; what is there is not done again."""
+    workdir = f"--workdir={stopped.workdir}"
+    again = subprocess.run(stopped.line, cwd=ROOT, text=True, capture_output=True)
+    assert (again.returncode, again.stderr) == (0, "")
+    assert "sft: goes on after step 1" in again.stdout
+    assert command(workdir, script=REWARD).code == 0
+    result = command(workdir)
+    assert (result.code, result.err) == (0, "")
+    assert "sft: finished with this config, skipped\nreward: finished with this config, skipped\n" in result.out
+    assert "data.prompts, train: 40 rows, " in result.out and " cut prompts\n" in result.out
+    assert not [text for text in (again.stdout, result.out) if "\x1b" in text or "\r" in text]  # not a terminal
+    summary = json.loads((stopped.workdir / "summary.json").read_text())
+    assert {"seconds", "seed", "sft/gold", "reward/accuracy", "ppo/gold_ci95", "ppo/win_rate"} <= summary.keys()
+    before = on_disk(stopped.workdir)
+    assert_refused(command(workdir, "--config.sft.lr=0.5"), "workdir: ", "was made with sft.lr = 0.002, not 0.5")
+    assert on_disk(stopped.workdir) == before
+
+
+def test_the_reward_model_needs_the_fine_tuned_policy(command, tmp_path):
+    result = command(f"--workdir={tmp_path}", script=REWARD)
+    assert (result.code, result.err) == (
+        2,
+        f"reward_summarize.py: workdir: expected a finished sft stage in {tmp_path}/sft; run it first\n",
+    )

@@ -1,0 +1,177 @@
+import dataclasses
+from functools import partial
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+
+from rlhf_jax.models import gpt2
+from rlhf_jax.models.heads import LanguageModel
+
+PAD = 0
+
+
+@pytest.fixture(scope="module")
+def sequences(apply):
+    """Rows of 1, 4 and 7 real tokens, left-padded: (tokens_BT, mask_BT)."""
+    tokens_BT = jax.random.randint(jax.random.key(0), (3, 7), 1, apply.policy.config.vocab_size)
+    mask_BT = jnp.arange(7) >= jnp.array([[6], [3], [0]])
+    return jnp.where(mask_BT, tokens_BT, PAD), mask_BT
+
+
+@pytest.fixture(scope="module")
+def logits(apply, policy):
+    """(tokens_BT, mask_BT) -> logits_BTV."""
+    return jax.jit(lambda tokens, mask: apply.policy.logits(policy, apply.policy.hidden(policy, tokens, mask)))
+
+
+def left(x_BT, columns, fill):
+    return jnp.pad(x_BT, ((0, 0), (columns, 0)), constant_values=fill)
+
+
+def test_the_models_of_these_tests_tell_tokens_apart(logits, sequences):
+    """Or else padding and order could not change a thing."""
+    tokens_BT, mask_BT = sequences
+    logits_BTV = logits(tokens_BT, mask_BT)
+    assert logits_BTV.std(axis=-1).min() > 0.5
+    swapped_BT = tokens_BT.at[:, [-3, -2]].set(tokens_BT[:, [-2, -3]])
+    assert jnp.abs(logits(swapped_BT, mask_BT) - logits_BTV)[2, -1].max() > 0.05
+
+
+@pytest.mark.parametrize("columns, fill", [(1, PAD), (5, PAD), (33, PAD), (5, 17)])
+def test_left_padding_changes_no_logits(columns, fill, logits, sequences):
+    """invariant 1: of real tokens, whatever stands in the padding; 7 + 33 columns fill the context."""
+    tokens_BT, mask_BT = sequences
+    expected = logits(tokens_BT, mask_BT)[mask_BT]
+    actual = logits(left(tokens_BT, columns, fill), left(mask_BT, columns, 0))[:, columns:][mask_BT]
+    np.testing.assert_allclose(actual, expected, rtol=0, atol=1e-5)
+
+
+def test_a_padded_row_is_as_if_alone(logits, sequences):
+    """invariant 1: position ids count real tokens only."""
+    tokens_BT, mask_BT = sequences
+    alone = logits(tokens_BT[1:2, 3:], jnp.ones((1, 4), bool))
+    np.testing.assert_allclose(logits(tokens_BT, mask_BT)[1, 3:], alone[0], rtol=0, atol=1e-5)
+
+
+def test_right_padding_changes_no_logits(logits, sequences):
+    """invariant 1: nor do the columns after a response that has ended."""
+    tokens_BT, mask_BT = sequences
+    wide = (jnp.pad(tokens_BT, ((0, 0), (0, 4)), constant_values=17), jnp.pad(mask_BT, ((0, 0), (0, 4))))
+    np.testing.assert_allclose(logits(*wide)[:, :7][mask_BT], logits(tokens_BT, mask_BT)[mask_BT], rtol=0, atol=1e-5)
+
+
+def test_columns_may_exceed_the_context_when_tokens_do_not(apply, policy, logits, sequences):
+    """invariant 1"""
+    tokens_BT, mask_BT = sequences
+    columns = apply.policy.config.context
+    actual = logits(left(tokens_BT, columns, PAD), left(mask_BT, columns, 0))[:, columns:][mask_BT]
+    np.testing.assert_allclose(actual, logits(tokens_BT, mask_BT)[mask_BT], rtol=0, atol=1e-5)
+
+
+@pytest.mark.parametrize("place", range(1, 7))
+def test_no_token_sees_a_later_one(place, logits, sequences):
+    tokens_BT, mask_BT = sequences
+    before = logits(tokens_BT, mask_BT)[2]
+    after = logits(tokens_BT.at[2, place].set((tokens_BT[2, place] + 1) % 29), mask_BT)[2]
+    np.testing.assert_array_equal(before[:place], after[:place])
+    assert (jnp.abs(before - after)[place:].max(axis=-1) > 1e-3).all()
+
+
+def test_a_row_of_padding_alone_is_finite(apply, policy):
+    """Nothing to attend to gives no NaN, forward or back."""
+    tokens_BT, mask_BT = jnp.zeros((2, 3), int), jnp.array([[0, 0, 0], [0, 1, 1]])
+
+    def total(params):
+        return apply.policy.logits(params, apply.policy.hidden(params, tokens_BT, mask_BT)).sum()
+
+    value, gradient = jax.jit(jax.value_and_grad(total))(policy)
+    assert np.isfinite(value) and all(np.isfinite(x).all() for x in jax.tree.leaves(gradient))
+
+
+@pytest.mark.parametrize("parts", [(7,), (1, 1, 1, 1, 1, 1, 1), (2, 1, 4)])
+def test_a_cache_changes_nothing(parts, apply, policy, sequences):
+    """invariant 4: read in parts, padding and all, the tokens have the hidden states they have when read whole."""
+    tokens_BT, mask_BT = sequences
+    model, config = gpt2.GPT2(apply.policy.config), apply.policy.config
+    read = jax.jit(lambda tokens, mask, cache: model.apply({"params": policy}, tokens, mask, cache))
+    cache, states, start = gpt2.empty_cache(config, batch=3, slots=9), [], 0
+    for length in parts:
+        columns = slice(start, start + length)
+        hidden, cache = read(tokens_BT[:, columns], mask_BT[:, columns], cache)
+        states.append(hidden)
+        start += length
+    whole_BTD = jax.jit(apply.policy.hidden)(policy, tokens_BT, mask_BT)
+    np.testing.assert_allclose(jnp.concatenate(states, axis=1)[mask_BT], whole_BTD[mask_BT], rtol=0, atol=1e-5)
+    assert cache.used == 7
+    np.testing.assert_array_equal(cache.valid_BS, jnp.pad(mask_BT, ((0, 0), (0, 2))))
+
+
+def test_a_cache_with_a_gap_changes_nothing(apply, policy):
+    """invariants 1 and 4: a token that was read with mask 0 is not seen, and takes no position."""
+    model = gpt2.GPT2(apply.policy.config)
+    cache = gpt2.empty_cache(apply.policy.config, batch=1, slots=4)
+    read = jax.jit(lambda *args: model.apply({"params": policy}, *args)[0])
+    hidden = read(jnp.array([[5, 6, 17, 7]]), jnp.array([[1, 1, 0, 1]]), cache)
+    alone = read(jnp.array([[5, 6, 7]]), jnp.ones((1, 3)))
+    np.testing.assert_allclose(hidden[0, 3], alone[0, 2], rtol=0, atol=1e-5)
+
+
+@pytest.mark.parametrize(
+    "name, parameters",
+    [("gpt2", 124_439_808), ("gpt2-medium", 354_823_168), ("gpt2-large", 774_030_080), ("gpt2-xl", 1_557_611_200)],
+)
+def test_presets_have_the_published_number_of_parameters(name, parameters):
+    model = LanguageModel(gpt2.preset(name, vocab_size=50_257))
+    shapes = jax.eval_shape(model.init, jax.random.key(0))
+    assert sum(x.size for x in jax.tree.leaves(shapes)) == parameters
+    assert model.config.context == 1024
+
+
+def test_micro_is_the_articles():
+    """4 layers, 3 heads, width 128, which 3 does not divide: the head size is free."""
+    config = gpt2.preset("micro", vocab_size=50, context=32)
+    assert (config.layers, config.heads, config.width) == (4, 3, 128)
+    params = jax.eval_shape(LanguageModel(config).init, jax.random.key(0))
+    assert params["h_3"]["attn"]["qkv"]["kernel"].shape == (128, 3 * 3 * 48)
+    assert params["h_3"]["attn"]["out"]["kernel"].shape == (3 * 48, 128)
+
+
+def test_initial_parameters():
+    """Weights N(0, .02), those that add to the residual stream smaller by sqrt(2N), biases 0."""
+    model = LanguageModel(gpt2.Config(layers=2, heads=4, head_size=16, width=64, vocab_size=300))
+    params = jax.jit(model.init)(jax.random.key(0))
+    block = params["h_1"]
+    for x in params["wte"]["embedding"], params["wpe"]["embedding"], block["attn"]["qkv"]["kernel"]:
+        np.testing.assert_allclose(x.std(), 0.02, rtol=0.05)
+    for x in block["attn"]["out"]["kernel"], block["mlp"]["proj"]["kernel"]:
+        np.testing.assert_allclose(x.std(), 0.02 / 4**0.5, rtol=0.05)
+    for layer in block["attn"]["qkv"], block["mlp"]["fc"], params["ln_f"], block["ln_1"]:
+        assert not layer["bias"].any()
+
+
+def test_dropout_only_where_a_key_is_given(apply, policy, sequences):
+    """invariant 10: what calls without a key, as reward and RL stages do, has no dropout at any rate."""
+    tokens_BT, mask_BT = sequences
+    noisy = LanguageModel(dataclasses.replace(apply.policy.config, dropout=0.5))
+    hidden = partial(jax.jit(noisy.hidden), policy, tokens_BT, mask_BT)
+    np.testing.assert_array_equal(hidden(), jax.jit(apply.policy.hidden)(policy, tokens_BT, mask_BT))
+    one, two = hidden(jax.random.key(0)), hidden(jax.random.key(1))
+    assert jnp.abs(one - hidden()).max() > 0.1
+    assert jnp.abs(one - two).max() > 0.1  # another key, another noise
+    np.testing.assert_array_equal(one, hidden(jax.random.key(0)))
+    assert jnp.abs(one[0, 6] - one[0, 5]).max() > 0  # not one noise for all places
+
+
+def test_half_precision(apply, policy, logits, sequences):
+    """bfloat16 activations keep float32 parameters and give float32 logits, near the exact ones."""
+    tokens_BT, mask_BT = sequences
+    half = LanguageModel(dataclasses.replace(apply.policy.config, dtype="bfloat16"))
+    assert {x.dtype.name for x in jax.tree.leaves(jax.eval_shape(half.init, jax.random.key(0)))} == {"float32"}
+    hidden_BTD = jax.jit(half.hidden)(policy, tokens_BT, mask_BT)
+    assert hidden_BTD.dtype == jnp.bfloat16
+    logits_BTV = half.logits(policy, hidden_BTD)
+    assert logits_BTV.dtype == jnp.float32
+    exact_BTV = logits(tokens_BT, mask_BT)
+    assert jnp.abs(logits_BTV - exact_BTV)[mask_BT].max() < 0.1 * exact_BTV.std()

@@ -1,0 +1,82 @@
+import jax
+import jax.numpy as jnp
+import numpy as np
+from hypothesis import given
+from hypothesis import strategies as st
+from hypothesis.extra import numpy as hnp
+
+from rlhf_jax.ops import kl
+
+HALF, QUARTER = np.log(0.5), np.log(0.25)
+rows = hnp.arrays(np.float32, (2, 6), elements=st.floats(-30, 30, width=32))
+
+
+def log_softmax(logits):
+    logits = np.asarray(logits, np.float64)
+    logits = logits - logits.max(-1, keepdims=True)
+    return logits - np.log(np.exp(logits).sum(-1, keepdims=True))
+
+
+def test_estimators_by_hand():
+    # p = 1/2, q = 1/4: log(p/q) = log 2, q/p = 1/2
+    p, q = jnp.float32(HALF), jnp.float32(QUARTER)
+    np.testing.assert_allclose(kl.k1(p, q), np.log(2), rtol=1e-6)
+    np.testing.assert_allclose(kl.k2(p, q), np.log(2) ** 2 / 2, rtol=1e-6)
+    np.testing.assert_allclose(kl.k3(p, q), 0.5 - 1 + np.log(2), rtol=1e-6)
+    # the other way round: log(p/q) = -log 2, q/p = 2
+    np.testing.assert_allclose(kl.k1(q, p), -np.log(2), rtol=1e-6)
+    np.testing.assert_allclose(kl.k3(q, p), 2 - 1 - np.log(2), rtol=1e-6)
+
+
+def test_k3_does_not_round_small_differences_away():
+    """invariant 5: to second order k3 is difference^2 / 2; exp(x) - 1 in float32 would give 0 or 6e-8."""
+    np.testing.assert_allclose(kl.k3(jnp.float32(2e-4), jnp.float32(0)), 2e-8, rtol=1e-3)
+
+
+def test_exact_by_hand():
+    # p = (1/2, 1/2), q = (1/4, 3/4): (log 2 + log(2/3)) / 2. Backwards: log(1/2)/4 + 3 log(3/2)/4
+    p, q = jnp.log(jnp.array([0.5, 0.5])), jnp.log(jnp.array([0.25, 0.75]))
+    np.testing.assert_allclose(kl.exact(p, q), np.log(4 / 3) / 2, rtol=1e-6)
+    np.testing.assert_allclose(kl.exact(q, p), (np.log(0.5) + 3 * np.log(1.5)) / 4, rtol=1e-6)
+
+
+def test_exact_is_at_the_temperature():
+    """invariant 3: at temperature 1/2 weights are squared, (1, 2) against (1, 1) is (.2, .8) against (.5, .5)."""
+    p, q = jnp.log(jnp.array([1.0, 2])), jnp.zeros(2)
+    expected = 0.2 * np.log(0.4) + 0.8 * np.log(1.6)
+    np.testing.assert_allclose(kl.exact(p, q, temperature=0.5), expected, rtol=1e-6)
+
+
+@given(rows)
+def test_exact_and_estimators(logits):
+    """invariant 15: the exact KL is not negative, and is the mean of k1 and of k3 over tokens drawn from p."""
+    p, q = log_softmax(logits)
+    expected = np.sum(np.exp(p) * (p - q))
+    exact = kl.exact(*jnp.asarray(logits))
+    assert exact >= 0
+    np.testing.assert_allclose(exact, expected, rtol=1e-5, atol=1e-6)
+    with jax.enable_x64(True):
+        np.testing.assert_allclose(kl.exact(*jnp.asarray(logits, np.float64)), expected, rtol=1e-9, atol=1e-12)
+        for estimate in kl.k1, kl.k3:
+            np.testing.assert_allclose(np.sum(np.exp(p) * estimate(p, q)), expected, rtol=1e-9, atol=1e-9)
+        assert (kl.k2(p, q) >= 0).all() and (kl.k3(p, q) >= 0).all()
+
+
+@given(rows, st.floats(0.1, 3))
+def test_equal_models_have_no_kl(logits, temperature):
+    """invariant 5: not rounding errors either."""
+    logits = jnp.asarray(logits)
+    np.testing.assert_array_equal(kl.exact(logits, logits, temperature=temperature), [0, 0])
+    np.testing.assert_array_equal(kl.k1(logits, logits), np.zeros((2, 6)))
+    np.testing.assert_array_equal(kl.k3(logits, logits), np.zeros((2, 6)))
+
+
+@given(rows, hnp.arrays(np.float32, (2, 6), elements=st.floats(-1, 1, width=32)))
+def test_nearly_equal_models_have_nearly_no_kl(logits, change):
+    """invariants 5 and 15: KL is of second order in the change, and not negative."""
+    kl_T = kl.exact(jnp.asarray(logits + 1e-5 * change), jnp.asarray(logits))
+    assert (kl_T >= 0).all() and (kl_T <= 1e-9).all()
+
+
+def test_one_number_a_token():
+    assert kl.exact(jnp.zeros((2, 3, 5)), jnp.ones((2, 3, 5))).shape == (2, 3)

@@ -1,0 +1,251 @@
+import dataclasses
+import functools
+import re
+import runpy
+from pathlib import Path
+
+import pytest
+
+from rlhf_jax import config as configs
+from rlhf_jax.data.sources import COLUMNS
+from rlhf_jax.errors import InputError
+
+ROOT = Path(__file__).parents[1]
+
+
+def tree(**changes):
+    """The defaults as a nested dict, with some dotted fields changed: tree(**{"ppo.steps": 3})."""
+    whole = dataclasses.asdict(configs.Config())
+    for field, value in changes.items():
+        *sections, name = field.split(".")
+        functools.reduce(dict.__getitem__, sections, whole)[name] = value
+    return whole
+
+
+def without(field):
+    whole = tree()
+    *sections, name = field.split(".")
+    del functools.reduce(dict.__getitem__, sections, whole)[name]
+    return whole
+
+
+def error(function, *args, **kwargs):
+    with pytest.raises(InputError) as caught:
+        function(*args, **kwargs)
+    assert "\n" not in str(caught.value)
+    return str(caught.value)
+
+
+# Parsing
+
+
+def test_what_is_parsed_is_what_was_given():
+    config = configs.parse(tree(**{"seed": 7, "ppo.kl_coef": 0.1, "data.sft": "a.jsonl", "ppo.whiten_rewards": True}))
+    assert (config.seed, config.ppo.kl_coef, config.data.sft, config.ppo.whiten_rewards) == (7, 0.1, "a.jsonl", True)
+    assert configs.parse(dataclasses.asdict(config)) == config
+
+
+@pytest.mark.parametrize(
+    ("field", "near"),
+    [("ppo.kl_coeff", "kl_coef"), ("ppo.Steps", "steps"), ("sed", "seed"), ("pppo", "ppo"), ("data.sft_", "sft")],
+)
+def test_an_unknown_field_is_named_with_its_nearest_neighbour(field, near):
+    assert error(configs.parse, tree(**{field: 1})) == f"{field}: no such field; did you mean {near}?"
+
+
+def test_an_unknown_field_like_no_other_is_named_alone():
+    assert error(configs.parse, tree(**{"ppo.zzzzzz": 1})) == "ppo.zzzzzz: no such field"
+
+
+@pytest.mark.parametrize("field", ["seed", "ppo", "ppo.kl_coef", "data.world_seed"])
+def test_a_missing_field_is_named(field):
+    assert error(configs.parse, without(field)).startswith(f"{field}: missing, expected ")
+
+
+@pytest.mark.parametrize(
+    ("field", "value", "message"),
+    [
+        ("ppo.steps", 1.5, "expected int, got 1.5"),
+        ("ppo.steps", 2.0, "expected int, got 2.0"),
+        ("ppo.steps", "2", "expected int, got '2'"),
+        ("ppo.steps", None, "expected int, got None"),
+        ("ppo.steps", True, "expected int, got True"),  # a bool is an int to Python
+        ("ppo.lr", True, "expected float, got True"),
+        ("ppo.lr", "1e-3", "expected float, got '1e-3'"),
+        ("ppo.whiten_rewards", 1, "expected bool, got 1"),
+        ("data.sft", 3, "expected str, got 3"),
+        ("data.sft", ["a.jsonl"], "expected str, got ['a.jsonl']"),
+    ],
+)
+def test_a_value_of_another_type_is_refused(field, value, message):
+    assert error(configs.parse, tree(**{field: value})) == f"{field}: {message}"
+
+
+def test_a_whole_number_does_for_a_float():
+    lr = configs.parse(tree(**{"ppo.lr": 1})).ppo.lr
+    assert (type(lr), lr) == (float, 1.0)
+
+
+# Checks
+
+
+WORLD = {"data.source": "world", "text.kind": "bpe", "data.prompt_length": 64, "data.response_length": 22}
+
+
+def check(devices=1, **changes):
+    configs.check(configs.parse(tree(**WORLD | changes)), devices=devices)
+
+
+@pytest.mark.parametrize(
+    "changes",
+    [
+        {},
+        {"model.context": 86},  # exactly prompt + response
+        {"data.response_length": 2, "model.dropout": 0.0, "evaluation.temperature": 0.0, "evaluation.prompts": 2},
+        {"ppo.gamma": 0.0, "ppo.lam": 0.0},
+        {"ppo.gamma": 1.0, "ppo.lam": 1.0},
+        {"ppo.kl_coef": 0.0, "sft.eval_every": 0, "sft.save_every": 0, "sft.warmup": 10_000},
+    ],
+)
+def test_the_edge_of_what_is_possible(changes):
+    check(**changes)
+
+
+@pytest.mark.parametrize(
+    ("field", "value", "expected"),
+    [
+        ("text.kind", "words", "gpt2 or bpe or char, got 'words'"),
+        ("data.source", "hub", "world or files, got 'hub'"),
+        ("model.dtype", "float16", "float32 or bfloat16, got 'float16'"),
+        ("sft.loss_on", "prompt", "all or response, got 'prompt'"),
+        ("ppo.missing_eos", "ignore", "replace or subtract, got 'ignore'"),
+        ("ppo.value_init", "policy", "reward or zero, got 'policy'"),
+        ("sft.schedule", "step", "linear or cosine or constant, got 'step'"),
+        ("reward.schedule", "step", "linear or cosine or constant, got 'step'"),
+        ("ppo.schedule", "step", "linear or cosine or constant, got 'step'"),
+        ("model.layers", 0, "more than 0, got 0"),
+        ("model.heads", 0, "more than 0, got 0"),
+        ("model.head_size", -1, "more than 0, got -1"),
+        ("model.width", 0, "more than 0, got 0"),
+        ("model.dropout", 1.0, "0 to less than 1, got 1.0"),
+        ("model.dropout", -0.1, "0 to less than 1, got -0.1"),
+        ("model.context", 85, "at least data.prompt_length + data.response_length = 86, got 85"),
+        ("data.held_out", 0.0, "a share between 0 and 1, got 0.0"),
+        ("data.held_out", 1.0, "a share between 0 and 1, got 1.0"),
+        ("data.prompt_length", 0, "more than 0, got 0"),
+        ("data.response_length", 1, "at least 2, EOS included, got 1"),
+        ("evaluation.prompts", 1, "at least 2, for an interval, got 1"),
+        ("evaluation.batch", 0, "more than 0, got 0"),
+        ("evaluation.temperature", -0.1, "0 or more, got -0.1"),
+        *(
+            (f"{stage}.{name}", 0, "more than 0, got 0")
+            for stage in ("sft", "reward", "ppo")
+            for name in ("steps", "batch", "microbatches")
+        ),
+        *(
+            (f"{stage}.lr", lr, f"more than 0, got {lr}")
+            for stage in ("sft", "reward", "ppo")
+            for lr in (0.0, float("nan"))
+        ),
+        ("ppo.epochs", 0, "more than 0, got 0"),
+        ("ppo.minibatches", 0, "more than 0, got 0"),
+        ("ppo.temperature", 0.0, "more than 0, got 0.0"),
+        ("ppo.clip", 0.0, "more than 0, got 0.0"),
+        ("ppo.value_clip", 0.0, "more than 0, got 0.0"),
+        ("ppo.gamma", 1.01, "0 to 1, got 1.01"),
+        ("ppo.lam", -0.01, "0 to 1, got -0.01"),
+        ("ppo.top_k", 50, "0 in training (a rollout draws from the distribution that the update differentiates"),
+        ("ppo.top_p", 0.9, "1 in training (a rollout draws from the distribution that the update differentiates"),
+    ],
+)
+def test_what_is_impossible_is_refused(field, value, expected):
+    """Top-k and top-p in training: invariant 3."""
+    assert error(check, **{field: value}).startswith(f"{field}: expected {expected}")
+
+
+@pytest.mark.parametrize(
+    ("changes", "devices", "message"),
+    [
+        ({"sft.batch": 10, "sft.microbatches": 4}, 1, "sft.batch: expected a multiple of {} = 4 x 1, got 10"),
+        ({"reward.batch": 10}, 4, "reward.batch: expected a multiple of {} = 1 x 4, got 10"),
+        (
+            {"ppo.batch": 12, "ppo.minibatches": 2, "ppo.microbatches": 4},
+            1,
+            "ppo.batch: expected a multiple of {} = 8 x 1, got 12",
+        ),
+    ],
+)
+def test_a_batch_that_cannot_be_divided_is_refused(changes, devices, message):
+    assert error(check, devices, **changes) == message.format("minibatches x microbatches x devices")
+
+
+def test_all_files_that_are_missing_are_named_at_once(tmp_path):
+    (tmp_path / "there.jsonl").touch()
+    message = error(check, **{"data.sft": str(tmp_path / "there.jsonl"), "data.prompts": "no.csv", "model.init": "no"})
+    assert "data.sft" not in message
+    assert message.startswith("missing files: model.init = 'no', data.prompts = 'no.csv'; give each as --config.FIELD=")
+
+
+def fields():
+    for section in dataclasses.fields(configs.Config):
+        yield from dataclasses.fields(section.type) if dataclasses.is_dataclass(section.type) else [section]
+
+
+@pytest.mark.parametrize("field", sorted({field.name for field in fields()}))
+def test_every_field_is_read(field):
+    """By more than the check: a field that only config.py reads decides nothing."""
+    paths = [path for path in (ROOT / "rlhf_jax").rglob("*.py") if path.name != "config.py"]
+    source = "".join(path.read_text() for path in paths)
+    source = source.replace('getattr(config, f"world_{kind}")', " ".join(f"config.world_{kind}" for kind in COLUMNS))
+    assert re.search(rf"\.{field}\b", source)
+
+
+# configs/ppo_summarize.py
+
+
+@pytest.fixture(scope="module")
+def get_config():
+    return runpy.run_path(str(ROOT / "configs" / "ppo_summarize.py"))["get_config"]
+
+
+@pytest.mark.parametrize("arg", ["tiny", "files", "gpt2"])
+def test_every_argument_gives_a_whole_config(arg, get_config):
+    config = configs.parse(get_config(arg).to_dict())
+    no_paths = dataclasses.replace(config.data, sft="", preferences="")
+    no_paths = dataclasses.replace(
+        config,
+        data=no_paths,
+        text=dataclasses.replace(config.text, path=""),
+        model=dataclasses.replace(config.model, init=""),
+    )
+    configs.check(no_paths)
+
+
+def test_the_default_is_the_embedded_task_and_needs_no_file(get_config):
+    config = configs.parse(get_config().to_dict())
+    assert config == configs.parse(get_config("tiny").to_dict())
+    assert config.data.source == "world" and config.text.kind != "gpt2" and not config.model.init
+
+
+def test_an_unknown_argument_is_one_line(get_config):
+    assert error(get_config, "tinny") == "--config=...:tinny: expected tiny, files, gpt2"
+
+
+def test_gpt2_is_the_published_recipe(get_config):
+    """Summarize from TL;DR with PPO, arXiv 2403.17031."""
+    config = configs.parse(get_config("gpt2").to_dict())
+    sft, reward, ppo = config.sft, config.reward, config.ppo
+    assert (config.data.prompt_length, config.data.response_length) == (512, 53)
+    assert (config.model.layers, config.model.heads, config.model.width, config.model.context) == (12, 12, 768, 1024)
+    for stage in sft, reward, ppo:
+        assert (stage.lr, stage.adam_eps, stage.end_lr, stage.warmup) == (3e-6, 1e-5, 0, 0)
+    assert config.model.dropout == 0
+    assert (sft.batch, sft.steps, sft.schedule, sft.loss_on) == (128, 116_722 // 128, "cosine", "all")
+    assert (reward.batch, reward.steps) == (64, 92_800 // 64)
+    assert (ppo.batch, ppo.steps, ppo.schedule) == (512, 1_000_000 // 512, "linear")
+    assert (ppo.epochs, ppo.minibatches, ppo.temperature, ppo.value_init) == (4, 1, 0.7, "reward")
+    assert (ppo.kl_coef, ppo.kl_target, ppo.gamma, ppo.lam) == (0.05, 0, 1, 0.95)
+    assert (ppo.clip, ppo.value_clip, ppo.value_coef) == (0.2, 0.2, 0.1)
+    assert (ppo.missing_eos, ppo.missing_eos_penalty) == ("replace", 1)  # no EOS: the score is -1
+    assert (ppo.whiten_rewards, ppo.whiten_advantages) == (False, True)
+    assert config.evaluation.temperature == 0.01

@@ -1,0 +1,177 @@
+import dataclasses
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+
+from rlhf_jax import generate
+from rlhf_jax.ops import logprobs
+
+PAD, EOS, A, B = range(4)
+SURE = 50.0
+
+run = jax.jit(generate.generate, static_argnums=(0, 5))
+
+
+def follow(*pairs, vocabulary=4):
+    """Bigram logits under which each token is followed by its partner, for sure."""
+    table = jnp.zeros((vocabulary, vocabulary))
+    for token, following in pairs:
+        table = table.at[token, following].set(SURE)
+    return table
+
+
+def options(max_tokens, **changes):
+    return generate.Sampling(max_tokens=max_tokens, eos_id=EOS, pad_id=PAD, **changes)
+
+
+def keys(rows, seed=0):
+    return jax.random.split(jax.random.key(seed), rows)
+
+
+def complete(apply, policy, prompts, seed=0, max_tokens=8, **changes):
+    return run(apply.policy, policy, *prompts, keys(len(prompts[0]), seed), options(max_tokens, **changes))
+
+
+def test_by_hand(bigram):
+    """invariant 13: A is followed by B and B by EOS; EOS is in the mask, the padding after it is not."""
+    prompt_BP = jnp.array([[PAD, A], [A, B]])
+    state = run(bigram, follow((A, B), (B, EOS)), prompt_BP, prompt_BP != PAD, keys(2), options(4))
+    np.testing.assert_array_equal(state.response_BR, [[B, EOS, PAD, PAD], [EOS, PAD, PAD, PAD]])
+    np.testing.assert_array_equal(state.mask_BR, [[1, 1, 0, 0], [1, 0, 0, 0]])
+    np.testing.assert_array_equal(state.done_B, [1, 1])
+    np.testing.assert_allclose(state.logp_BR, np.zeros((2, 4)), atol=1e-6)
+    assert state.step == 2  # the loop ends when every row has
+    assert state.response_BR.dtype == jnp.int32 and state.mask_BR.dtype == bool
+
+
+def test_a_row_that_does_not_end(bigram):
+    """invariants 7 and 13: cut at max_tokens, every token counts, and it is known not to have ended."""
+    prompt_BP = jnp.array([[A]])
+    state = run(bigram, follow((A, B), (B, A)), prompt_BP, prompt_BP != PAD, keys(1), options(3))
+    np.testing.assert_array_equal(state.response_BR, [[B, A, B]])
+    np.testing.assert_array_equal(state.mask_BR, [[1, 1, 1]])
+    assert not state.done_B[0]
+
+
+def test_eos_in_the_last_place_is_an_end(bigram):
+    """invariant 13"""
+    prompt_BP = jnp.array([[A]])
+    state = run(bigram, follow((A, B), (B, EOS)), prompt_BP, prompt_BP != PAD, keys(1), options(2))
+    np.testing.assert_array_equal(state.response_BR, [[B, EOS]])
+    assert state.done_B[0] and state.mask_BR.all()
+
+
+def test_pad_drawn_by_the_policy_is_a_token_like_any_other(bigram):
+    """invariant 13: only EOS ends a row, and a mask is never read off the ids."""
+    prompt_BP = jnp.array([[A]])
+    state = run(bigram, follow((A, PAD), (PAD, B), (B, EOS)), prompt_BP, prompt_BP != -1, keys(1), options(4))
+    np.testing.assert_array_equal(state.response_BR, [[PAD, B, EOS, PAD]])
+    np.testing.assert_array_equal(state.mask_BR, [[1, 1, 1, 0]])
+
+
+def test_log_probs_by_hand(bigram):
+    """invariant 3: weights 1 to 3, squared at temperature 1/2, is 1/10 to 9/10."""
+    table = jnp.full((4, 4), -jnp.inf).at[:, A].set(0).at[:, B].set(jnp.log(3))
+    prompt_BP = jnp.full((300, 1), A)
+    state = run(bigram, table, prompt_BP, prompt_BP != PAD, keys(300), options(2, temperature=0.5))
+    is_B_BR = state.response_BR == B
+    np.testing.assert_allclose(state.logp_BR, np.log(np.where(is_B_BR, 0.9, 0.1)), rtol=1e-5)
+    np.testing.assert_allclose(is_B_BR.mean(), 0.9, atol=0.05)
+
+
+def test_the_logits_of_each_token_are_kept(apply, policy, prompts):
+    """invariant 4: hidden_BRD[:, i] is the state that token i was drawn from."""
+    state = complete(apply, policy, prompts, temperature=0.7)
+    logits_BRV = apply.policy.logits(policy, state.hidden_BRD)
+    expected_BR = logprobs.gather(logits_BRV, state.response_BR, temperature=0.7)
+    np.testing.assert_allclose(state.logp_BR, jnp.where(state.mask_BR, expected_BR, 0), atol=1e-6)
+    assert 0 < state.mask_BR.sum() < state.mask_BR.size  # some rows have ended, some tokens are padding
+
+
+def test_after_the_end_there_is_nothing(apply, policy, prompts):
+    """invariant 13"""
+    state = complete(apply, policy, prompts, seed=1)
+    mask_BR = np.asarray(state.mask_BR)
+    assert (np.diff(mask_BR.astype(int), axis=1) <= 0).all()  # a prefix
+    assert (np.asarray(state.response_BR)[~mask_BR] == PAD).all()
+    assert (np.asarray(state.logp_BR)[~mask_BR] == 0).all()
+    last_B = state.response_BR[jnp.arange(6), mask_BR.sum(axis=1) - 1]
+    np.testing.assert_array_equal(last_B == EOS, state.done_B)
+    assert ((np.asarray(state.response_BR) == EOS).sum(axis=1) == state.done_B).all()
+    assert 0 < state.done_B.sum() < 6
+
+
+@pytest.mark.parametrize("columns", [1, 5])
+def test_left_padding_changes_no_draw(columns, apply, policy, prompts):
+    """invariant 1"""
+    wide = [jnp.pad(x, ((0, 0), (columns, 0))) for x in prompts]
+    narrow, padded = complete(apply, policy, prompts), complete(apply, policy, wide)
+    np.testing.assert_array_equal(padded.response_BR, narrow.response_BR)
+    np.testing.assert_allclose(padded.logp_BR, narrow.logp_BR, rtol=0, atol=1e-5)
+
+
+def test_rows_draw_for_themselves(apply, policy, prompts):
+    """invariant 11: with its key, a prompt is completed alike in whatever batch it is in."""
+    config = options(8)
+    together = run(apply.policy, policy, *prompts, keys(6), config)
+    order = jnp.array([4, 2])
+    apart = run(apply.policy, policy, *(x[order] for x in prompts), keys(6)[order], config)
+    np.testing.assert_array_equal(apart.response_BR, together.response_BR[order])
+    np.testing.assert_allclose(apart.logp_BR, together.logp_BR[order], rtol=0, atol=1e-5)
+
+
+def test_another_key_another_completion(apply, policy, prompts):
+    """invariant 11: the noise differs by key, by row and by place; the same key gives the same, bit for bit."""
+    first, again, other = (complete(apply, policy, prompts, seed=seed) for seed in (0, 0, 1))
+    jax.tree.map(np.testing.assert_array_equal, first.replace(keys_B=()), again.replace(keys_B=()))
+    assert (first.response_BR != other.response_BR).any()
+    same_prompts = [jnp.tile(x[2:3], (50, 1)) for x in prompts]
+    response_BR = complete(apply, policy, same_prompts).response_BR
+    assert len({tuple(row) for row in response_BR.tolist()}) > 45
+
+
+def test_places_draw_for_themselves(bigram):
+    """invariant 11: one noise for all places would give one token over and over."""
+    prompt_BP = jnp.full((4, 1), A)
+    table = jnp.zeros((60, 60)).at[:, EOS].set(-jnp.inf)
+    response_BR = run(bigram, table, prompt_BP, prompt_BP != PAD, keys(4), options(20)).response_BR
+    assert min(len(set(row)) for row in response_BR.tolist()) > 10
+
+
+def test_temperature_zero_is_greedy(apply, policy, prompts):
+    state = complete(apply, policy, prompts, temperature=0)
+    logits_BRV = apply.policy.logits(policy, state.hidden_BRD)
+    expected_BR = jnp.where(state.mask_BR, jnp.argmax(logits_BRV, axis=-1), PAD)
+    np.testing.assert_array_equal(state.response_BR, expected_BR)
+    for narrowed in dict(top_k=1), dict(top_p=1e-6):
+        same = complete(apply, policy, prompts, seed=5, **narrowed)
+        np.testing.assert_array_equal(same.response_BR, expected_BR)
+
+
+def test_streaming_is_the_same_steps(apply, policy, prompts):
+    """Token by token, and at the end what the compiled loop gives."""
+    config = options(8)
+    whole = run(apply.policy, policy, *prompts, keys(6), config)
+    states = list(generate.stream(apply.policy, policy, *prompts, keys(6), config))
+    assert [int(state.step) for state in states] == list(range(1, int(whole.step) + 1))
+    for state in states:
+        filled = int(state.step)
+        np.testing.assert_array_equal(state.response_BR[:, :filled], whole.response_BR[:, :filled])
+        assert (state.response_BR[:, filled:] == PAD).all() and not state.mask_BR[:, filled:].any()
+    np.testing.assert_array_equal(states[-1].mask_BR, whole.mask_BR)
+    np.testing.assert_allclose(states[-1].logp_BR, whole.logp_BR, rtol=0, atol=1e-6)
+    assert len(states) == 8 or states[-1].done_B.all()
+
+
+def test_streaming_ends_with_the_last_row(bigram):
+    prompt_BP = jnp.array([[A], [B]])
+    states = generate.stream(bigram, follow((A, B), (B, EOS)), prompt_BP, prompt_BP != PAD, keys(2), options(9))
+    assert [state.done_B.tolist() for state in states] == [[False, True], [True, True]]
+
+
+def test_settings_are_compared_by_value():
+    """They are static arguments: equal ones must not compile again."""
+    assert hash(options(8)) == hash(options(8)) and options(8) == options(8)
+    assert dataclasses.replace(options(8), temperature=0.7) != options(8)

@@ -1,0 +1,114 @@
+"""Imports go one way: each part of the package may import the parts below it, and the libraries it is there for."""
+
+import ast
+from pathlib import Path
+
+import pytest
+
+ROOT = Path(__file__).parents[1]
+PACKAGE = ROOT / "rlhf_jax"
+
+# Part: what it may import of ours, besides itself. `errors` is added for all but ops.
+MAY_IMPORT = {
+    "ops": set(),
+    "errors": set(),
+    "text": set(),
+    "optim": set(),
+    "sharding": set(),
+    "checkpoint": set(),
+    "metrics": set(),
+    "plots": {"metrics"},  # it draws what metrics reads
+    "console": set(),
+    "train_state": set(),
+    "loop": set(),
+    "models": {"ops"},
+    "data": {"text"},
+    "rewards": {"text"},
+    "evaluate": set(),
+    "generate": {"ops"},
+    "rollout": {"ops", "generate"},
+    "algorithms": {"ops", "rollout", "train_state", "optim"},
+}
+# The world is scored by its own gold reward while it is written.
+MAY_ALSO = {"data/world.py": {"rewards"}}
+# What composes the rest.
+ANYTHING = {"config", "run", "stages", "viz"}
+
+ONLY_JAX = {"jax", "math"}  # ops
+NEVER = {"torch", "tensorflow", "pickle", "dill", "cloudpickle", "joblib"}
+FLAGS = {"absl", "ml_collections"}
+SILENCES_TFDS = {("data/world.py", "absl.logging")}
+
+FILES = sorted(path.relative_to(PACKAGE).as_posix() for path in PACKAGE.rglob("*.py"))
+OTHERS = sorted(
+    path.relative_to(ROOT).as_posix()
+    for folder in ("experiments", "configs", "tests")
+    for path in (ROOT / folder).rglob("*.py")
+)
+
+
+def imports(path):
+    """Every module that the file imports, at its top or anywhere: `from a import b` gives a.b."""
+    names = set()
+    for node in ast.walk(ast.parse(path.read_text(encoding="utf-8"))):
+        if isinstance(node, ast.Import):
+            names |= {alias.name for alias in node.names}
+        elif isinstance(node, ast.ImportFrom):
+            assert node.level == 0, f"{path}: a relative import"
+            names |= {f"{node.module}.{alias.name}" for alias in node.names}
+    return names
+
+
+def ours(path):
+    """The parts of our package that the file imports."""
+    return {name.split(".")[1] for name in imports(path) if name.split(".")[0] == "rlhf_jax" and "." in name}
+
+
+def part(file):
+    return file.split("/")[0].removesuffix(".py")
+
+
+@pytest.mark.parametrize("file", FILES)
+def test_the_package_imports_one_way(file):
+    if part(file) in ANYTHING or file == "__init__.py":
+        return
+    assert part(file) in MAY_IMPORT, f"{file}: a new part; say in this test and in the design what it may import"
+    allowed = MAY_IMPORT[part(file)] | {part(file)} | MAY_ALSO.get(file, set())
+    if part(file) != "ops":
+        allowed |= {"errors"}
+    assert ours(PACKAGE / file) <= allowed
+
+
+def test_the_package_exports_nothing():
+    assert imports(PACKAGE / "__init__.py") == set()
+
+
+@pytest.mark.parametrize("file", [file for file in FILES if part(file) == "ops"])
+def test_ops_import_jax_alone(file):
+    assert {name.split(".")[0] for name in imports(PACKAGE / file)} <= ONLY_JAX | {"rlhf_jax"}
+
+
+@pytest.mark.parametrize("file", FILES)
+def test_the_library_has_no_flags(file):
+    flags = {name for name in imports(PACKAGE / file) if name.split(".")[0] in FLAGS}
+    assert {(file, name) for name in flags} <= SILENCES_TFDS
+
+
+@pytest.mark.parametrize("file", [f"rlhf_jax/{file}" for file in FILES] + OTHERS)
+def test_nothing_imports_torch_tensorflow_or_pickle(file):
+    if file == "tests/models/make_gpt2_parity.py":
+        return  # wrote the parity files, with torch and transformers; no test or installation runs it
+    assert {name.split(".")[0] for name in imports(ROOT / file)}.isdisjoint(NEVER)
+
+
+@pytest.mark.parametrize("file", FILES)
+def test_nothing_imports_an_experiment(file):
+    """Composition is on top; algorithms know no model."""
+    assert {name.split(".")[0] for name in imports(PACKAGE / file)}.isdisjoint({"experiments", "configs", "tests"})
+
+
+@pytest.mark.parametrize("file", FILES)
+def test_the_library_does_not_print(file):
+    """Nor does it read flags: what a person sees goes through console.py."""
+    calls = [node for node in ast.walk(ast.parse((PACKAGE / file).read_text())) if isinstance(node, ast.Call)]
+    assert "print" not in {ast.unparse(call.func) for call in calls}
