@@ -94,7 +94,7 @@ def check(config, *, devices=1):
         expect(getattr(model, field) > 0, f"model.{field}", "more than 0")
     expect(0 <= config.seed < 2**32, "seed", "0 to 2^32 - 1")
     for field in ("world_sft", "world_preferences", "world_prompts", "world_held_out"):
-        expect(getattr(data, field) > 0, f"data.{field}", "more than 0")
+        expect(getattr(data, field) > 0, f"data.{field}", "at least 1 row")
     expect(0 <= model.dropout < 1, "model.dropout", "0 to less than 1")
     expect(0 < data.held_out < 1, "data.held_out", "a share between 0 and 1")
     expect(data.prompt_length > 0, "data.prompt_length", "more than 0")

@@ -90,7 +90,7 @@ class Run:
     def tokenizer(self):
         """The workdir's tokenizer; made from the config, and kept, the first time."""
         folder = self.workdir / "text"
-        if any((self.workdir / stage / "config.json").exists() for stage in STAGES):
+        if folder.exists() and any((self.workdir / stage / "config.json").exists() for stage in STAGES):
             return text.load(folder)  # of this config: the stages' were compared with it
         config = self.config.text
         if config.kind == "gpt2":
@@ -118,10 +118,10 @@ class Run:
     def arrays(self, kind):
         """(train, held-out) arrays, as data/batches.py makes them. What had to be cut or skipped is said."""
         data = self.config.data
-        stage, encode, lengths = {
-            "sft": ("sft", batches.encode_sft, {"response_length": data.response_length}),
-            "preferences": ("reward", batches.encode_pairs, {"response_length": data.response_length}),
-            "prompts": ("ppo", batches.encode_prompts, {}),
+        encode, lengths = {
+            "sft": (batches.encode_sft, {"response_length": data.response_length}),
+            "preferences": (batches.encode_pairs, {"response_length": data.response_length}),
+            "prompts": (batches.encode_prompts, {}),
         }[kind]
         sides = []
         for side, rows in zip(("train", "held out"), self.rows(kind), strict=True):
@@ -130,9 +130,6 @@ class Run:
             told = ", ".join(f"{count} {what.replace('_', ' ')}" for what, count in counts.items() if count)
             self.reporter.note(f"{source}: {told}")
             sides.append(arrays)
-        rows, batch = len(sides[0]["index_N"]), getattr(self.config, stage).batch
-        if batch > rows:
-            raise InputError(f"{stage}.batch: expected at most {rows}, the training rows of data.{kind}, got {batch}")
         return tuple(sides)
 
     def asked(self, kind):

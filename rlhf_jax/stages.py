@@ -19,6 +19,7 @@ from rlhf_jax.algorithms import preference, supervised
 from rlhf_jax.checkpoint import Checkpoints
 from rlhf_jax.console import number
 from rlhf_jax.data import batches
+from rlhf_jax.errors import InputError
 from rlhf_jax.evaluate import accuracy, interval, perplexity, rouge, win_rate
 from rlhf_jax.generate import generate
 
@@ -33,16 +34,16 @@ def summarize(run):
     """The whole job, fine-tuning -> reward model -> PPO, without what is finished already: the run's summary."""
     began = time.monotonic()
     stages = {"sft": sft, "reward": reward, "ppo": ppo}
-    if all(map(run.finished, stages)) and (run.workdir / "summary.json").exists():
-        run.reporter.note(f"finished with this config: {run.workdir / 'summary.json'}")
-        return json.loads((run.workdir / "summary.json").read_text())
-    for kind in ("sft", "preferences", "prompts"):
-        run.arrays(kind)  # a bad row is found now, not when its stage begins
+    todo = [name for name in stages if not run.finished(name)]
+    for name in todo:  # what is wrong with the data is found now, not when its stage begins
+        _check_batch(run, name)
     for name, stage in stages.items():
-        if run.finished(name):
-            run.reporter.note(f"{name}: finished with this config, skipped")
-        else:
+        if name in todo:
             stage(run)
+        else:
+            run.reporter.note(f"{name}: finished with this config, skipped")
+    if not todo and (run.workdir / "summary.json").exists():
+        return json.loads((run.workdir / "summary.json").read_text())
     rows = [metrics.read(run.workdir / name / "metrics.jsonl") for name in stages]
     plots.pipeline(*rows, run.workdir / "plots" / "pipeline.png", title=f"seed {run.config.seed}")
     shutil.copyfile(run.workdir / "ppo" / "samples.jsonl", run.workdir / "samples.jsonl")
@@ -286,6 +287,7 @@ def _train(run, name, state, arrays, *, step_fn, evaluate, complete=lambda state
     step, before that evaluation and the last checkpoint.
     """
     config = getattr(run.config, name)
+    _check_batch(run, name)
     folder = run.open(name)
     seed = int(jax.random.randint(run.key(name), (), 0, 2**31 - 1))
     feed = _Feed(batches.iterate(arrays, batch=config.batch, seed=seed), run.mesh)
@@ -312,6 +314,14 @@ def _train(run, name, state, arrays, *, step_fn, evaluate, complete=lambda state
             if stop():
                 raise loop.Stopped(f"stopped after the last step of {name}; the same command goes on from there")
             return state, numbers, details
+
+
+def _check_batch(run, name):
+    """InputError where a stage's batch is more than the rows that it has to train on."""
+    kind = {"sft": "sft", "reward": "preferences", "ppo": "prompts"}[name]
+    rows, batch = len(run.arrays(kind)[0]["index_N"]), getattr(run.config, name).batch
+    if batch > rows:
+        raise InputError(f"{name}.batch: expected at most {rows}, the training rows of data.{kind}, got {batch}")
 
 
 class _Feed:

@@ -122,7 +122,9 @@ def test_what_an_unfinished_stage_would_give_is_not_there(config, tmp_path):
 
 
 def test_the_tokenizer_is_made_once_and_kept(config, tmp_path, monkeypatch):
-    tokenizer = Run(config, tmp_path).tokenizer
+    run = Run(config, tmp_path)
+    tokenizer = run.tokenizer
+    run.open("sft")
     assert tokenizer.encode("TL;DR:") == [tokenizer.characters.index(character) for character in "TL;DR:"]
     monkeypatch.delattr(sources, "load")  # it is not made again
     assert Run(config, tmp_path).tokenizer == tokenizer
