@@ -12,7 +12,6 @@ from rlhf_jax import config as configs
 from rlhf_jax import loop
 from rlhf_jax.console import Reporter
 from rlhf_jax.errors import InputError
-from rlhf_jax.run import Run
 
 CONFIG = config_flags.DEFINE_config_file("config", None, "Config file, and :argument.")
 WORKDIR = flags.DEFINE_string("workdir", None, "Folder of the run; started again, it goes on where it was.")
@@ -20,9 +19,9 @@ WORKDIR = flags.DEFINE_string("workdir", None, "Folder of the run; started again
 BAD_INPUT, STOPPED, NOT_FINITE = 2, 3, 4  # exit codes
 
 
-def launch(job):
-    """Runs job(run). Bad input is one line and exit code 2; stopped by a signal 3; a number not finite 4."""
-    app.run(lambda _: _run(job), flags_parser=_parse)
+def launch(job, kind):
+    """Runs job(run), where run is of that kind. Bad input is one line and exit code 2; a stop by a signal 3; NaN 4."""
+    app.run(lambda _: _run(job, kind), flags_parser=_parse)
 
 
 def _parse(argv):
@@ -51,7 +50,7 @@ def _told(error, argv):
     return text.replace(f"{InputError.__module__}.{InputError.__name__}: ", "")
 
 
-def _run(job):
+def _run(job, kind):
     # Compiled programs are kept: a second start takes seconds.
     cache = Path(os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache", "rlhf_jax", "xla")
     jax.config.update("jax_compilation_cache_dir", str(cache))
@@ -59,7 +58,7 @@ def _run(job):
     logging.set_verbosity(logging.WARNING)  # Orbax tells of every file it touches otherwise
     try:
         with Reporter() as reporter:
-            job(Run(configs.parse(CONFIG.value.to_dict()), WORKDIR.value, reporter))
+            job(kind(configs.parse(CONFIG.value.to_dict(), kind.CONFIG), WORKDIR.value, reporter))
     except InputError as error:
         _leave(error, BAD_INPUT)
     except loop.Stopped as error:

@@ -5,9 +5,11 @@ import difflib
 import functools
 from pathlib import Path
 
+from rlhf_jax import alarms as collapse
+from rlhf_jax.algorithms import policy_gradient as pg_algorithm
 from rlhf_jax.algorithms import ppo as ppo_algorithm
 from rlhf_jax.algorithms import preference, supervised
-from rlhf_jax.data import sources
+from rlhf_jax.data import corpus, sources
 from rlhf_jax.errors import InputError
 from rlhf_jax.models import gpt2
 
@@ -33,7 +35,7 @@ class Evaluation:
 
 @dataclasses.dataclass(frozen=True)
 class Config:
-    """A whole run. Each section's defaults are beside the code that reads it."""
+    """A run of the main job, summarization. Each section's defaults are beside the code that reads it."""
 
     seed: int = 1
     text: Text = Text()
@@ -43,6 +45,30 @@ class Config:
     reward: preference.Config = preference.Config()
     ppo: ppo_algorithm.Config = ppo_algorithm.Config()
     evaluation: Evaluation = Evaluation()
+
+
+@dataclasses.dataclass(frozen=True)
+class Writing:
+    """A run on plain texts and a reward that anyone can compute: pretraining, fine-tuning, reinforcement learning."""
+
+    seed: int = 1
+    seeds: int = 1  # runs of the last stage, all at once
+    algorithm: str = "policy_gradient"  # or ppo: the section that the last stage reads
+    reward: str = "sentiment"  # or path/to/file.py:function, of a list of texts; see rewards/function.py
+    text: Text = Text(kind="char")
+    data: corpus.Config = corpus.Config()
+    model: gpt2.Config = gpt2.Config()
+    pretrain: supervised.Config = supervised.Config()
+    sft: supervised.Config = supervised.Config()
+    policy_gradient: pg_algorithm.Config = pg_algorithm.Config()
+    ppo: ppo_algorithm.Config = ppo_algorithm.Config()
+    alarms: collapse.Config = collapse.Config()
+    evaluation: Evaluation = Evaluation()
+
+    @property
+    def rl(self):
+        """The section of the algorithm that was chosen."""
+        return getattr(self, self.algorithm)
 
 
 def parse(tree, kind=Config, path=""):
@@ -70,56 +96,117 @@ def parse(tree, kind=Config, path=""):
 
 def check(config, *, devices=1):
     """Refuses impossible sizes and choices before anything is written: InputError names the field and says why."""
-    data, model, ppo = config.data, config.model, config.ppo
+    _Checks(config, devices).run()
 
-    def expect(fine, field, expected):
+
+class _Checks:
+    """The checks of one config, by what they are about."""
+
+    def __init__(self, config, devices):
+        self.config, self.devices = config, devices
+
+    def run(self):
+        """All that concern this kind of config."""
+        self.files()
+        self.common()
+        if isinstance(self.config, Writing):
+            self.writing()
+        else:
+            self.summarization()
+
+    def get(self, field):
+        return functools.reduce(getattr, field.split("."), self.config)
+
+    def expect(self, fine, field, expected):
         if not fine:
-            got = functools.reduce(getattr, field.split("."), config)
-            raise InputError(f"{field}: expected {expected}, got {got!r}")
+            raise InputError(f"{field}: expected {expected}, got {self.get(field)!r}")
 
-    def one_of(field, *choices):
-        expect(functools.reduce(getattr, field.split("."), config) in choices, field, " or ".join(choices))
+    def one_of(self, field, *choices):
+        self.expect(self.get(field) in choices, field, " or ".join(choices))
 
-    files = ("model.init", "text.path", "data.sft", "data.preferences", "data.prompts")
-    paths = {field: functools.reduce(getattr, field.split("."), config) for field in files}
-    if missing := [f"{field} = {path!r}" for field, path in paths.items() if path and not Path(path).exists()]:
-        raise InputError(f"missing files: {', '.join(missing)}; give each as --config.FIELD=PATH")
-    one_of("text.kind", "gpt2", "bpe", "char")
-    one_of("data.source", "world", "files")
-    one_of("model.dtype", "float32", "bfloat16")
-    one_of("sft.loss_on", "all", "response")
-    one_of("ppo.missing_eos", "replace", "subtract")
-    one_of("ppo.value_init", "reward", "zero")
-    for field in ("layers", "heads", "head_size", "width"):
-        expect(getattr(model, field) > 0, f"model.{field}", "more than 0")
-    expect(0 <= config.seed < 2**32, "seed", "0 to 2^32 - 1")
-    for field in ("world_sft", "world_preferences", "world_prompts", "world_held_out"):
-        expect(getattr(data, field) > 0, f"data.{field}", "at least 1 row")
-    expect(0 <= model.dropout < 1, "model.dropout", "0 to less than 1")
-    expect(0 < data.held_out < 1, "data.held_out", "a share between 0 and 1")
-    expect(data.prompt_length > 0, "data.prompt_length", "more than 0")
-    expect(data.response_length > 1, "data.response_length", "at least 2, EOS included")
-    longest = data.prompt_length + data.response_length
-    expect(model.context >= longest, "model.context", f"at least data.prompt_length + data.response_length = {longest}")
-    expect(config.evaluation.prompts > 1, "evaluation.prompts", "at least 2, for an interval")
-    expect(config.evaluation.batch > 0, "evaluation.batch", "more than 0")
-    expect(config.evaluation.temperature >= 0, "evaluation.temperature", "0 or more")
-    for name in ("sft", "reward", "ppo"):
-        section = getattr(config, name)
-        one_of(f"{name}.schedule", "linear", "cosine", "constant")
+    def files(self):
+        writing = isinstance(self.config, Writing)
+        files = ("data.path",) if writing else ("data.sft", "data.preferences", "data.prompts")
+        paths = {field: self.get(field) for field in ("model.init", "text.path", *files)}
+        if missing := [f"{field} = {path!r}" for field, path in paths.items() if path and not Path(path).exists()]:
+            raise InputError(f"missing files: {', '.join(missing)}; give each as --config.FIELD=PATH")
+
+    def common(self):
+        config, model = self.config, self.config.model
+        self.one_of("text.kind", "gpt2", "bpe", "char")
+        self.one_of("model.dtype", "float32", "bfloat16")
+        for field in ("layers", "heads", "head_size", "width"):
+            self.expect(getattr(model, field) > 0, f"model.{field}", "more than 0")
+        self.expect(0 <= config.seed < 2**32, "seed", "0 to 2^32 - 1")
+        self.expect(0 <= model.dropout < 1, "model.dropout", "0 to less than 1")
+        self.expect(0 < config.data.held_out < 1, "data.held_out", "a share between 0 and 1")
+        self.expect(config.evaluation.prompts > 1, "evaluation.prompts", "at least 2, for an interval")
+        self.expect(config.evaluation.batch > 0, "evaluation.batch", "more than 0")
+        self.expect(config.evaluation.temperature >= 0, "evaluation.temperature", "0 or more")
+        self.ppo()
+
+    def summarization(self):
+        data, model = self.config.data, self.config.model
+        self.one_of("data.source", "world", "files")
+        for field in ("world_sft", "world_preferences", "world_prompts", "world_held_out"):
+            self.expect(getattr(data, field) > 0, f"data.{field}", "at least 1 row")
+        self.expect(data.prompt_length > 0, "data.prompt_length", "more than 0")
+        self.expect(data.response_length > 1, "data.response_length", "at least 2, EOS included")
+        longest = data.prompt_length + data.response_length
+        expected = f"at least data.prompt_length + data.response_length = {longest}"
+        self.expect(model.context >= longest, "model.context", expected)
+        for name in ("sft", "reward", "ppo"):
+            self.stage(name)
+
+    def writing(self):
+        config, data = self.config, self.config.data
+        self.one_of("algorithm", "policy_gradient", "ppo")
+        self.one_of("data.kind", *corpus.KINDS)
+        self.one_of("data.source", "made", "file", "hub")
+        self.one_of("data.sentiment", *corpus.tweets.SENTIMENTS)
+        self.expect(
+            bool(data.path) == (data.source == "file"), "data.path", "a file where data.source is file, only there"
+        )
+        self.expect(data.made > 1, "data.made", "at least 2 texts")
+        self.expect(data.length > 2, "data.length", "at least 3 tokens")
+        self.expect(config.model.context >= data.length, "model.context", f"at least data.length = {data.length}")
+        self.expect(config.seeds > 0, "seeds", "at least 1")
+        self.one_of("policy_gradient.baseline", "none", "mean", "leave_one_out")
+        for field in ("distinct2", "repeat_rate", "entropy", "length"):
+            self.expect(0 <= getattr(config.alarms, field) <= 1, f"alarms.{field}", "0 to 1")
+        self.expect(config.alarms.patience > 0, "alarms.patience", "at least 1 iteration")
+        self.update("policy_gradient")
+        for name in ("pretrain", "sft", "policy_gradient", "ppo"):
+            self.stage(name)
+
+    def stage(self, name):
+        """A section with an optimizer and a batch."""
+        section = self.get(name)
+        self.one_of(f"{name}.schedule", "linear", "cosine", "constant")
         for field in ("steps", "lr", "batch", "microbatches"):
-            expect(getattr(section, field) > 0, f"{name}.{field}", "more than 0")
-    for field in ("epochs", "minibatches", "temperature", "clip", "value_clip"):
-        expect(getattr(ppo, field) > 0, f"ppo.{field}", "more than 0")
-    for field in ("gamma", "lam"):
-        expect(0 <= getattr(ppo, field) <= 1, f"ppo.{field}", "0 to 1")
-    why = "a rollout draws from the distribution that the update differentiates; top-k and top-p are for evaluation"
-    expect(ppo.top_k == 0, "ppo.top_k", f"0 in training ({why})")
-    expect(ppo.top_p == 1, "ppo.top_p", f"1 in training ({why})")
-    for name, slices in (
-        ("sft", config.sft.microbatches),
-        ("reward", config.reward.microbatches),
-        ("ppo", ppo.minibatches * ppo.microbatches),
-    ):
-        parts = f"minibatches x microbatches x devices = {slices} x {devices}"
-        expect(getattr(config, name).batch % (slices * devices) == 0, f"{name}.batch", f"a multiple of {parts}")
+            self.expect(getattr(section, field) > 0, f"{name}.{field}", "more than 0")
+        if isinstance(section, supervised.Config):
+            self.one_of(f"{name}.loss_on", "all", "response")
+        minibatches = getattr(section, "minibatches", 1)
+        self.expect(minibatches > 0, f"{name}.minibatches", "more than 0")
+        slices = minibatches * section.microbatches
+        parts = f"minibatches x microbatches x devices = {slices} x {self.devices}"
+        self.expect(section.batch % (slices * self.devices) == 0, f"{name}.batch", f"a multiple of {parts}")
+
+    def update(self, name):
+        """A section of reinforcement learning."""
+        section = self.get(name)
+        for field in ("epochs", "temperature"):
+            self.expect(getattr(section, field) > 0, f"{name}.{field}", "more than 0")
+        self.expect(0 <= section.gamma <= 1, f"{name}.gamma", "0 to 1")
+        why = "a rollout draws from the distribution that the update differentiates; top-k and top-p are for evaluation"
+        self.expect(section.top_k == 0, f"{name}.top_k", f"0 in training ({why})")
+        self.expect(section.top_p == 1, f"{name}.top_p", f"1 in training ({why})")
+
+    def ppo(self):
+        self.update("ppo")
+        self.one_of("ppo.missing_eos", "replace", "subtract")
+        self.one_of("ppo.value_init", "reward", "zero")
+        for field in ("clip", "value_clip"):
+            self.expect(getattr(self.config.ppo, field) > 0, f"ppo.{field}", "more than 0")
+        self.expect(0 <= self.config.ppo.lam <= 1, "ppo.lam", "0 to 1")

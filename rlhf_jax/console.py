@@ -19,7 +19,19 @@ from rich.text import Text
 
 # The numbers worth a glance, in this order and without the stage before the slash; metrics.jsonl has the others.
 SHOWN = ("loss", "eval_loss", "accuracy", "eval_accuracy", "score", "eval_score", "gold", "eval_gold")
-SHOWN += ("kl", "entropy", "clip_fraction", "length", "eos_rate", "lr")
+SHOWN += (
+    "reward",
+    "eval_reward",
+    "distinct2",
+    "repeat_rate",
+    "alarms",
+    "kl",
+    "entropy",
+    "clip_fraction",
+    "length",
+    "eos_rate",
+    "lr",
+)
 SAMPLE_NUMBERS = "score", "kl", "total", "gold"
 PROMPT_TAIL, COMPLETION_HEAD = 240, 480  # characters of a sample that are shown
 LINE_EVERY = 15.0  # seconds from one plain line to the next, or sooner when a tenth of the stage is done
@@ -94,14 +106,24 @@ class Reporter:
 
     def before_after(self, table):
         """The result: rows (name, before, after, change, (low, high) of the change), each number None where unknown."""
-        shape = box.SIMPLE_HEAD if self._redraws else None
-        grid = Table("", "before", "after", "change", "95% interval", box=shape, pad_edge=False)
-        for column in grid.columns[1:]:
-            column.justify = "right"
+        grid = self._grid(("", "before", "after", "change", "95% interval"))
         for name, before, after, change, interval in table:
             between = "-" if interval is None else f"{number(interval[0], '+')} to {number(interval[1], '+')}"
             grid.add_row(Text(self._visible(name)), number(before), number(after), number(change, "+"), between)
         self._print(grid)
+
+    def table(self, header, rows):
+        """Rows of texts and numbers under a header."""
+        grid = self._grid(header)
+        for row in rows:
+            grid.add_row(*(Text(self._visible(cell)) if isinstance(cell, str) else number(cell) for cell in row))
+        self._print(grid)
+
+    def _grid(self, header):
+        grid = Table(*header, box=box.SIMPLE_HEAD if self._redraws else None, pad_edge=False)
+        for column in grid.columns[1:]:
+            column.justify = "right"
+        return grid
 
     def _visible(self, text):
         """`text` on one line that a stream of this encoding can show and that cannot move the cursor."""
@@ -133,7 +155,7 @@ class Silent:
     def _nothing(self, *args, **kwargs):
         pass
 
-    __exit__ = stage = update = finish = note = samples = before_after = _nothing
+    __exit__ = stage = update = finish = note = samples = before_after = table = _nothing
 
 
 class _Stage:

@@ -14,12 +14,13 @@ class NonFinite(ArithmeticError):
     """A logged number is NaN or infinite; the checkpoints are from before."""
 
 
-def run(state, batches, *, config, step_fn, evaluate, checkpoints, log, reporter, stop):
+def run(state, batches, *, config, step_fn, evaluate, checkpoints, log, reporter, stop, keep=lambda state, _: state):
     """Trains from state.step to config.steps and returns the last state, which the caller evaluates and saves.
 
     step_fn(state, batch) -> (state, metrics) may donate the state. evaluate(state) -> (metrics, details) is called
-    every config.eval_every steps. A checkpoint holds the state and the position of `batches`; it is taken every
-    config.save_every steps and when `stop()` says so, and then Stopped is raised.
+    every config.eval_every steps, and keep(state, details) -> state may put aside what it found. A checkpoint holds
+    the state and the position of `batches`; it is taken every config.save_every steps and when `stop()` says so, and
+    then Stopped is raised.
     """
     pending = None  # the step on the device, whose numbers are read while the next one runs
     for step in range(int(state.step) + 1, config.steps + 1):
@@ -27,7 +28,9 @@ def run(state, batches, *, config, step_fn, evaluate, checkpoints, log, reporter
         if pending:
             record(*pending, log, reporter)
         if step < config.steps and due(config.eval_every, step):
-            metrics |= evaluate(state)[0]
+            numbers, details = evaluate(state)
+            metrics |= numbers
+            state = keep(state, details)
         pending = (step, metrics)
         if step < config.steps and (due(config.save_every, step) or stop()):
             record(*pending, log, reporter)

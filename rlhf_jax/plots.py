@@ -56,6 +56,10 @@ def _trained(stem, metric, color=BLUE, label="training"):
 
 SFT_LOSS = Panel("Fine-tuning loss", "cross-entropy (nats per token)", _trained("sft", "loss"))
 SFT_GOLD = Panel("Gold score of samples", "true reward (at most 1)", (Curve("sft/gold", color=AMBER, dots=True),))
+SFT_REWARD = Panel("Reward of samples", "mean reward", (Curve("sft/reward", color=AMBER, dots=True),))
+PRETRAIN_LOSS = Panel("Pretraining loss", "cross-entropy (nats per token)", _trained("pretrain", "loss"))
+PRETRAIN_REWARD = Panel("Reward of samples", "mean reward", (Curve("pretrain/reward", color=AMBER, dots=True),))
+SUPERVISED = {"pretrain": (PRETRAIN_LOSS, PRETRAIN_REWARD), "sft": (SFT_LOSS, SFT_GOLD, SFT_REWARD)}
 REWARD_LOSS = Panel("Reward model loss", "Bradley-Terry (nats per pair)", _trained("reward", "loss"),
                     level=(np.log(2), "coin flip"))  # fmt: skip
 ACCURACY = Panel("Reward model accuracy", "pairs ranked as labelled", _trained("reward", "accuracy", GREEN),
@@ -82,10 +86,80 @@ PPO = {
 }  # fmt: skip
 
 
+_rl = partial(Panel, x="iteration")
+RL = {
+    "reward": _rl("Reward", "mean of a rollout", _trained("rl", "reward", AMBER, label="rollouts")),
+    "kl": _rl("KL from the reference", "nats per sample",
+              (Curve("rl/kl", "k1"), Curve("rl/kl_k3", "k3", PURPLE), Curve("rl/kl_exact", "exact", GREEN))),
+    "distinct2": _rl("Distinct word bigrams", "share of a rollout's", (Curve("rl/distinct2", color=GREEN),),
+                     view=(0, 1.01)),
+    "repeat_rate": _rl("Samples that repeat a word", "share with one word 4 times",
+                       _trained("rl", "repeat_rate", PURPLE, label="rollouts"), view=(0, 1.01)),
+    "entropy": _rl("Entropy of the policy", "nats per token", (Curve("rl/entropy", color=PURPLE),)),
+    "length": _rl("Length", "tokens", _trained("rl", "length", label="rollouts")),
+    "ess": _rl("Effective sample size", "share of the rollout, last epoch",
+               (Curve("rl/ess_last", "samples", GREEN), Curve("rl/ess_token_last", "tokens", BLUE)), view=(0, 1.01)),
+    "ratio_max": _rl("Largest importance weight", "of a token, last epoch", (Curve("rl/ratio_max_last", color=AMBER),)),
+    "clip_fraction": _rl("Clip fraction", "share of token ratios clipped", (Curve("rl/clip_fraction", color=GREEN),),
+                         view=(0, 1)),
+}  # fmt: skip
+
+
 @matplotlib.rc_context(STYLE)
-def supervised(rows, path):
-    """Training and held-out loss of fine-tuning, and the gold score of its samples where it was measured."""
-    return _save(_panels([SFT_LOSS, SFT_GOLD], rows), path)
+def supervised(rows, path, stage="sft"):
+    """Training and held-out loss of "sft" or "pretrain", and what its samples were worth where that was measured."""
+    return _save(_panels(SUPERVISED[stage], rows), path)
+
+
+@matplotlib.rc_context(STYLE)
+def rl(rows, directory, *, best_of_n):
+    """directory/rl.png with every panel, and reward_over_kl.png: the way of the policy beside best-of-n's.
+
+    best_of_n is evaluate.best_of_n.curve's. Where rows have `_ci95` of a curve, its band is drawn.
+    """
+    frontier = partial(_frontier, rows=rows, best_of_n=best_of_n)
+    figure = _save([*_panels(RL.values(), rows), frontier], Path(directory) / "rl.png")
+    return {"rl": figure, "reward_over_kl": _save([frontier], Path(directory) / "reward_over_kl.png")}
+
+
+REUSE = {  # name in stages/reuse.py's results: title, unit
+    "ratio_max": ("Largest importance weight", "of a token"),
+    "ess_token": ("Effective sample size, tokens", "share of the rollout"),
+    "ess": ("Effective sample size, samples", "share of the rollout"),
+    "clip_fraction": ("Beyond the clip", "share of token ratios"),
+    "kl_exact": ("KL from where it began", "nats per sample"),
+    "reward_gain": ("Reward gained", "on fresh samples"),
+}
+
+
+@matplotlib.rc_context(STYLE)
+def reuse(results, path):
+    """What each update makes of a rollout that is used 1, 2, 4, 8 times; bands are 95% over rollouts."""
+    panels = [partial(_reuse, results=results, name=name) for name in REUSE]
+    return _save(panels, path, title="One rollout, used again")
+
+
+def _reuse(axes, results, name):
+    title, unit = REUSE[name]
+    ends = []
+    for (update, by_uses), color in zip(results.items(), (GREY, AMBER, BLUE), strict=True):
+        uses = np.array([int(uses) for uses in by_uses])
+        values = np.array([numbers[name] for numbers in by_uses.values()])
+        half = np.array([numbers.get(f"{name}_ci95", 0) for numbers in by_uses.values()])
+        axes.fill_between(uses, values - half, values + half, color=color, alpha=0.15, linewidth=0)
+        axes.plot(uses, values, "o-", color=color, linewidth=1.5, markersize=4)
+        ends.append((values[-1], update.replace("_", " "), color))
+    axes.set_xscale("log", base=2)
+    axes.set(title=title, ylabel=unit, xlabel="gradient steps on the rollout", xticks=uses, xticklabels=uses)
+    _label_ends(axes, ends)
+
+
+@matplotlib.rc_context(STYLE)
+def writing(pretrain_rows, sft_rows, rl_rows, path, title):
+    """A whole run in one picture: two losses, the reward, and what it cost in KL and in word pairs."""
+    stages = _panels([PRETRAIN_LOSS], pretrain_rows) + _panels([SFT_LOSS], sft_rows)
+    last = _panels([RL[name] for name in ("reward", "kl", "distinct2", "repeat_rate")], rl_rows)
+    return _save(stages + last, path, columns=2, title=title)
 
 
 @matplotlib.rc_context(STYLE)
@@ -113,8 +187,8 @@ def pipeline(sft_rows, reward_rows, ppo_rows, path, title):
 
 
 @matplotlib.rc_context(STYLE)
-def before_after(before_N, after_N, path, *, name, win_rate):
-    """Scores of the same N prompts under SFT and PPO: both distributions, and the change of each prompt.
+def before_after(before_N, after_N, path, *, name, win_rate, learner="PPO"):
+    """Scores of the same N prompts under SFT and the learner: both distributions, and the change of each prompt.
 
     `name` says what the score is; `win_rate` is (rate, (low, high)) as evaluate.win_rate gives it.
     """
@@ -122,9 +196,12 @@ def before_after(before_N, after_N, path, *, name, win_rate):
     if not before_N.size:
         return None
     rate, (low, high) = win_rate
-    title = f"Win rate of PPO over SFT: {rate:.0%} of {before_N.size:,} prompts (95% interval {low:.0%} to {high:.0%})"
-    distributions = partial(_distributions, scores={"SFT": before_N, "PPO": after_N}, name=name)
-    return _save([distributions, partial(_changes, change_N=after_N - before_N, name=name)], path, title=title)
+    between = f"(95% interval {low:.0%} to {high:.0%})"
+    title = f"Win rate of {learner} over SFT: {rate:.0%} of {before_N.size:,} prompts {between}"
+    distributions = partial(_distributions, scores={"SFT": before_N, learner: after_N}, name=name)
+    return _save(
+        [distributions, partial(_changes, change_N=after_N - before_N, name=name, learner=learner)], path, title=title
+    )
 
 
 def _save(drawings, path, *, columns=3, title=None):
@@ -167,6 +244,10 @@ def _panel(axes, panel, rows):
         else:
             axes.plot(steps, values, color=curve.color, linewidth=0.7, alpha=0.3)
             values = smooth(values)
+            band_steps, half = series(rows, f"{curve.name}_ci95")  # of several seeds
+            if len(band_steps) == len(steps):
+                half = smooth(half)
+                axes.fill_between(steps, values - half, values + half, color=curve.color, alpha=0.2, linewidth=0)
             marker = "o" if len(steps) == 1 else None
             axes.plot(steps, values, color=curve.color, linewidth=2, marker=marker, label=curve.name)
         last = values[np.isfinite(values)][-1]
@@ -216,6 +297,24 @@ def _twins(axes, points_N3, over_kl):
     axes.xaxis.set_major_locator(MaxNLocator(**STEPS))
 
 
+def _frontier(axes, rows, best_of_n):
+    """Reward over KL: what a nat buys. Below best-of-n's curve, sampling again would have been the better way."""
+    n_M, score_M, nats_M = np.array(best_of_n).T
+    axes.plot(nats_M, score_M, ".-", color=GREY, linewidth=1, markersize=4, label="best of n")
+    for n, score, nats in zip(n_M, score_M, nats_M, strict=True):
+        if int(n) in (1, 4, 16):
+            axes.annotate(
+                f"best of {n:.0f}", (nats, score), (5, -9), textcoords="offset points", color=GREY, fontsize=7
+            )
+    names = "rl/eval_kl_exact", "rl/eval_reward"
+    points_N2 = np.array([[row[name] for name in names] for row in rows if all(name in row for name in names)])
+    if len(points_N2):
+        axes.plot(*points_N2.T, "o-", color=AMBER, linewidth=1, markersize=3.5, label="policy")
+        axes.plot(*points_N2[-1], "o", color=BLACK, markersize=7, label="kept", zorder=4)
+    axes.set(title="Reward over KL", xlabel="exact KL from the SFT policy (nats per sample)", ylabel="mean reward")
+    axes.legend(frameon=False, loc="lower right")
+
+
 def _distributions(axes, scores, name):
     for (label, scores_N), color, height in zip(scores.items(), (GREY, BLUE), (0.15, 0.05), strict=True):
         axes.ecdf(scores_N, complementary=True, color=color, linewidth=2, label=label)
@@ -224,7 +323,7 @@ def _distributions(axes, scores, name):
     axes.set(title=f"Distribution of the {name}", xlabel=name, ylabel="share of prompts at or above")
 
 
-def _changes(axes, change_N, name):
+def _changes(axes, change_N, name, learner):
     """Prompts from the most improved to the most worsened: the curve leaves 0 where better ends and worse begins."""
     change_N, edges_N = np.sort(change_N)[::-1], np.linspace(0, 100, change_N.size + 1)
     better_N, worse_N = change_N > 0, change_N < 0
@@ -232,7 +331,9 @@ def _changes(axes, change_N, name):
         axes.stairs(np.where(kind_N, change_N, 0), edges_N, fill=True, color=color, alpha=0.45)
     axes.axhline(0, color=BLACK, linewidth=0.8)
     shares = f"{better_N.mean():.0%} better, {worse_N.mean():.0%} worse"
-    axes.set(title="Change of each prompt", xlabel=f"% of prompts, sorted: {shares}", ylabel=f"{name}, PPO minus SFT")
+    axes.set(
+        title="Change of each prompt", xlabel=f"% of prompts, sorted: {shares}", ylabel=f"{name}, {learner} minus SFT"
+    )
 
 
 def _number(value):

@@ -7,7 +7,7 @@ import jax
 import jax.numpy as jnp
 
 from rlhf_jax import generate
-from rlhf_jax.ops import kl, logprobs
+from rlhf_jax.ops import kl, logprobs, masked
 
 
 class Apply(NamedTuple):
@@ -62,10 +62,36 @@ class Rollout:
         """Response tokens, EOS included."""
         return jnp.sum(self.mask_BR, axis=1)
 
+    def statistics(self, kl_coef):
+        """What the rollout, once scored, says of the policy that wrote it: {name: scalar}. Nats, and tokens with EOS.
 
-def sample(apply, policy, reference, prompt_BP, prompt_mask_BP, keys_B, sampling):
-    """Completes the prompts with the policy, each with its key, and compares it with the reference at every token."""
-    drawn = generate.generate(apply.policy, policy, prompt_BP, prompt_mask_BP, keys_B, sampling)
+        kl, kl_k2, kl_k3, kl_exact are summed over a sequence and averaged over the batch; entropy is per token.
+        """
+        mask_BR = self.mask_BR
+
+        def per_sequence(x_BR):
+            return jnp.mean(masked.sum(x_BR, mask_BR, axis=1))
+
+        return {
+            "score": jnp.mean(self.score_B),
+            "kl": per_sequence(self.kl_BR),
+            "kl_k2": per_sequence(kl.k2(self.logp_BR, self.logp_ref_BR)),
+            "kl_k3": per_sequence(kl.k3(self.logp_BR, self.logp_ref_BR)),
+            "kl_exact": per_sequence(self.kl_exact_BR),
+            "kl_coef": kl_coef,
+            "entropy": masked.mean(self.entropy_BR, mask_BR),
+            "eos_rate": jnp.mean(self.eos_B),
+            "length": jnp.mean(self.length_B),
+        }
+
+
+def draw(apply, policy, prompt_BP, prompt_mask_BP, keys_B, sampling):
+    """Completes the prompts with the policy, each with its key: what `compare` makes a Rollout of."""
+    return generate.generate(apply.policy, policy, prompt_BP, prompt_mask_BP, keys_B, sampling)
+
+
+def compare(apply, policy, reference, prompt_BP, prompt_mask_BP, drawn, sampling):
+    """The Rollout of completions drawn from the policy: it and the reference compared at every token."""
     tokens_BT = jnp.concatenate([prompt_BP, drawn.response_BR], axis=1)
     attend_BT = jnp.concatenate([prompt_mask_BP.astype(bool), drawn.mask_BR], axis=1)
     hidden_ref_BRD = logprobs.before(apply.policy.hidden(reference, tokens_BT, attend_BT), sampling.max_tokens)
@@ -84,6 +110,12 @@ def sample(apply, policy, reference, prompt_BP, prompt_mask_BP, keys_B, sampling
         kl_exact_BR=kl_exact_BR,
         entropy_BR=entropy_BR,
     )
+
+
+def sample(apply, policy, reference, prompt_BP, prompt_mask_BP, keys_B, sampling):
+    """`draw`, then `compare`: the two are apart for who wants to read the completions while they are compared."""
+    drawn = draw(apply, policy, prompt_BP, prompt_mask_BP, keys_B, sampling)
+    return compare(apply, policy, reference, prompt_BP, prompt_mask_BP, drawn, sampling)
 
 
 def score(apply, reward, rollout):

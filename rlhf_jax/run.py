@@ -12,19 +12,14 @@ from rlhf_jax import config as configs
 from rlhf_jax import generate, metrics, rollout, sharding, text
 from rlhf_jax.checkpoint import Checkpoints
 from rlhf_jax.console import Silent
-from rlhf_jax.data import batches, sources
+from rlhf_jax.data import batches, corpus, sources
 from rlhf_jax.errors import InputError
 from rlhf_jax.models import heads, hf
-from rlhf_jax.rewards import gold
+from rlhf_jax.rewards import function, gold
 from rlhf_jax.text import bpe, char, gpt2
 
-_COMMON = ("seed", "text", "data", "model", "evaluation")
-STAGES = {  # in their order, with the sections of the config that a stage's result depends on
-    "sft": (*_COMMON, "sft"),
-    "reward": (*_COMMON, "sft", "reward"),
-    "ppo": (*_COMMON, "sft", "reward", "ppo"),
-}
-PURPOSES = ("sft", "reward", "ppo", "policy init", "reward head", "evaluation")  # append only: the place is the key
+PURPOSES = ("sft", "reward", "ppo", "policy init", "reward head", "evaluation", "pretrain", "rl")
+# Append only: the place is the key.
 
 
 class Run:
@@ -34,19 +29,22 @@ class Run:
     Raises InputError, before anything is written, for an impossible config or a workdir of another config.
     """
 
+    STAGES = {}  # in their order, with the sections of the config that a stage's result depends on
+    KINDS = {}  # which arrays a stage trains on
+
     def __init__(self, config, workdir, reporter=None):
         self.config = config
         self.workdir = Path(workdir).absolute()
         self.reporter = reporter or Silent()
         self.mesh = sharding.mesh()
         configs.check(config, devices=self.mesh.size)
-        for stage in STAGES:
+        for stage in self.STAGES:
             self._check_folder(stage)
 
     def _asked(self, stage):
         """What config.json of the stage's folder holds."""
         asked = dataclasses.asdict(self.config)
-        return {section: asked[section] for section in STAGES[stage]}
+        return {section: asked[section] for section in self.STAGES[stage]}
 
     def _check_folder(self, stage):
         path = self.workdir / stage / "config.json"
@@ -90,7 +88,7 @@ class Run:
     def tokenizer(self):
         """The workdir's tokenizer; made from the config, and kept, the first time."""
         folder = self.workdir / "text"
-        if folder.exists() and any((self.workdir / stage / "config.json").exists() for stage in STAGES):
+        if folder.exists() and any((self.workdir / stage / "config.json").exists() for stage in self.STAGES):
             return text.load(folder)  # of this config: the stages' were compared with it
         config = self.config.text
         if config.kind == "gpt2":
@@ -98,8 +96,8 @@ class Run:
                 raise InputError("text.path: expected the folder of GPT-2's encoder.json and vocab.bpe, got none")
             tokenizer = gpt2.from_files(config.path)
         else:
-            texts = [f"{row['prompt']} {row['label']}" for row in self.rows("sft")[0]]
             try:
+                texts = self.texts()
                 tokenizer = bpe.train(texts, config.vocab_size) if config.kind == "bpe" else char.train(texts)
             except InputError as error:
                 raise InputError(f"text.{error}") from None
@@ -108,34 +106,6 @@ class Run:
         except OSError as error:
             raise InputError(f"workdir: cannot write {folder} ({error.strerror})") from error
         return tokenizer
-
-    @functools.cache  # noqa: B019 (a run lives as long as the program)
-    def rows(self, kind):
-        """(train, held-out) rows of a kind: sft, preferences or prompts."""
-        return sources.load(kind, self.config.data, self.config.seed)
-
-    @functools.cache  # noqa: B019
-    def arrays(self, kind):
-        """(train, held-out) arrays, as data/batches.py makes them. What had to be cut or skipped is said."""
-        data = self.config.data
-        encode, lengths = {
-            "sft": (batches.encode_sft, {"response_length": data.response_length}),
-            "preferences": (batches.encode_pairs, {"response_length": data.response_length}),
-            "prompts": (batches.encode_prompts, {}),
-        }[kind]
-        sides = []
-        for side, rows in zip(("train", "held out"), self.rows(kind), strict=True):
-            source = f"data.{kind}, {side}"
-            arrays, counts = encode(rows, self.tokenizer, prompt_length=data.prompt_length, source=source, **lengths)
-            told = ", ".join(f"{count} {what.replace('_', ' ')}" for what, count in counts.items() if count)
-            self.reporter.note(f"{source}: {told}")
-            sides.append(arrays)
-        return tuple(sides)
-
-    def asked(self, kind):
-        """The held-out rows that policies are compared on, in the order of the held-out arrays."""
-        index_N = self.arrays(kind)[1]["index_N"]
-        return [self.rows(kind)[1][i] for i in index_N[: self.config.evaluation.prompts]]
 
     @functools.cached_property
     def apply(self):
@@ -168,7 +138,7 @@ class Run:
     def sampling(self, temperature):
         """How responses are drawn."""
         return generate.Sampling(
-            max_tokens=self.config.data.response_length,
+            max_tokens=self.response_length,
             eos_id=self.tokenizer.eos_id,
             pad_id=self.tokenizer.pad_id,
             temperature=temperature,
@@ -183,12 +153,6 @@ class Run:
         pairs = zip(np.asarray(response_BR), np.asarray(mask_BR, bool), strict=True)
         return [self.tokenizer.decode(ids[mask].tolist()).strip() for ids, mask in pairs]
 
-    def gold(self, rows, texts):
-        """{"gold": the true reward of each text}; nothing where the rows have no record, as those of files."""
-        if "record" not in rows[0]:
-            return {}
-        return {"gold": np.array([gold.score(row["record"], text) for row, text in zip(rows, texts, strict=True)])}
-
     def over(self, arrays, function, rows=None):
         """function(batch) over the first `rows` rows (default: all), a device batch at a time: NumPy results by row.
 
@@ -202,6 +166,139 @@ class Run:
             batch = batches.take(arrays, np.arange(start, start + size) % total)
             parts.append(sharding.gather(function(sharding.shard(batch, self.mesh))))
         return jax.tree.map(lambda *x: np.concatenate(x)[:total], *parts)
+
+
+class Summarization(Run):
+    """Posts and their summaries: fine-tuning, a reward model from preferences, PPO."""
+
+    CONFIG = configs.Config
+    STAGES = {
+        "sft": ("seed", "text", "data", "model", "evaluation", "sft"),
+        "reward": ("seed", "text", "data", "model", "evaluation", "sft", "reward"),
+        "ppo": ("seed", "text", "data", "model", "evaluation", "sft", "reward", "ppo"),
+    }
+    KINDS = {"sft": "sft", "reward": "preferences", "ppo": "prompts"}
+
+    @property
+    def response_length(self):
+        """R: tokens of a response, EOS included."""
+        return self.config.data.response_length
+
+    def texts(self):
+        """What a tokenizer is trained on."""
+        return [f"{row['prompt']} {row['label']}" for row in self.rows("sft")[0]]
+
+    @functools.cache  # noqa: B019 (a run lives as long as the program)
+    def rows(self, kind):
+        """(train, held-out) rows of a kind: sft, preferences or prompts."""
+        return sources.load(kind, self.config.data, self.config.seed)
+
+    @functools.cache  # noqa: B019
+    def arrays(self, kind):
+        """(train, held-out) arrays, as data/batches.py makes them. What had to be cut or skipped is said."""
+        data = self.config.data
+        encode, lengths = {
+            "sft": (batches.encode_sft, {"response_length": data.response_length}),
+            "preferences": (batches.encode_pairs, {"response_length": data.response_length}),
+            "prompts": (batches.encode_prompts, {}),
+        }[kind]
+        sides = []
+        for side, rows in zip(("train", "held out"), self.rows(kind), strict=True):
+            source = f"data.{kind}, {side}"
+            arrays, counts = encode(rows, self.tokenizer, prompt_length=data.prompt_length, source=source, **lengths)
+            told = ", ".join(f"{count} {what.replace('_', ' ')}" for what, count in counts.items() if count)
+            self.reporter.note(f"{source}: {told}")
+            sides.append(arrays)
+        return tuple(sides)
+
+    def asked(self, kind):
+        """The held-out rows that policies are compared on, in the order of the held-out arrays."""
+        index_N = self.arrays(kind)[1]["index_N"]
+        return [self.rows(kind)[1][i] for i in index_N[: self.config.evaluation.prompts]]
+
+    def questions(self):
+        """(arrays, rows) that the fine-tuned policy is sampled on."""
+        return self.arrays("sft")[1], self.asked("sft")
+
+    def judge(self, rows, texts):
+        """{"gold": the true reward of each text}; nothing where the rows have no record, as those of files."""
+        if "record" not in rows[0]:
+            return {}
+        return {"gold": np.array([gold.score(row["record"], text) for row, text in zip(rows, texts, strict=True)])}
+
+
+class Writing(Run):
+    """Texts and a reward that anyone can compute: pretraining, fine-tuning, reinforcement learning."""
+
+    CONFIG = configs.Writing
+    STAGES = {
+        "pretrain": ("seed", "text", "data", "model", "evaluation", "reward", "pretrain"),
+        "sft": ("seed", "text", "data", "model", "evaluation", "reward", "pretrain", "sft"),
+    }
+    STAGES["rl"] = (*STAGES["sft"], "seeds", "algorithm", "policy_gradient", "ppo", "alarms")
+    KINDS = {"pretrain": "pretrain", "sft": "sft", "rl": "prompts"}
+
+    def __init__(self, config, workdir, reporter=None):
+        super().__init__(config, workdir, reporter)
+        self.reward = function.load(config.reward)
+
+    @property
+    def response_length(self):
+        """R: tokens of a sample, EOS included."""
+        return self.config.data.length - 1  # one place is the start's
+
+    def texts(self):
+        """What a tokenizer is trained on."""
+        return [row["text"] for row in self.rows("pretrain")[0]]
+
+    @functools.cache  # noqa: B019
+    def rows(self, kind):
+        """(train, held-out) rows of a kind: pretrain, all texts; sft, the happy ones among them."""
+        data = self.config.data
+        if kind == "pretrain":
+            sides, skipped = corpus.load(data, self.config.seed)
+            if skipped:
+                self.reporter.note(f"data: {len(skipped)} rows skipped; the first: {skipped[0]}")
+            return sides
+        if data.kind == "tweets":
+            sides = [[row for row in rows if row["sentiment"] == data.sentiment] for rows in self.rows("pretrain")]
+            why = f"data.sentiment: expected texts labelled {data.sentiment!r}"
+        else:
+            sides = [self._happy(rows) for rows in self.rows("pretrain")]
+            why = f"data.min_reward: expected texts with a reward above {data.min_reward}"
+        if not all(sides):
+            raise InputError(f"{why} on both sides of data.held_out, got {len(sides[0])} and {len(sides[1])}")
+        return tuple(sides)
+
+    def _happy(self, rows):
+        rewards_N, _ = self.reward([row["text"] for row in rows])
+        return [row for row, reward in zip(rows, rewards_N, strict=True) if reward > self.config.data.min_reward]
+
+    @functools.cache  # noqa: B019
+    def arrays(self, kind):
+        """(train, held-out) arrays, as data/corpus.py makes them."""
+        config = self.config
+        if kind == "prompts":
+            counts = (config.rl.batch, config.evaluation.prompts)
+            return tuple(corpus.starts(count, self.tokenizer) for count in counts)
+        make = {"pretrain": corpus.windows, "sft": corpus.openings}[kind]
+        sides = tuple(make(rows, self.tokenizer, config.data.length) for rows in self.rows(kind))
+        for side, rows, arrays in zip(("train", "held out"), self.rows(kind), sides, strict=True):
+            self.reporter.note(f"{kind}, {side}: {len(rows)} texts, {len(arrays['index_N'])} rows")
+        return sides
+
+    def asked(self, kind):
+        """The rows that policies are compared on: every sample starts from nothing."""
+        return [{"prompt": ""} for _ in range(self.config.evaluation.prompts)]
+
+    def questions(self):
+        """(arrays, rows) that a policy is sampled on."""
+        return self.arrays("prompts")[1], self.asked("prompts")
+
+    def judge(self, rows, texts):
+        """{"reward": [N]} of the texts, and its components where it has several."""
+        rewards_N, parts = self.reward(texts)
+        return {"reward": rewards_N} | {f"reward_{name}": values_N for name, values_N in parts.items()}
 
 
 def _flat(tree, prefix=""):

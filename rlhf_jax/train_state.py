@@ -23,6 +23,8 @@ class TrainState:
     reward: Any = None
     optimizer: Any = None
     kl_coef: jax.Array | None = None  # () float32, the KL controller's state
+    best: Any = None  # {"policy", "reward", "step"} of the best policy seen
+    alarms: Any = None  # alarms.py: running means, and whether they are out of bounds
 
     @classmethod
     def create(cls, key, **parts):

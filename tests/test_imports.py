@@ -21,6 +21,7 @@ MAY_IMPORT = {
     "console": set(),
     "train_state": set(),
     "loop": set(),
+    "alarms": set(),
     "models": {"ops"},
     "data": {"text"},
     "rewards": {"text"},

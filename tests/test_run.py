@@ -16,7 +16,7 @@ from rlhf_jax.data.tldr import format_query
 from rlhf_jax.errors import InputError
 from rlhf_jax.models import gpt2, hf
 from rlhf_jax.rewards import gold
-from rlhf_jax.run import PURPOSES, Run
+from rlhf_jax.run import PURPOSES, Summarization
 
 PARITY = Path(__file__).parent / "models" / "gpt2_parity" / "model.safetensors"
 
@@ -63,54 +63,54 @@ def on_disk(folder):
     ],
 )
 def test_a_workdir_of_another_config_is_refused_and_left_alone(changes, difference, config, tmp_path):
-    folder = Run(config, tmp_path).open("sft")
+    folder = Summarization(config, tmp_path).open("sft")
     before = on_disk(tmp_path)
-    message = error(Run, changed(config, **changes), tmp_path)
+    message = error(Summarization, changed(config, **changes), tmp_path)
     assert message == f"workdir: {folder}/config.json was made with {difference}; choose another --workdir"
     assert on_disk(tmp_path) == before
 
 
 def test_another_seed_is_another_config(config, tmp_path):
-    Run(config, tmp_path).open("sft")
-    assert "was made with seed = 1, not 2;" in error(Run, dataclasses.replace(config, seed=2), tmp_path)
+    Summarization(config, tmp_path).open("sft")
+    assert "was made with seed = 1, not 2;" in error(Summarization, dataclasses.replace(config, seed=2), tmp_path)
 
 
 def test_a_stage_depends_on_what_comes_before_it_and_not_on_what_comes_after(config, tmp_path):
-    Run(config, tmp_path).open("sft")
+    Summarization(config, tmp_path).open("sft")
     other = changed(config, reward={"steps": 3}, ppo={"steps": 3})
-    Run(other, tmp_path).open("reward")
-    assert "/reward/config.json was made with reward.steps = 3, not" in error(Run, config, tmp_path)
-    Run(changed(other, ppo={"steps": 4}), tmp_path).open("ppo")
-    assert "/ppo/config.json was made with ppo.steps = 4, not 3;" in error(Run, other, tmp_path)
+    Summarization(other, tmp_path).open("reward")
+    assert "/reward/config.json was made with reward.steps = 3, not" in error(Summarization, config, tmp_path)
+    Summarization(changed(other, ppo={"steps": 4}), tmp_path).open("ppo")
+    assert "/ppo/config.json was made with ppo.steps = 4, not 3;" in error(Summarization, other, tmp_path)
 
 
 def test_the_same_config_may_go_on(config, tmp_path):
-    before = on_disk(Run(config, tmp_path).open("sft"))
-    assert on_disk(Run(config, tmp_path).open("sft")) == before
+    before = on_disk(Summarization(config, tmp_path).open("sft"))
+    assert on_disk(Summarization(config, tmp_path).open("sft")) == before
 
 
 def test_an_impossible_config_is_refused_before_anything_is_written(config, tmp_path):
-    assert error(Run, changed(config, ppo={"top_k": 5}), tmp_path / "run").startswith("ppo.top_k: ")
+    assert error(Summarization, changed(config, ppo={"top_k": 5}), tmp_path / "run").startswith("ppo.top_k: ")
     assert not (tmp_path / "run").exists()
 
 
 @pytest.mark.parametrize("ask", [lambda run: run.open("sft"), lambda run: run.tokenizer], ids=["open", "tokenizer"])
 def test_a_workdir_that_cannot_be_written_is_named(ask, config, tmp_path):
     (tmp_path / "file").write_text("in the way")
-    message = error(ask, Run(config, tmp_path / "file" / "run"))
+    message = error(ask, Summarization(config, tmp_path / "file" / "run"))
     assert message.startswith(f"workdir: cannot write {tmp_path}/file/run/") and "Not a directory" in message
     assert on_disk(tmp_path) == {tmp_path / "file": b"in the way"}
 
 
 def test_config_json_is_the_whole_config_and_the_stages_part_of_it(config, tmp_path):
-    folder = Run(config, tmp_path).open("reward")
+    folder = Summarization(config, tmp_path).open("reward")
     assert configs.parse(json.loads((tmp_path / "config.json").read_text())) == config
     part = json.loads((folder / "config.json").read_text())
     assert part["reward"]["steps"] == config.reward.steps and "ppo" not in part
 
 
 def test_what_an_unfinished_stage_would_give_is_not_there(config, tmp_path):
-    run = Run(config, tmp_path)
+    run = Summarization(config, tmp_path)
     run.open("sft")
     assert not run.finished("sft")
     assert error(run.parameters, "sft", "policy", {}) == (
@@ -122,23 +122,23 @@ def test_what_an_unfinished_stage_would_give_is_not_there(config, tmp_path):
 
 
 def test_the_tokenizer_is_made_once_and_kept(config, tmp_path, monkeypatch):
-    run = Run(config, tmp_path)
+    run = Summarization(config, tmp_path)
     tokenizer = run.tokenizer
     run.open("sft")
     assert tokenizer.encode("TL;DR:") == [tokenizer.characters.index(character) for character in "TL;DR:"]
     monkeypatch.delattr(sources, "load")  # it is not made again
-    assert Run(config, tmp_path).tokenizer == tokenizer
+    assert Summarization(config, tmp_path).tokenizer == tokenizer
 
 
 def test_a_tokenizer_of_another_config_is_not_taken(config, tmp_path):
     """A run that ended before its first stage began, at a bad row, has left its tokenizer and nothing else."""
-    assert Run(config, tmp_path).tokenizer
-    run = Run(changed(config, text={"kind": "bpe", "vocab_size": 300}), tmp_path)
+    assert Summarization(config, tmp_path).tokenizer
+    run = Summarization(changed(config, text={"kind": "bpe", "vocab_size": 300}), tmp_path)
     assert run.tokenizer.vocab_size == 300
 
 
 def test_gpt2_needs_its_files(config, tmp_path):
-    run = Run(changed(config, text={"kind": "gpt2"}), tmp_path)
+    run = Summarization(changed(config, text={"kind": "gpt2"}), tmp_path)
     assert error(lambda: run.tokenizer) == (
         "text.path: expected the folder of GPT-2's encoder.json and vocab.bpe, got none"
     )
@@ -146,7 +146,7 @@ def test_gpt2_needs_its_files(config, tmp_path):
 
 def test_a_vocabulary_too_small_is_named_by_its_field(config, tmp_path):
     small = changed(config, text={"kind": "bpe", "vocab_size": 100})
-    assert error(lambda: Run(small, tmp_path).tokenizer).startswith("text.vocab_size: expected at least 258")
+    assert error(lambda: Summarization(small, tmp_path).tokenizer).startswith("text.vocab_size: expected at least 258")
 
 
 # The rows
@@ -178,19 +178,19 @@ def write(path):
 def test_rows_of_files(suffix, config, tmp_path):
     path = write(tmp_path / f"rows{suffix}")
     data = {"source": "files", "sft": path, "preferences": path, "held_out": 0.3}
-    run = Run(changed(config, data=data), tmp_path / "run")
+    run = Summarization(changed(config, data=data), tmp_path / "run")
     for kind, columns in [("sft", ("prompt", "label")), ("preferences", ("prompt", "chosen", "rejected"))]:
         train, held_out = run.rows(kind)
         expected = [{column: row[column] for column in columns} for row in ROWS]
         assert sorted(train + held_out, key=str) == sorted(expected, key=str) and train and held_out
     assert run.rows("prompts") == run.rows("sft")  # the prompts of the SFT rows, where no others are given
-    own = Run(changed(config, data=data | {"prompts": path}), tmp_path / "other")
+    own = Summarization(changed(config, data=data | {"prompts": path}), tmp_path / "other")
     assert {tuple(row) for row in own.rows("prompts")[0]} == {("prompt",)}
 
 
 @pytest.mark.parametrize("kind", ["sft", "preferences"])
 def test_a_file_that_is_not_given_is_asked_for(kind, config, tmp_path):
-    run = Run(changed(config, data={"source": "files"}), tmp_path)
+    run = Summarization(changed(config, data={"source": "files"}), tmp_path)
     assert error(run.rows, kind) == (
         f"data.{kind}: expected a .jsonl, .csv or .parquet file (--config.data.{kind}=FILE), got none"
     )
@@ -208,7 +208,7 @@ def test_what_had_to_be_cut_or_skipped_is_said(config, tmp_path):
     path = write(tmp_path / "rows.jsonl")
     data = {"source": "files", "sft": path, "held_out": 0.3, "response_length": 10}  # " ends , 9" and EOS
     reporter = Notes()
-    run = Run(changed(config, data=data), tmp_path / "run", reporter)
+    run = Summarization(changed(config, data=data), tmp_path / "run", reporter)
     arrays = run.arrays("sft")
     notes, kept = [], []
     for side, rows in zip(("train", "held out"), run.rows("sft"), strict=True):
@@ -225,13 +225,13 @@ def test_a_row_without_known_characters_is_named_as_it_is_in_its_file(config, tm
     pairs = [row | {"rejected": "\u4e2d"} if i == 16 else row for i, row in enumerate(ROWS)]
     preferences.write_text("".join(json.dumps(row) + "\n" for row in pairs))
     data = {"source": "files", "sft": sft, "preferences": str(preferences), "held_out": 0.3}
-    run = Run(changed(config, data=data), tmp_path / "run")
+    run = Summarization(changed(config, data=data), tmp_path / "run")
     message = error(run.arrays, "preferences")
     assert f"{preferences}:17: rejected: " in message and "no known characters" in message
 
 
 def test_policies_are_compared_on_the_first_held_out_rows_that_could_be_encoded(config, tmp_path):
-    run = Run(changed(config, data={"response_length": 60}, evaluation={"prompts": 3}), tmp_path)
+    run = Summarization(changed(config, data={"response_length": 60}, evaluation={"prompts": 3}), tmp_path)
     held_out = run.arrays("sft")[1]
     assert held_out["index_N"].tolist()[:3] != [0, 1, 2]
     asked = run.asked("sft")
@@ -243,12 +243,12 @@ def test_policies_are_compared_on_the_first_held_out_rows_that_could_be_encoded(
 
 
 def test_gold_is_of_rows_with_a_record(config, tmp_path):
-    run = Run(config, tmp_path)
+    run = Summarization(config, tmp_path)
     rows = run.rows("sft")[0]
     texts = [row["label"] for row in rows]
     expected = [gold.score(row["record"], text) for row, text in zip(rows, texts, strict=True)]
-    np.testing.assert_array_equal(run.gold(rows, texts)["gold"], expected)
-    assert run.gold([{"prompt": "a"}], ["b"]) == {}
+    np.testing.assert_array_equal(run.judge(rows, texts)["gold"], expected)
+    assert run.judge([{"prompt": "a"}], ["b"]) == {}
 
 
 # The model
@@ -256,8 +256,8 @@ def test_gold_is_of_rows_with_a_record(config, tmp_path):
 
 @pytest.mark.parametrize(("beyond", "fine"), [(-1, False), (0, True), (255, True), (256, False)])
 def test_the_vocabulary_may_be_padded_a_little(beyond, fine, config, tmp_path):
-    ids = Run(config, tmp_path).tokenizer.vocab_size
-    run = Run(changed(config, model={"vocab_size": ids + beyond}), tmp_path)
+    ids = Summarization(config, tmp_path).tokenizer.vocab_size
+    run = Summarization(changed(config, model={"vocab_size": ids + beyond}), tmp_path)
     if fine:
         assert run.apply.policy.config.vocab_size == run.apply.scalar.config.vocab_size == ids + beyond
     else:
@@ -266,7 +266,7 @@ def test_the_vocabulary_may_be_padded_a_little(beyond, fine, config, tmp_path):
 
 
 def test_the_models_vocabulary_is_the_tokenizers(config, tmp_path):
-    run = Run(config, tmp_path)
+    run = Summarization(config, tmp_path)
     assert run.apply.policy.config.vocab_size == run.tokenizer.vocab_size
 
 
@@ -278,7 +278,7 @@ def pretrained(config, tmp_path, characters, **model):
     data = {"source": "files", "sft": str(tmp_path / "sft.jsonl"), "held_out": 0.3}
     data |= {"prompt_length": 16, "response_length": 16}
     sizes = {"layers": 2, "heads": 3, "head_size": 8, "width": 24, "context": 32, "init": str(PARITY)}
-    return Run(changed(config, data=data, model=sizes | model), tmp_path / "run")
+    return Summarization(changed(config, data=data, model=sizes | model), tmp_path / "run")
 
 
 def test_pretrained_weights_with_ids_that_they_do_not_know(config, tmp_path):
@@ -304,7 +304,7 @@ def test_pretrained_weights_of_a_larger_vocabulary_are_refused(config, tmp_path)
 
 def test_random_weights_are_of_the_seed(config, tmp_path):
     first, again, other = (
-        Run(dataclasses.replace(config, seed=seed), tmp_path / name).policy_init()
+        Summarization(dataclasses.replace(config, seed=seed), tmp_path / name).policy_init()
         for seed, name in [(1, "a"), (1, "b"), (2, "c")]
     )
     jax.tree.map(np.testing.assert_array_equal, first, again)
@@ -312,13 +312,13 @@ def test_random_weights_are_of_the_seed(config, tmp_path):
 
 
 def test_every_purpose_has_a_key_of_its_own(config, tmp_path):
-    run = Run(config, tmp_path)
+    run = Summarization(config, tmp_path)
     keys = {tuple(jax.random.key_data(run.key(purpose)).tolist()) for purpose in PURPOSES}
     assert len(keys) == len(PURPOSES)
 
 
 def test_responses_as_texts(config, tmp_path):
-    run = Run(config, tmp_path)
+    run = Summarization(config, tmp_path)
     a, b, space = run.tokenizer.encode("ab ")
     eos, pad = run.tokenizer.eos_id, run.tokenizer.pad_id
     response_BR = jax.numpy.array([[space, a, b, eos, pad], [a, space, b, b, b]])
@@ -336,7 +336,7 @@ ARRAYS = {"x_NP": np.arange(30, dtype=np.float32).reshape(10, 3), "index_N": np.
 )
 def test_a_device_batch_at_a_time_is_as_one_big_batch(size, rows, shapes, config, tmp_path):
     """The last batch is filled up, which compiles nothing new, and cut off."""
-    run = Run(changed(config, evaluation={"batch": size}), tmp_path)
+    run = Summarization(changed(config, evaluation={"batch": size}), tmp_path)
     seen = []
 
     def function(batch):

@@ -26,7 +26,7 @@ from rlhf_jax.data.tldr import format_query
 from rlhf_jax.errors import InputError
 from rlhf_jax.models import gpt2
 from rlhf_jax.rewards import gold
-from rlhf_jax.run import Run
+from rlhf_jax.run import Summarization
 from rlhf_jax.text import bpe
 
 STAGES = ("sft", "reward", "ppo")
@@ -91,7 +91,7 @@ def whole(config, tmp_path_factory):
     jax.clear_caches()
     with compilations() as compiled:
         reporter = Recorder(compiled)
-        run = Run(config, tmp_path_factory.mktemp("whole"), reporter)
+        run = Summarization(config, tmp_path_factory.mktemp("whole"), reporter)
         summary = stages.summarize(run)
     return types.SimpleNamespace(run=run, workdir=run.workdir, summary=summary, reporter=reporter, compiled=compiled)
 
@@ -105,7 +105,7 @@ def changed(config, **sections):
 
 def branch(run, workdir, *finished, **changes):
     """A run with another config that has these stages of `run` as if they had been its own."""
-    other = Run(changed(run.config, **changes), workdir)
+    other = Summarization(changed(run.config, **changes), workdir)
     for stage in finished:
         shutil.copytree(run.workdir / stage, workdir / stage)
         other.open(stage)
@@ -202,7 +202,7 @@ def test_a_finished_run_is_left_alone(whole, config):
 
     before = times()
     reporter = Recorder([])
-    summary = stages.summarize(Run(config, whole.workdir, reporter))
+    summary = stages.summarize(Summarization(config, whole.workdir, reporter))
     assert times() == before
     assert reporter.stages == []
     assert reporter.notes[-3:] == [f"{stage}: finished with this config, skipped" for stage in STAGES]
@@ -348,7 +348,7 @@ def test_a_policy_that_does_not_learn_stays_where_it_was(whole, tmp_path):
 
 def test_dropout_is_for_fine_tuning_alone(whole, config, tmp_path):
     """invariant 10: from the same fine-tuned policy, the reward model and PPO come out the same bit for bit."""
-    noisy = Run(changed(config, model={"dropout": 0.5}), tmp_path / "noisy")
+    noisy = Summarization(changed(config, model={"dropout": 0.5}), tmp_path / "noisy")
     stages.sft(noisy)
     ours, theirs = logged(tmp_path / "noisy", "sft"), logged(whole.workdir, "sft")
     assert all(a["sft/loss"] != b["sft/loss"] for a, b in zip(ours[:6], theirs[:6], strict=True))
@@ -361,11 +361,11 @@ def test_dropout_is_for_fine_tuning_alone(whole, config, tmp_path):
 
 def test_the_seed_decides_everything(whole, config, tmp_path):
     """invariant 11: the same seed gives the same run bit for bit, another seed another."""
-    again = Run(config, tmp_path / "again")
+    again = Summarization(config, tmp_path / "again")
     stages.sft(again)
     assert logged(again.workdir, "sft") == logged(whole.workdir, "sft")
     assert_same_bits(trained(again, "sft", "policy"), trained(whole.run, "sft", "policy"))
-    other = Run(dataclasses.replace(config, seed=2), tmp_path / "other")
+    other = Summarization(dataclasses.replace(config, seed=2), tmp_path / "other")
     stages.sft(other)
     assert logged(other.workdir, "sft")[0]["sft/loss"] != logged(whole.workdir, "sft")[0]["sft/loss"]
     assert differ(trained(other, "sft", "policy"), trained(whole.run, "sft", "policy"))
@@ -389,17 +389,17 @@ class StopsAt(Silent):
 def test_a_run_that_was_stopped_in_every_stage_ends_as_one_that_was_not(whole, config, tmp_path):
     for when, stopped_after in [(("sft", 1), 2), (("reward", 4), 4), (("ppo", 2), 3)]:
         with pytest.raises(loop.Stopped, match=f"stopped after step {stopped_after} of 6"):
-            stages.summarize(Run(config, tmp_path, StopsAt(*when)))
+            stages.summarize(Summarization(config, tmp_path, StopsAt(*when)))
         assert not (tmp_path / when[0] / "summary.json").exists()
     reporter = Recorder([])
-    summary = stages.summarize(Run(config, tmp_path, reporter))
+    summary = stages.summarize(Summarization(config, tmp_path, reporter))
     assert reporter.stages == [("ppo", 6, 3)] and "ppo: goes on after step 3" in reporter.notes
     assert numbers(summary) == numbers(whole.summary)
     assert len({row["ppo/kl_coef"] for row in logged(tmp_path, "ppo")[:6]}) > 1  # the controller's state is saved too
     for stage in STAGES:
         assert logged(tmp_path, stage) == logged(whole.workdir, stage)
         assert samples(tmp_path, stage) == samples(whole.workdir, stage)
-    run = Run(config, tmp_path)
+    run = Summarization(config, tmp_path)
     for stage, field in ("sft", "policy"), ("reward", "reward"), ("ppo", "policy"), ("ppo", "value"):
         assert_same_bits(trained(run, stage, field), trained(whole.run, stage, field))
 
@@ -415,12 +415,12 @@ def test_a_stage_that_was_killed_before_its_summary_ends_with_the_same(stage, wh
 
 def test_a_signal_in_the_last_step_stops_the_run_before_its_next_stage(config, tmp_path):
     with pytest.raises(loop.Stopped):
-        stages.summarize(Run(config, tmp_path, StopsAt("sft", 6)))
+        stages.summarize(Summarization(config, tmp_path, StopsAt("sft", 6)))
     assert not (tmp_path / "reward").exists()
 
 
 def test_a_batch_of_more_rows_than_there_are_is_refused_before_anything_is_written(config, tmp_path):
-    run = Run(changed(config, reward={"batch": 80}), tmp_path)
+    run = Summarization(changed(config, reward={"batch": 80}), tmp_path)
     with pytest.raises(InputError, match="reward.batch: expected .* got 80"):
         stages.summarize(run)
     assert not (tmp_path / "sft").exists()
@@ -461,7 +461,7 @@ def files(config, tmp_path_factory):
         evaluation={"temperature": config.ppo.temperature},  # one temperature, one program
     )
     reporter = Recorder([])
-    run = Run(config, tmp_path_factory.mktemp("run"), reporter)
+    run = Summarization(config, tmp_path_factory.mktemp("run"), reporter)
     return types.SimpleNamespace(run=run, summary=stages.summarize(run), reporter=reporter)
 
 

@@ -10,7 +10,7 @@ import jax
 import jax.numpy as jnp
 
 from rlhf_jax import optim
-from rlhf_jax.ops import advantages, kl, losses, masked
+from rlhf_jax.ops import advantages, importance, kl, losses, masked
 from rlhf_jax.train_state import TrainState
 
 
@@ -107,6 +107,10 @@ def loss(params, batch, *, config, apply):
         "ppo/approx_kl": policy_aux["approx_kl"],
         "ppo/ratio": policy_aux["ratio"],
         "ppo/value_clip_fraction": value_aux["clip_fraction"],
+        **{
+            f"ppo/{name}": number
+            for name, number in importance.statistics(logp_BR, batch.logp_BR, batch.mask_BR).items()
+        },
     }
 
 
@@ -146,48 +150,28 @@ def step(state, rollout, *, config, apply, tx):
     rollout = estimate(rollout, state.kl_coef, config=config)
     numbers = metrics(rollout, kl_coef=state.kl_coef, config=config)
     state, aux = update(state, rollout, config=config, apply=apply, tx=tx)
-    state = state.replace(kl_coef=adapt(state.kl_coef, numbers["ppo/kl"], rollout.mask_BR.shape[0], config=config))
+    control = {"target": config.kl_target, "horizon": config.kl_horizon, "episodes": rollout.mask_BR.shape[0]}
+    state = state.replace(kl_coef=kl.adapt(state.kl_coef, numbers["ppo/kl"], **control))
     numbers |= {name: jnp.mean(value) for name, value in aux.items()}
-    numbers["ppo/approx_kl_last"] = aux["ppo/approx_kl"][-1, -1]
+    numbers |= {
+        f"ppo/{name}_last": aux[f"ppo/{name}"][-1, -1] for name in ("approx_kl", "ess", "ess_token", "ratio_max")
+    }
     return state, numbers
 
 
-def adapt(kl_coef, sequence_kl, episodes, *, config):
-    """The next KL coefficient: fixed, or proportional control in log space (arXiv 1909.08593, sec. 2.2)."""
-    if not config.kl_target:
-        return kl_coef
-    error = jnp.clip(sequence_kl / config.kl_target - 1, -0.2, 0.2)
-    return kl_coef * (1 + error * episodes / config.kl_horizon)
-
-
 def metrics(rollout, *, kl_coef, config):
-    """What a rollout says, before the policy learns from it. KL, entropy and lengths in nats and tokens.
-
-    kl, kl_k2, kl_k3, kl_exact are summed over a sequence and averaged over the batch; entropy is per token.
-    """
+    """What a rollout says, before the policy learns from it: Rollout.statistics, and what PPO adds to the score."""
     mask_BR = rollout.mask_BR
-
-    def per_sequence(x_BR):
-        return jnp.mean(masked.sum(x_BR, mask_BR, axis=1))
-
     score_B = final_score(
         rollout.score_B, rollout.eos_B, missing_eos=config.missing_eos, penalty=config.missing_eos_penalty
     )
     residual_BR = rollout.returns_BR - rollout.values_BR
     explained = 1 - masked.var(residual_BR, mask_BR) / jnp.maximum(masked.var(rollout.returns_BR, mask_BR), 1e-8)
-    return {
-        "ppo/score": jnp.mean(rollout.score_B),
-        "ppo/score_final": jnp.mean(score_B),  # after the rule for a missing EOS
-        "ppo/score_total": jnp.mean(score_B - kl_coef * masked.sum(rollout.kl_BR, mask_BR, axis=1)),
-        "ppo/kl": per_sequence(rollout.kl_BR),
-        "ppo/kl_k2": per_sequence(kl.k2(rollout.logp_BR, rollout.logp_ref_BR)),
-        "ppo/kl_k3": per_sequence(kl.k3(rollout.logp_BR, rollout.logp_ref_BR)),
-        "ppo/kl_exact": per_sequence(rollout.kl_exact_BR),
-        "ppo/kl_coef": kl_coef,
-        "ppo/entropy": masked.mean(rollout.entropy_BR, mask_BR),
-        "ppo/eos_rate": jnp.mean(rollout.eos_B),
-        "ppo/length": jnp.mean(rollout.length_B),
-        "ppo/value": masked.mean(rollout.values_BR, mask_BR),
-        "ppo/returns": masked.mean(rollout.returns_BR, mask_BR),
-        "ppo/explained_variance": explained,
+    numbers = rollout.statistics(kl_coef) | {
+        "score_final": jnp.mean(score_B),  # after the rule for a missing EOS
+        "score_total": jnp.mean(score_B - kl_coef * masked.sum(rollout.kl_BR, mask_BR, axis=1)),
+        "value": masked.mean(rollout.values_BR, mask_BR),
+        "returns": masked.mean(rollout.returns_BR, mask_BR),
+        "explained_variance": explained,
     }
+    return {f"ppo/{name}": value for name, value in numbers.items()}

@@ -102,14 +102,14 @@ def iterate(
     return iter(batches.to_iter_dataset(no_threads))
 
 
-def split(rows: list[dict], fraction: float, seed: int) -> tuple[list[dict], list[dict]]:
-    """(train, held out), with about `fraction` of the prompts held out.
+def split(rows: list[dict], fraction: float, seed: int, column: str = "prompt") -> tuple[list[dict], list[dict]]:
+    """(train, held out), with about `fraction` of the prompts (or what else `column` holds) held out.
 
     A prompt's side depends on nothing but itself and the seed: equal prompts are on the same side, also in two files.
     """
     train, held_out = [], []
     for row in rows:
-        digest = hashlib.sha256(f"{seed} {row['prompt']}".encode()).digest()
+        digest = hashlib.sha256(f"{seed} {row[column]}".encode()).digest()
         (held_out if int.from_bytes(digest[:8]) < fraction * 2**64 else train).append(row)
     if not train or not held_out:
         raise InputError(f"{fraction} of {len(rows)} rows held out: expected at least one row on each side")

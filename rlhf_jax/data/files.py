@@ -20,10 +20,11 @@ class Row(dict):
         self.where = where
 
 
-def read(path: str | os.PathLike, columns: tuple[str, ...]) -> list[dict[str, str]]:
+def read(path: str | os.PathLike, columns: tuple[str, ...], skipped: list[str] | None = None) -> list[dict[str, str]]:
     """The rows of the file, with these columns and no other; every value has something to read in it.
 
     An InputError starts with the path and, where one row is at fault, its line (in a Parquet file, its row) from 1.
+    Where a list `skipped` is given, a row without text is left out and what is wrong with it is added to the list.
     """
     path = Path(path)
     readers = {".jsonl": _jsonl, ".csv": _csv, ".parquet": _parquet}
@@ -31,7 +32,7 @@ def read(path: str | os.PathLike, columns: tuple[str, ...]) -> list[dict[str, st
     if reader is None:
         raise InputError(f"{path}: expected a file that ends in {', '.join(readers)}")
     try:
-        rows = [Row(_checked(row, where), where) for where, row in reader(path, columns)]
+        rows = [row for where, cells in reader(path, columns) for row in _row(cells, where, skipped)]
     except OSError as error:
         raise InputError(f"{path}: {error.strerror}") from None
     if not rows:
@@ -107,6 +108,17 @@ def _require(columns: tuple[str, ...], there: Collection[str], where: str | Path
     missing = [column for column in columns if column not in there]
     if missing:
         raise InputError(f"{where}: expected a column {missing[0]!r}, there is {', '.join(map(repr, there)) or 'none'}")
+
+
+def _row(cells: dict, where: str, skipped: list[str] | None) -> list[Row]:
+    """The row, or none if it is to be skipped."""
+    try:
+        return [Row(_checked(cells, where), where)]
+    except InputError as error:
+        if skipped is None:
+            raise
+        skipped.append(str(error))
+        return []
 
 
 def _checked(row: dict, where: str) -> dict[str, str]:

@@ -5,6 +5,7 @@ rather than 95% (Student's t would widen it by 15%), and from 30 rows on the dif
 """
 
 import numpy as np
+import scipy.stats
 
 from rlhf_jax.errors import InputError
 
@@ -22,6 +23,14 @@ def mean_ci95(x_N):
         raise InputError("mean_ci95: expected at least one row, got none")
     half = Z95 * x_N.std(ddof=1) / np.sqrt(n) if n > 1 else np.inf
     return float(x_N.mean() - half), float(x_N.mean() + half)
+
+
+def t95(n):
+    """What the unbiased standard deviation of n >= 2 values is times, to be the half-width of their mean's interval.
+
+    By Student's t, for a few seeds.
+    """
+    return float(scipy.stats.t.ppf(0.975, n - 1) / np.sqrt(n))
 
 
 def paired_gain(after_N, before_N):

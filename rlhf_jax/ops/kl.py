@@ -38,3 +38,16 @@ def exact(logits_TV, logits_ref_TV, *, temperature=1.0):
     near_TV = p_TV * (jnp.expm1(jnp.clip(d_TV, -1, 1)) - d_TV)
     far_TV = jnp.exp(logq_TV) - p_TV - p_TV * d_TV
     return jnp.sum(jnp.maximum(jnp.where(jnp.abs(d_TV) < 1, near_TV, far_TV), 0), axis=-1)
+
+
+def adapt(kl_coef, sequence_kl, *, target, horizon, episodes):
+    """The next KL coefficient after `episodes` of mean KL sequence_kl (nats): a proportional controller in log space.
+
+        error = clip(KL / target - 1, -0.2, 0.2)        kl_coef <- kl_coef (1 + error episodes / horizon)
+
+    (arXiv 1909.08593, sec. 2.2.) A target of 0 keeps the coefficient fixed.
+    """
+    if not target:
+        return kl_coef
+    error = jnp.clip(sequence_kl / target - 1, -0.2, 0.2)
+    return kl_coef * (1 + error * episodes / horizon)

@@ -13,24 +13,6 @@ from rlhf_jax.data.tldr import format_query
 ROOT = Path(__file__).parents[2]
 PPO, REWARD, SFT = (f"experiments/{name}_summarize.py" for name in ("ppo", "reward", "sft"))
 
-# Imports once what takes seconds to import, then runs a command line in a fork of itself for each line it reads.
-FORKS = """
-import json, os, runpy, sys, tempfile
-sys.path.insert(0, "experiments")
-import launch, rlhf_jax.stages
-for line in sys.stdin:
-    with tempfile.TemporaryFile("w+") as out, tempfile.TemporaryFile("w+") as err:
-        if not (child := os.fork()):
-            os.dup2(out.fileno(), 1)
-            os.dup2(err.fileno(), 2)
-            sys.argv = json.loads(line)
-            runpy.run_path(sys.argv[0], run_name="__main__")
-            sys.exit()
-        code = os.waitstatus_to_exitcode(os.waitpid(child, 0)[1])
-        texts = [file.seek(0) or file.read() for file in (out, err)]
-        print(json.dumps([code, *texts]), flush=True)
-"""
-
 
 @pytest.fixture(scope="module")
 def small(tmp_path_factory):
@@ -44,18 +26,13 @@ def small(tmp_path_factory):
 
 
 @pytest.fixture(scope="module")
-def command(small):
+def command(forks, small):
     """command(flags) -> its exit code and what it wrote. The flags come after those of the smallest run."""
-    with subprocess.Popen(
-        [sys.executable, "-c", FORKS], cwd=ROOT, text=True, stdin=subprocess.PIPE, stdout=subprocess.PIPE
-    ) as forks:
 
-        def run(*flags, script=PPO, before=small):
-            print(json.dumps([script, *before, *flags]), file=forks.stdin, flush=True)
-            code, out, err = json.loads(forks.stdout.readline())
-            return types.SimpleNamespace(code=code, out=out, err=err)
+    def run(*flags, script=PPO, before=small):
+        return forks(script, *before, *flags)
 
-        yield run
+    return run
 
 
 def assert_refused(result, *words):

@@ -1,3 +1,5 @@
+from functools import partial
+
 import jax
 import jax.numpy as jnp
 import numpy as np
@@ -80,3 +82,13 @@ def test_nearly_equal_models_have_nearly_no_kl(logits, change):
 
 def test_one_number_a_token():
     assert kl.exact(jnp.zeros((2, 3, 5)), jnp.ones((2, 3, 5))).shape == (2, 3)
+
+
+def test_the_kl_controller_by_hand():
+    """arXiv 1909.08593: at target 6 and horizon 1000, a batch of 100 at 6.6 nats is 10% over, so up by .1 * .1."""
+    adapt = partial(kl.adapt, jnp.float32(0.2), target=6.0, horizon=1000, episodes=100)
+    np.testing.assert_allclose(adapt(6.6), 0.2 * (1 + 0.1 * 0.1), rtol=1e-5)
+    np.testing.assert_allclose(adapt(6.0), 0.2, rtol=1e-6)
+    np.testing.assert_allclose(adapt(60.0), 0.2 * (1 + 0.2 * 0.1), rtol=1e-6)  # at most 20% over
+    np.testing.assert_allclose(adapt(-5.0), 0.2 * (1 - 0.2 * 0.1), rtol=1e-6)
+    assert kl.adapt(0.2, 60.0, target=0.0, horizon=1000, episodes=100) == 0.2  # without a target it is fixed

@@ -1,0 +1,79 @@
+"""Happy tweets: GPT-2 micro learns to write tweets from nothing, then happy ones, then happier ones by policy gradient.
+
+    python experiments/pg_tweets.py --config=configs/pg_tweets.py --workdir=runs/tweets
+
+:made (the default)  on tweets made from a seed
+:tweets              on real ones: --config.data.path=tweets.csv, with the columns text and sentiment
+:article             the same, with the article's own policy gradient: a token answers for the score and its own KL
+                     alone, no baseline, no limits. It collapses: to compare
+
+Every field is a flag: --config.algorithm=ppo, --config.seeds=8, --config.reward=path/to/file.py:function
+"""
+
+import dataclasses
+
+from ml_collections import ConfigDict
+
+from rlhf_jax import alarms
+from rlhf_jax.algorithms import policy_gradient, ppo, supervised
+from rlhf_jax.config import Evaluation, Text, Writing
+from rlhf_jax.data import corpus
+from rlhf_jax.errors import InputError
+from rlhf_jax.models import gpt2
+
+
+def get_config(arg="made"):
+    """The config of an argument, with every field in it."""
+    arguments = {"made": made, "tweets": tweets, "article": article}
+    if arg not in arguments:
+        raise InputError(f"--config=...:{arg}: expected {', '.join(arguments)}")
+    return ConfigDict(dataclasses.asdict(arguments[arg]()))
+
+
+def tweets():
+    """The article's sizes: 4 layers, width 128, 32 characters, 32 samples an iteration."""
+    adam = dict(schedule="cosine", warmup=50, adam_b2=0.95, loss_on="all")
+    return Writing(
+        text=Text(kind="char"),
+        data=corpus.Config(kind="tweets", source="file", length=32),
+        model=gpt2.preset("micro", heads=4, head_size=32, context=32),
+        pretrain=supervised.Config(**adam, lr=1e-3, steps=2_000, batch=64, eval_every=500),
+        sft=supervised.Config(**adam, lr=5e-4, steps=600, batch=64, eval_every=200),
+        policy_gradient=policy_gradient.Config(lr=3e-4, steps=200, batch=32, kl_coef=0.1),
+        ppo=ppo.Config(
+            lr=3e-4,
+            steps=200,
+            batch=32,
+            temperature=1.0,
+            kl_coef=0.1,
+            value_init="zero",
+            missing_eos="subtract",
+            missing_eos_penalty=0.0,  # a tweet cut at 31 characters is no failure
+            eval_every=10,
+        ),
+        evaluation=Evaluation(prompts=512, batch=512, temperature=1.0),
+    )
+
+
+def made():
+    """The same on tweets made here, which take less learning."""
+    config = tweets()
+    return dataclasses.replace(
+        config,
+        data=dataclasses.replace(config.data, source="made"),
+        pretrain=dataclasses.replace(config.pretrain, steps=1_000),
+        sft=dataclasses.replace(config.sft, steps=300, eval_every=100),
+        policy_gradient=dataclasses.replace(config.policy_gradient, steps=100),
+    )
+
+
+def article():
+    """The article's policy gradient, which finds the words that score and writes nothing else."""
+    config = tweets()
+    return dataclasses.replace(
+        config,
+        policy_gradient=policy_gradient.Config(
+            lr=3e-4, steps=100, batch=32, kl_coef=0.1, reward_to_go=False, baseline="none"
+        ),
+        alarms=alarms.Config(distinct2=0.0, repeat_rate=1.0, entropy=0.0, length=0.0, kl_exact=0.0, freeze=False),
+    )

@@ -1,0 +1,12 @@
+"""Tiny stories: pretraining, fine-tuning and policy gradient, without what the workdir has already.
+
+python experiments/pg_stories.py --config=configs/pg_stories.py --workdir=runs/stories
+"""
+
+from launch import launch
+
+from rlhf_jax import stages
+from rlhf_jax.run import Writing
+
+if __name__ == "__main__":
+    launch(stages.write, Writing)

@@ -1,0 +1,14 @@
+"""Policy gradient, importance weights and PPO's clip on identical rollouts, used 1, 2, 4 and 8 times.
+
+python experiments/reuse_rollouts.py --config=configs/pg_tweets.py --workdir=runs/tweets --config.seeds=16
+
+The workdir has its pretrain and sft stages already (experiments/pg_tweets.py); seeds is the number of rollouts.
+"""
+
+from launch import launch
+
+from rlhf_jax import stages
+from rlhf_jax.run import Writing
+
+if __name__ == "__main__":
+    launch(stages.reuse, Writing)

@@ -1,0 +1,85 @@
+"""Plain texts to learn to write from: all of them to pretrain on, the happy ones to fine-tune on.
+
+A row of tokens is `length` long and starts with one token to read, so that the loss and the sampler see it as a prompt
+of one token and a response: EOS, which stands before every text, or in pretraining whatever a window begins with.
+"""
+
+import dataclasses
+
+import numpy as np
+
+from rlhf_jax.data import batches, stories, tweets
+from rlhf_jax.errors import InputError
+
+KINDS = {"tweets": tweets, "stories": stories}
+
+
+@dataclasses.dataclass(frozen=True)
+class Config:
+    """Which texts, and what is cut from them."""
+
+    kind: str = "tweets"  # tweets | stories
+    source: str = "made"  # made: written here; file: the one at `path`; hub: the published set, over the network
+    path: str = ""  # tweets: CSV, JSONL or Parquet with the columns text and sentiment; stories: text
+    made: int = 12_000  # texts to write
+    made_seed: int = 0
+    skip_bad: bool = False  # leave out rows without text or with an unknown sentiment, and say how many
+    sentiment: str = "positive"  # tweets with this label are fine-tuned on
+    min_reward: float = 0.05  # stories whose reward is above this are fine-tuned on
+    held_out: float = 0.1  # share of the texts kept for evaluation
+    length: int = 32  # tokens of a row, the one it starts with included
+
+
+def load(config, seed):
+    """((train, held out), what was skipped): rows {"text", ...} of the corpus. InputError names the field at fault."""
+    kind, skipped = KINDS[config.kind], [] if config.skip_bad else None
+    if config.source == "made":
+        rows = kind.made(config.made, config.made_seed)
+    elif config.source == "hub":
+        rows = kind.download()
+    else:
+        try:
+            rows = kind.read(config.path, skipped)
+        except InputError as error:
+            raise InputError(f"data.path: {error}") from None
+    try:
+        return batches.split(rows, config.held_out, seed, "text"), skipped or []
+    except InputError as error:
+        raise InputError(f"data.held_out: {error}") from None
+
+
+def windows(rows, tokenizer, length):
+    """The texts as one stream, EOS before each and after the last, cut into rows of `length` tokens."""
+    texts = tokenizer.encode_batch([row["text"] for row in rows])
+    stream = np.array([id for ids in texts for id in (tokenizer.eos_id, *ids)] + [tokenizer.eos_id], np.int32)
+    count = len(stream) // length
+    if not count:
+        raise InputError(f"data.length: expected at most {len(stream)}, the tokens of all texts, got {length}")
+    tokens_NT = stream[: count * length].reshape(count, length)
+    return _arrays(tokens_NT, np.ones_like(tokens_NT, bool))
+
+
+def openings(rows, tokenizer, length):
+    """EOS, then the beginning of a text, with EOS after it where it ends in time: a row a text."""
+    tokens_NT = np.full((len(rows), length), tokenizer.pad_id, np.int32)
+    for row_T, ids in zip(tokens_NT, tokenizer.encode_batch([row["text"] for row in rows]), strict=True):
+        ids = [tokenizer.eos_id, *ids, tokenizer.eos_id][:length]
+        row_T[: len(ids)] = ids
+    return _arrays(tokens_NT, tokens_NT != tokenizer.pad_id)
+
+
+def starts(count, tokenizer):
+    """`count` prompts of EOS alone: what samples are drawn from."""
+    index_N = np.arange(count, dtype=np.int32)
+    prompt_NP = np.full((count, 1), tokenizer.eos_id, np.int32)
+    return {"prompt_NP": prompt_NP, "prompt_mask_NP": np.ones_like(prompt_NP, bool), "index_N": index_N}
+
+
+def _arrays(tokens_NT, mask_NT):
+    return {
+        "prompt_NP": tokens_NT[:, :1],
+        "prompt_mask_NP": mask_NT[:, :1],
+        "response_NR": tokens_NT[:, 1:],
+        "response_mask_NR": mask_NT[:, 1:],
+        "index_N": np.arange(len(tokens_NT), dtype=np.int32),
+    }

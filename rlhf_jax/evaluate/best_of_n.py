@@ -1,0 +1,33 @@
+"""Best-of-n sampling: what picking the best of n samples of a policy reaches, the baseline of any other way there."""
+
+import math
+
+import numpy as np
+
+from rlhf_jax.errors import InputError
+
+
+def best_of_n(score_N, n):
+    """(mean score of the best of n, its KL from the policy in nats), from N >= n scores of one prompt's samples.
+
+    The mean is over all subsets of n of the N scores: sorted up, score i is the best of C(i, n - 1) of the C(N, n).
+    KL = log n - (n - 1) / n, exact where no two samples are equal, else a bound (Stiennon et al. 2020, app. G.3).
+    """
+    score_N = np.sort(np.asarray(score_N, np.float64))
+    N = score_N.size
+    if not 1 <= n <= N:
+        raise InputError(f"best_of_n: expected n from 1 to {N}, the number of scores, got {n}")
+    shares_N = np.array([math.comb(i, n - 1) / math.comb(N, n) for i in range(N)])
+    return float(shares_N @ score_N), math.log(n) - (n - 1) / n
+
+
+def curve(score_N):
+    """[(n, score, KL in nats)] for n = 1, 2, 3, 4, 6, 8, ... up to a tenth of N: beyond, a few lucky samples decide."""
+    ladder = sorted({round(2 ** (i / 2)) for i in range(40)})
+    return [(n, *best_of_n(score_N, n)) for n in ladder if n <= max(len(score_N) // 10, 1)]
+
+
+def at_kl(score_N, kl):
+    """Mean score of best-of-n at a KL in nats, linear between the points of `curve` and level beyond them."""
+    _, scores, nats = zip(*curve(score_N), strict=True)
+    return float(np.interp(kl, nats, scores))

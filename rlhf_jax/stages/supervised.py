@@ -1,0 +1,63 @@
+"""Next-token training: pretraining, and supervised fine-tuning."""
+
+import functools
+import time
+
+import jax
+import numpy as np
+
+from rlhf_jax import optim, plots
+from rlhf_jax.algorithms import supervised
+from rlhf_jax.evaluate import perplexity
+from rlhf_jax.generate import generate
+from rlhf_jax.stages import common
+
+
+def pretrain(run):
+    """Next-token training of the policy from random weights on all texts: its summary."""
+    return _stage(run, "pretrain", run.policy_init())
+
+
+def sft(run):
+    """Supervised fine-tuning of the policy, after pretraining where there was any: its summary."""
+    if "pretrain" not in run.STAGES:
+        return _stage(run, "sft", run.policy_init())
+    return _stage(run, "sft", run.parameters("pretrain", "policy", run.apply.policy.init(run.key("policy init"))))
+
+
+def _stage(run, name, policy):
+    began = time.monotonic()
+    config, apply = getattr(run.config, name), run.apply
+    train, held_out = run.arrays(run.KINDS[name])
+    starts, asked = run.questions()
+    tx = optim.adamw(config, config.steps)
+    state = supervised.init(policy, run.key(name), tx=tx)
+    learn = jax.jit(functools.partial(supervised.step, config=config, apply=apply, tx=tx), donate_argnums=0)
+    logprobs = jax.jit(functools.partial(supervised.token_logprobs, config=config, apply=apply))
+    sampling = run.sampling(run.config.evaluation.temperature)
+
+    @jax.jit
+    def sample(policy, batch):
+        prompts = (batch["prompt_BP"], batch["prompt_mask_BP"])
+        drawn = generate(apply.policy, policy, *prompts, common.row_keys(run, batch), sampling)
+        return {"response": drawn.response_BR, "mask": drawn.mask_BR, "eos_rate": drawn.done_B}
+
+    def step(state, batch):
+        state, numbers = learn(state, batch)
+        return state, {f"{name}/{key.split('/')[1]}": value for key, value in numbers.items()}
+
+    def evaluate(state):
+        nats_N, tokens_N = perplexity.nll(*run.over(held_out, lambda batch: logprobs(state.policy, batch)))
+        numbers = {f"{name}/eval_{key}": value for key, value in perplexity.perplexity(nats_N, tokens_N)}
+        drawn = run.over(starts, lambda batch: sample(state.policy, batch), len(asked))
+        texts = run.decode(drawn["response"], drawn["mask"])
+        rows = run.judge(asked, texts) | {"eos_rate": drawn["eos_rate"], "length": drawn["mask"].sum(axis=1)}
+        numbers |= {f"{name}/{key}": float(np.mean(values)) for key, values in rows.items()}
+        shown = [{key: row[key] for key in ("prompt", "label") if key in row} for row in asked]
+        return numbers, [row | {"completion": text} for row, text in zip(shown, texts, strict=True)]
+
+    def draw(rows, folder):
+        plots.supervised(rows, folder / f"{name}.png", name)
+
+    _, numbers, samples = common.train(run, name, state, train, step_fn=step, evaluate=evaluate)
+    return common.finish(run, name, began, numbers, samples, draw)

@@ -1,0 +1,44 @@
+"""Commands, without the seconds that each would take to import what it needs."""
+
+import json
+import subprocess
+import sys
+import types
+from pathlib import Path
+
+import pytest
+
+ROOT = Path(__file__).parents[2]
+
+# Imports once what takes seconds to import, then runs a command line in a fork of itself for each line it reads.
+FORKS = """
+import json, os, runpy, sys, tempfile
+sys.path.insert(0, "experiments")
+import launch, rlhf_jax.stages
+for line in sys.stdin:
+    with tempfile.TemporaryFile("w+") as out, tempfile.TemporaryFile("w+") as err:
+        if not (child := os.fork()):
+            os.dup2(out.fileno(), 1)
+            os.dup2(err.fileno(), 2)
+            sys.argv = json.loads(line)
+            runpy.run_path(sys.argv[0], run_name="__main__")
+            sys.exit()
+        code = os.waitstatus_to_exitcode(os.waitpid(child, 0)[1])
+        texts = [file.seek(0) or file.read() for file in (out, err)]
+        print(json.dumps([code, *texts]), flush=True)
+"""
+
+
+@pytest.fixture(scope="module")
+def forks():
+    """forks(script, flags) -> its exit code and what it wrote."""
+    with subprocess.Popen(
+        [sys.executable, "-c", FORKS], cwd=ROOT, text=True, stdin=subprocess.PIPE, stdout=subprocess.PIPE
+    ) as process:
+
+        def run(*line):
+            print(json.dumps(line), file=process.stdin, flush=True)
+            code, out, err = json.loads(process.stdout.readline())
+            return types.SimpleNamespace(code=code, out=out, err=err)
+
+        yield run
