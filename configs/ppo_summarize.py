@@ -37,10 +37,10 @@ def tiny():
         data=sources.Config(prompt_length=56, response_length=22),
         model=gpt2.preset("micro", heads=4, head_size=32, context=80, init_std=0.08),
         sft=supervised.Config(
-            lr=2e-3, warmup=100, adam_b2=0.95, steps=800, batch=32, loss_on="response", eval_every=200
+            lr=2e-3, warmup=100, adam_b2=0.95, steps=600, batch=32, loss_on="response", eval_every=200
         ),
-        reward=preference.Config(lr=1e-3, warmup=20, steps=200, batch=32, eval_every=50),
-        ppo=ppo.Config(lr=3e-4, steps=60, batch=64, epochs=2, temperature=1.0, eval_every=20),
+        reward=preference.Config(lr=1e-3, warmup=20, adam_b2=0.95, steps=150, batch=32, eval_every=50),
+        ppo=ppo.Config(lr=3e-4, steps=50, batch=64, epochs=2, temperature=1.0, eval_every=10),
         evaluation=Evaluation(prompts=512, batch=256, temperature=1.0),
     )
 

@@ -1,18 +1,18 @@
 """The embedded task: a small world of people who ask strangers for advice, as a TFDS data set written from a seed.
 
 A post tells who did what, how it felt and what is asked (the hidden record, whose words are in `rewards/gold.py`),
-with a remark that uses other words of the same lists: "years ago my uncle sold my bike .". Labels come from writers of
-mixed skill, so imitating them leaves reinforcement learning something to gain:
+and ends with a remark that uses other words of the same lists: "ps years ago my uncle sold my bike .". Labels come from
+writers of mixed skill, so imitating them leaves reinforcement learning something to gain:
 
     writer     share  what is written                                gold: mean   sd
     careful      .30  the whole record in 12 words                         1.00  .00
-    forgetful    .25  one or two slots left out                             .62  .13
-    careless     .10  one or two words wrong, from a remark if possible     .32  .24
+    forgetful    .30  one or two slots left out                             .62  .13
+    careless     .05  one or two words wrong, from a remark if possible     .33  .24
     rambling     .20  the whole record and four to six idle words           .73  .04
     vague        .15  one slot or none                                      .13  .13
-    all         1.00                                                        .65  .32
+    all         1.00                                                        .67  .31
 
-A pair is two such summaries of one post. The judge sees gold through noise, which flips 6% of the pairs.
+A pair is two such summaries of one post. The judge sees gold through noise, which flips 7% of the pairs.
 """
 
 import contextlib
@@ -95,8 +95,8 @@ def write_post(record: Record, rng: Random) -> tuple[str, Remarked]:
     sentences = [rng.choice(templates).format(**record) for templates in (EVENTS, MOODS, ASKS)]
     remark = rng.choice(REMARKS)
     remarked = {field: another(field, record, rng) for field in record if f"{{{field}}}" in remark}
-    sentences.append(remark.format(**remarked))
     rng.shuffle(sentences)
+    sentences.append(f"ps {remark.format(**remarked)}")
     post = sentences[0] + "".join(rng.choice((" ", " ", "\n")) + sentence for sentence in sentences[1:])
     title = rng.choice(TITLES).format(**record)
     return format_query(rng.choice(SUBREDDITS), title, post), remarked
@@ -140,7 +140,7 @@ def vague(record: Record, remarked: Remarked, rng: Random) -> str:
     return rng.choice(VAGUE).format(**record)
 
 
-WRITERS = {careful: 0.30, forgetful: 0.25, careless: 0.10, rambling: 0.20, vague: 0.15}  # writer -> share of summaries
+WRITERS = {careful: 0.30, forgetful: 0.30, careless: 0.05, rambling: 0.20, vague: 0.15}  # writer -> share of summaries
 
 
 def write_summary(record: Record, remarked: Remarked, rng: Random) -> str:
@@ -194,7 +194,7 @@ class Config(tfds.core.BuilderConfig):
 class World(tfds.core.GeneratorBasedBuilder, skip_registration=True):
     """The world as TFDS knows it: every feature is text, `record` as JSON."""
 
-    VERSION = tfds.core.Version("1.2.0")  # goes up with every change of the rows, or old ones would be read again
+    VERSION = tfds.core.Version("1.4.0")  # goes up with every change of the rows, or old ones would be read again
 
     def _info(self) -> tfds.core.DatasetInfo:
         texts = {name: tfds.features.Text() for name in FEATURES[self.builder_config.kind]}
