@@ -33,16 +33,18 @@ def stories():
     return Writing(
         text=Text(kind="bpe", vocab_size=1_024),
         data=corpus.Config(kind="stories", source="file", length=64),
-        model=gpt2.preset("micro", heads=4, head_size=32, context=64),
+        model=gpt2.preset("micro", heads=4, head_size=32, context=64, init_std=0.08),
         pretrain=supervised.Config(**adam, lr=1e-3, steps=1_500, batch=32, eval_every=500),
         sft=supervised.Config(**adam, lr=5e-4, steps=200, batch=32, eval_every=100),
-        policy_gradient=policy_gradient.Config(lr=3e-4, steps=100, batch=64, kl_coef=0.1),
+        policy_gradient=policy_gradient.Config(
+            lr=5e-5, schedule="linear", steps=100, batch=64, kl_coef=0.03, eval_every=20
+        ),
         ppo=ppo.Config(
-            lr=3e-4,
+            lr=1e-4,
             steps=100,
             batch=64,
             temperature=1.0,
-            kl_coef=0.1,
+            kl_coef=0.03,
             value_init="zero",
             missing_eos="subtract",
             missing_eos_penalty=0.0,  # a story cut at 63 tokens is no failure

@@ -36,16 +36,18 @@ def tweets():
     return Writing(
         text=Text(kind="char"),
         data=corpus.Config(kind="tweets", source="file", length=32),
-        model=gpt2.preset("micro", heads=4, head_size=32, context=32),
-        pretrain=supervised.Config(**adam, lr=1e-3, steps=2_000, batch=64, eval_every=500),
-        sft=supervised.Config(**adam, lr=5e-4, steps=600, batch=64, eval_every=200),
-        policy_gradient=policy_gradient.Config(lr=3e-4, steps=200, batch=32, kl_coef=0.1),
+        model=gpt2.preset("micro", heads=4, head_size=32, context=32, init_std=0.08),
+        pretrain=supervised.Config(**adam, lr=1e-3, steps=1_200, batch=64, eval_every=300),
+        sft=supervised.Config(**adam, lr=5e-4, steps=500, batch=64, eval_every=100),
+        policy_gradient=policy_gradient.Config(
+            lr=5e-5, schedule="linear", steps=400, batch=32, kl_coef=0.03, eval_every=20
+        ),
         ppo=ppo.Config(
-            lr=3e-4,
-            steps=200,
+            lr=1e-4,
+            steps=100,
             batch=32,
             temperature=1.0,
-            kl_coef=0.1,
+            kl_coef=0.03,
             value_init="zero",
             missing_eos="subtract",
             missing_eos_penalty=0.0,  # a tweet cut at 31 characters is no failure
@@ -61,9 +63,9 @@ def made():
     return dataclasses.replace(
         config,
         data=dataclasses.replace(config.data, source="made"),
-        pretrain=dataclasses.replace(config.pretrain, steps=1_000),
-        sft=dataclasses.replace(config.sft, steps=300, eval_every=100),
-        policy_gradient=dataclasses.replace(config.policy_gradient, steps=100),
+        pretrain=dataclasses.replace(config.pretrain, steps=600, eval_every=200),
+        sft=dataclasses.replace(config.sft, steps=200),
+        policy_gradient=dataclasses.replace(config.policy_gradient, steps=200),
     )
 
 

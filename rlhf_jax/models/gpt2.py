@@ -73,9 +73,10 @@ class Attention(nn.Module):
     def __call__(self, x_BTD, attend_BTS, past):
         c = self.config
         B, T, D = x_BTD.shape
-        qkv = _dense(c, 3 * c.heads * c.head_size, "qkv")(x_BTD)
+        qkv = jax.lax.optimization_barrier(_dense(c, 3 * c.heads * c.head_size, "qkv")(x_BTD))
         # Heads go next to the batch: as `bthk,bshk->bhts` the products are three times slower on a CPU.
-        q_BHTK, k_BHSK, v_BHSK = jnp.moveaxis(qkv.reshape(B, T, 3, c.heads, c.head_size), (2, 3), (0, 2))
+        parts = (part.reshape(B, T, c.heads, c.head_size) for part in jnp.split(qkv, 3, axis=-1))
+        q_BHTK, k_BHSK, v_BHSK = (jnp.moveaxis(part, 1, 2) for part in parts)
         if past is not None:
             keys, values, slot = past
             k_BHSK = jax.lax.dynamic_update_slice_in_dim(keys, k_BHSK, slot, axis=2)
@@ -86,7 +87,7 @@ class Attention(nn.Module):
         scores_BHTS = jnp.where(attend_BTS[:, None], scores_BHTS, jnp.finfo(jnp.float32).min)
         weights_BHTS = jax.nn.softmax(scores_BHTS, axis=-1).astype(c.dtype)
         mixed_BHTK = jnp.einsum("bhts,bhsk->bhtk", weights_BHTS, v_BHSK)
-        mixed = jnp.moveaxis(mixed_BHTK, 1, 2).reshape(B, T, c.heads * c.head_size)
+        mixed = jax.lax.optimization_barrier(jnp.moveaxis(mixed_BHTK, 1, 2).reshape(B, T, c.heads * c.head_size))
         return _dense(c, D, "out", residual=True)(mixed), (k_BHSK, v_BHSK)
 
 
@@ -155,7 +156,8 @@ class GPT2(nn.Module):
 def _dense(config, features, name, *, residual=False):
     # GPT-2 scales what is added to the residual stream by 1 / sqrt(2N): its variance does not grow with the depth.
     scale = config.init_std / (2 * config.layers) ** 0.5 if residual else config.init_std
-    return nn.Dense(features, name=name, dtype=config.dtype, kernel_init=nn.initializers.normal(scale))
+    dense = nn.Dense(features, name=name, dtype=config.dtype, kernel_init=nn.initializers.normal(scale))
+    return lambda x_BTD: dense(x_BTD.reshape(-1, x_BTD.shape[-1])).reshape(*x_BTD.shape[:-1], features)
 
 
 def _embed(config, entries, name):

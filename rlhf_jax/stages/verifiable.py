@@ -137,7 +137,7 @@ class Learner:
             prompts = (batch["prompt_BP"], batch["prompt_mask_BP"])
             return generate(self.run.apply.policy, state.policy, *prompts, keys_B, sampling)
 
-        return _over(one)(_core(state))
+        return _per_seed(one, (AXES,))(_core(state))
 
     def _compare(self, state, batch, drawn):
         apply, sampling = self.run.apply, self.run.sampling(self.config.temperature)
@@ -149,7 +149,7 @@ class Learner:
             heard = {name: numbers[name] for name in ("entropy", "length", "kl_exact")}
             return compared if state.value is None else rollout.value(apply, state.value, compared), heard
 
-        return _over(one)(_core(state), drawn)
+        return _per_seed(one, (AXES, 0))(_core(state), drawn)
 
     def learn(self, state, compared, reward_KB):
         """One step of the algorithm for every seed that has had no alarm: (state, {name: [K]})."""
@@ -167,8 +167,7 @@ class Learner:
                 step=new.step, key=new.key, reference=new.reference
             ), numbers
 
-        vmapped = jax.vmap(one, in_axes=(AXES, 0, 0, 0), out_axes=(AXES, 0))
-        return vmapped(state, compared, reward_KB, rung_K)
+        return _per_seed(one, (AXES, 0, 0, 0), (AXES, 0))(state, compared, reward_KB, rung_K)
 
     def _measure(self, policy, reference, batch):
         run = self.run
@@ -187,7 +186,7 @@ class Learner:
                 "length": drawn.length_B,
             }
 
-        return jax.vmap(one, out_axes=1)(policy)  # rows first, as run.over joins them
+        return _per_seed(one, (0,), 1)(policy)  # rows first, as run.over joins them
 
     def measure(self, policy):
         """({name: [K] mean}, K lists of texts, {name: [K, N]}) of the held-out samples of K policies."""
@@ -257,9 +256,34 @@ def _no_keys(state):
     return state.replace(step=None, key=None, reference=None)
 
 
-def _over(one):
-    """`one` for every seed."""
-    return lambda state, *rest: jax.vmap(one, in_axes=(AXES, *(0 for _ in rest)))(state, *rest)
+def _per_seed(one, in_axes, out_axes=0):
+    """`one` for every seed: jax.vmap. A single seed goes without the axis, as one more batch axis on the parameters
+    makes products on a CPU twice as slow."""
+
+    def several(*args):
+        mapped = jax.tree.map(lambda axis, part: None if axis is None else part, in_axes, args, is_leaf=_is_none)
+        if jax.tree.leaves(mapped)[0].shape[0] > 1:
+            return jax.vmap(one, in_axes, out_axes)(*args)
+        return _on_axes(lambda x, axis: jnp.expand_dims(x, axis), out_axes, one(*_on_axes(_first, in_axes, args)))
+
+    return several
+
+
+def _on_axes(function, axes, tree):
+    """function(leaf, axis) where the prefix `axes` of the tree has an axis; the leaf itself where it has None."""
+
+    def below(axis, part):
+        return part if axis is None else jax.tree.map(lambda x: function(x, axis), part)
+
+    return jax.tree.map(below, axes, tree, is_leaf=_is_none)
+
+
+def _first(x, _):
+    return x[0]  # in_axes are 0 or None
+
+
+def _is_none(x):
+    return x is None
 
 
 def _over_seeds(numbers):
