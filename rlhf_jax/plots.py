@@ -97,9 +97,8 @@ RL = {
                        _trained("rl", "repeat_rate", PURPLE, label="rollouts"), view=(0, 1.01)),
     "entropy": _rl("Entropy of the policy", "nats per token", (Curve("rl/entropy", color=PURPLE),)),
     "length": _rl("Length", "tokens", _trained("rl", "length", label="rollouts")),
-    "ess": _rl("Effective sample size", "share of the rollout, last epoch",
-               (Curve("rl/ess_last", "samples", GREEN), Curve("rl/ess_token_last", "tokens", BLUE)), view=(0, 1.01)),
-    "ratio_max": _rl("Largest importance weight", "of a token, last epoch", (Curve("rl/ratio_max_last", color=AMBER),)),
+    "ess": _rl("Effective sample size", "share of the tokens, last epoch", (Curve("rl/ess_last", color=GREEN),),
+               view=(0, 1.01)),
     "clip_fraction": _rl("Clip fraction", "share of token ratios clipped", (Curve("rl/clip_fraction", color=GREEN),),
                          view=(0, 1)),
 }  # fmt: skip

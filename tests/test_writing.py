@@ -155,7 +155,7 @@ def test_samples_of_three_stages_stand_side_by_side(whole):
 
 def test_each_iteration_logs_reward_and_collapse_with_its_interval(whole):
     for row in logged(whole.workdir, "rl")[:6]:
-        for name in ("reward", "distinct2", "repeat_rate", "entropy", "length", "kl_exact", "kl", "ess", "ratio_max"):
+        for name in ("reward", "distinct2", "repeat_rate", "entropy", "length", "kl_exact", "kl", "ess"):
             assert f"rl/{name}" in row and f"rl/{name}_ci95" in row, name
         assert row["rl/kl_exact"] >= 0 and row["rl/entropy"] >= 0 and row["rl/alarms"] == 0
     first = logged(whole.workdir, "rl")[0]

@@ -12,7 +12,7 @@ import jax
 import jax.numpy as jnp
 
 from rlhf_jax import optim
-from rlhf_jax.ops import advantages, importance, kl, losses, masked
+from rlhf_jax.ops import advantages, kl, losses, masked
 from rlhf_jax.train_state import TrainState
 
 
@@ -95,12 +95,11 @@ def loss(policy, batch, *, config, apply):
     weighted, aux = losses.ppo_policy(logp_BR, batch.logp_BR, batch.advantages_BR, batch.mask_BR, clip=math.inf)
     plain = losses.policy_gradient(logp_BR, batch.advantages_BR, batch.mask_BR)
     value = weighted if config.epochs > 1 and config.importance else plain
-    weights = importance.statistics(logp_BR, batch.logp_BR, batch.mask_BR)
     return value, {
         "pg/policy_loss": value,
         "pg/approx_kl": aux["approx_kl"],
         "pg/ratio": aux["ratio"],
-        **{f"pg/{name}": number for name, number in weights.items()},
+        "pg/ratio_square": aux["ratio_square"],
     }
 
 
@@ -129,8 +128,9 @@ def step(state, rollout, *, config, apply, tx):
     state, aux = update(state, rollout, config=config, apply=apply, tx=tx)
     control = {"target": config.kl_target, "horizon": config.kl_horizon, "episodes": rollout.mask_BR.shape[0]}
     state = state.replace(kl_coef=kl.adapt(state.kl_coef, numbers["pg/kl"], **control))
+    aux["pg/ess"] = jnp.square(aux["pg/ratio"]) / aux.pop("pg/ratio_square")
     numbers |= {name: jnp.mean(value) for name, value in aux.items()}
-    numbers |= {f"{name}_last": aux[name][-1] for name in ("pg/approx_kl", "pg/ess", "pg/ess_token", "pg/ratio_max")}
+    numbers |= {f"{name}_last": aux[name][-1] for name in ("pg/approx_kl", "pg/ess")}
     return state, numbers
 
 

@@ -10,7 +10,7 @@ import jax
 import jax.numpy as jnp
 
 from rlhf_jax import optim
-from rlhf_jax.ops import advantages, importance, kl, losses, masked
+from rlhf_jax.ops import advantages, kl, losses, masked
 from rlhf_jax.train_state import TrainState
 
 
@@ -106,11 +106,8 @@ def loss(params, batch, *, config, apply):
         "ppo/clip_fraction": policy_aux["clip_fraction"],
         "ppo/approx_kl": policy_aux["approx_kl"],
         "ppo/ratio": policy_aux["ratio"],
+        "ppo/ratio_square": policy_aux["ratio_square"],
         "ppo/value_clip_fraction": value_aux["clip_fraction"],
-        **{
-            f"ppo/{name}": number
-            for name, number in importance.statistics(logp_BR, batch.logp_BR, batch.mask_BR).items()
-        },
     }
 
 
@@ -152,10 +149,9 @@ def step(state, rollout, *, config, apply, tx):
     state, aux = update(state, rollout, config=config, apply=apply, tx=tx)
     control = {"target": config.kl_target, "horizon": config.kl_horizon, "episodes": rollout.mask_BR.shape[0]}
     state = state.replace(kl_coef=kl.adapt(state.kl_coef, numbers["ppo/kl"], **control))
+    aux["ppo/ess"] = jnp.square(aux["ppo/ratio"]) / aux.pop("ppo/ratio_square")
     numbers |= {name: jnp.mean(value) for name, value in aux.items()}
-    numbers |= {
-        f"ppo/{name}_last": aux[f"ppo/{name}"][-1, -1] for name in ("approx_kl", "ess", "ess_token", "ratio_max")
-    }
+    numbers |= {f"{name}_last": aux[name][-1, -1] for name in ("ppo/approx_kl", "ppo/ess")}
     return state, numbers
 
 

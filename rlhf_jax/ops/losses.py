@@ -27,7 +27,8 @@ def ppo_policy(logp, logp_old, advantages, mask, *, clip):
         ratio = exp(logp - logp_old)        loss = mean max(-A ratio, -A clip(ratio, 1 - clip, 1 + clip))
 
     Returns (loss, aux). aux holds masked means: clip_fraction, the share of tokens where the clipped term is the
-    larger one, so that they push no gradient; approx_kl, mean of ratio - 1 - log ratio (k3 of old to new, >= 0); ratio.
+    larger one, so that they push no gradient; approx_kl, mean of ratio - 1 - log ratio (k3 of old to new, >= 0); ratio;
+    ratio_square, with which ratio^2 / ratio_square is the effective sample size of the tokens' weights.
     """
     log_ratio = jnp.where(mask, logp - logp_old, 0)
     ratio = jnp.exp(log_ratio)
@@ -37,6 +38,7 @@ def ppo_policy(logp, logp_old, advantages, mask, *, clip):
         "clip_fraction": masked.mean((clipped > plain).astype(ratio.dtype), mask),
         "approx_kl": masked.mean(jnp.expm1(log_ratio) - log_ratio, mask),
         "ratio": masked.mean(ratio, mask),
+        "ratio_square": masked.mean(jnp.square(ratio), mask),
     }
     return masked.mean(jnp.maximum(plain, clipped), mask), aux
 

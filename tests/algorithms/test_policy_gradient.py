@@ -168,7 +168,7 @@ def test_a_step_moves_the_policy_and_nothing_else(sampled):
     assert int(new.step) == 1 and float(jnp.abs(new.policy - table).max()) > 0.1
     np.testing.assert_array_equal(new.reference, table)
     assert optax.tree.get(new.optimizer["policy"], "count", filtering=lambda path, _: "Adam" in str(path)) == 3
-    assert numbers["pg/ess_last"] < 1 and numbers["pg/ratio_max_last"] > 1 and numbers["pg/approx_kl_last"] > 0
+    assert numbers["pg/ess_last"] < numbers["pg/ess"] < 1 and numbers["pg/approx_kl_last"] > 0
     close(numbers["pg/kl"], np.sum(np.array(drawn.kl_BR)) / 2, rtol=1e-5)
 
 

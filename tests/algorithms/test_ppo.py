@@ -194,10 +194,8 @@ def test_loss_by_hand(tables):
     values_BR = TableScalar.values(params["value"], *inputs)
     value, _ = losses.ppo_value(values_BR, done.values_BR, done.returns_BR, done.mask_BR, clip=0.2)
     np.testing.assert_allclose(loss, policy + 0.1 * value, rtol=1e-6)
-    assert metrics.keys() == {
-        f"ppo/{name}"
-        for name in ("policy_loss", "value_loss", "clip_fraction", "approx_kl", "ratio", "value_clip_fraction")
-    }
+    names = ("policy_loss", "value_loss", "clip_fraction", "approx_kl", "ratio", "ratio_square", "value_clip_fraction")
+    assert metrics.keys() == {f"ppo/{name}" for name in names}
 
 
 def test_the_first_gradient_is_the_policy_gradient(tables):
