@@ -4,6 +4,7 @@ Arrays and parameters have a leading axis [K], one entry a seed, also when there
 while the device compares the policy with its reference.
 """
 
+import functools
 import json
 import time
 
@@ -111,16 +112,15 @@ class Learner:
         """The state before the first rollout, every seed with its own key."""
         run, K = self.run, self.run.config.seeds
         parts = {"config": self.config, "tx": self.tx}
-        keys_K = jax.vmap(jax.random.fold_in, (None, 0))(
-            run.key("rl"), jnp.arange(K)
-        )  # a seed is the same among others
-        if self.algorithm is ppo_algorithm:
-            value = run.apply.scalar.zero_head(policy)
-            state = jax.vmap(
-                lambda key: ppo_algorithm.init(policy, value, None, key, **parts), out_axes=AXES
-            )(keys_K)  # fmt: skip
-        else:
-            state = jax.vmap(lambda key: policy_gradient.init(policy, key, **parts), out_axes=AXES)(keys_K)
+
+        def init(key):
+            if self.algorithm is policy_gradient:
+                return policy_gradient.init(policy, key, **parts)
+            return ppo_algorithm.init(policy, run.apply.scalar.zero_head(policy), None, key, **parts)
+
+        # fold_in, not split: a seed draws the same alone and among others.
+        keys_K = jax.vmap(jax.random.fold_in, (None, 0))(run.key("rl"), jnp.arange(K))
+        state = jax.vmap(init, out_axes=AXES)(keys_K)
         best = {
             "policy": jax.tree.map(lambda x: jnp.tile(x, (K,) + (1,) * x.ndim), policy),
             "reward": jnp.full(K, before["reward"], jnp.float32),
@@ -158,14 +158,16 @@ class Learner:
         return learned.replace(best=state.best, alarms=state.alarms), numbers
 
     def _learn(self, state, compared, reward_KB, rung_K):
+        parts = {"config": self.config, "apply": self.run.apply, "tx": self.tx}
+
         def one(state, compared, score_B, rung):
-            scored = compared.replace(score_B=score_B)
-            new, numbers = self.algorithm.step(
-                state, scored, config=self.config, apply=self.run.apply, tx=self.tx
-            )  # fmt: skip
-            return jax.tree.map(lambda old, new: jnp.where(rung, old, new), _no_keys(state), _no_keys(new)).replace(
-                step=new.step, key=new.key, reference=new.reference
-            ), numbers
+            new, numbers = self.algorithm.step(state, compared.replace(score_B=score_B), **parts)
+
+            def unless_rung(name):
+                return jax.tree.map(lambda x, y: jnp.where(rung, x, y), getattr(state, name), getattr(new, name))
+
+            learned = {name: unless_rung(name) for name in ("policy", "value", "optimizer", "kl_coef")}
+            return new.replace(**learned), numbers
 
         return _per_seed(one, (AXES, 0, 0, 0), (AXES, 0))(state, compared, reward_KB, rung_K)
 
@@ -201,12 +203,10 @@ class Learner:
         numbers["entropy"] = rows.pop("entropy").sum(axis=1) / np.maximum(tokens_K, 1)  # per token, not per sample
         return numbers | self.diversity(texts), texts, rows
 
-    @property
+    @functools.cached_property
     def _reference(self):
-        if not hasattr(self, "_sft"):
-            like = self.run.apply.policy.init(self.run.key("policy init"))
-            self._sft = sharding.replicate(self.run.parameters("sft", "policy", like), self.run.mesh)
-        return self._sft
+        like = self.run.apply.policy.init(self.run.key("policy init"))
+        return sharding.replicate(self.run.parameters("sft", "policy", like), self.run.mesh)
 
     def texts(self, drawn):
         """K lists of the texts of a rollout."""
@@ -249,11 +249,6 @@ class Learner:
 def _core(state):
     """What the algorithms know of the state."""
     return state.replace(best=None, alarms=None)
-
-
-def _no_keys(state):
-    """What an alarm stops."""
-    return state.replace(step=None, key=None, reference=None)
 
 
 def _per_seed(one, in_axes, out_axes=0):
