@@ -3,7 +3,7 @@
     python experiments/ppo_summarize.py --config=configs/ppo_summarize.py --workdir=runs/demo
 
 :tiny (the default)  a 0.9M-parameter GPT-2 on a generated world of posts, whose true reward is known. 2 CPU cores:
-                     6 to 8 minutes, 1.9 GB; gold .56 -> .78, win rate .70 over SFT, exact KL 1.2 nats (seed 1)
+                     6 minutes, 2 GB; gold .67 -> .94, win rate .78 over SFT, exact KL 1.2 nats (seed 1)
 :files               the same small model on your rows: --config.data.sft=FILE --config.data.preferences=FILE
                      (and --config.data.prompts=FILE), with GPT-2's tokenizer from --config.text.path=FOLDER
 :gpt2                the published recipe of GPT-2 124M on Reddit TL;DR (arXiv 2403.17031), from local files
@@ -46,14 +46,17 @@ def tiny():
 
 
 def files():
-    """Rows in files, a small model from random weights: sizes for some hundreds of posts on a CPU."""
+    """Rows in files, a small model from random weights: sizes for some hundreds of posts on a CPU.
+
+    Most of the time goes into GPT-2's vocabulary of 50,258: a fine-tuning step of 8 rows takes a second on 2 cores.
+    """
     return Config(
-        data=sources.Config(source="files"),
-        model=gpt2.preset("micro", heads=4, head_size=32, context=565, init_std=0.08),
-        sft=supervised.Config(lr=1e-3, warmup=50, adam_b2=0.95, steps=300, batch=8, loss_on="response", eval_every=100),
-        reward=preference.Config(lr=3e-4, warmup=20, steps=100, batch=8, eval_every=25),
-        ppo=ppo.Config(lr=1e-4, steps=20, batch=16, epochs=2, temperature=1.0, eval_every=10),
-        evaluation=Evaluation(prompts=64, batch=16, temperature=1.0),
+        data=sources.Config(source="files", prompt_length=128),
+        model=gpt2.preset("micro", layers=2, heads=4, head_size=32, context=192, init_std=0.08),
+        sft=supervised.Config(lr=2e-3, warmup=50, adam_b2=0.95, steps=250, batch=8, loss_on="response", eval_every=50),
+        reward=preference.Config(lr=1e-3, warmup=20, adam_b2=0.95, steps=120, batch=16, eval_every=20),
+        ppo=ppo.Config(lr=3e-4, steps=50, batch=32, epochs=2, temperature=1.0, eval_every=10),
+        evaluation=Evaluation(prompts=128, batch=16, temperature=1.0),
     )
 
 
