@@ -55,7 +55,7 @@ def files():
         model=gpt2.preset("micro", layers=2, heads=4, head_size=32, context=192, init_std=0.08),
         sft=supervised.Config(lr=2e-3, warmup=50, adam_b2=0.95, steps=250, batch=8, loss_on="response", eval_every=50),
         reward=preference.Config(lr=1e-3, warmup=20, adam_b2=0.95, steps=120, batch=16, eval_every=20),
-        ppo=ppo.Config(lr=3e-4, steps=50, batch=32, epochs=2, temperature=1.0, eval_every=10),
+        ppo=ppo.Config(lr=5e-4, steps=30, batch=32, epochs=2, temperature=1.0, kl_coef=0.005, eval_every=10),
         evaluation=Evaluation(prompts=128, batch=16, temperature=1.0),
     )
 
