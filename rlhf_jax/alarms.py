@@ -17,7 +17,7 @@ class Config:
     """Outside these limits a policy has collapsed, whatever its reward."""
 
     distinct2: float = 0.7  # least distinct word bigrams, as a share of those before
-    repeat_rate: float = 0.05  # most samples in which one word stands four times or more
+    repeat_rate: float = 0.05  # most samples in which one word stands four times, beyond those before: longer texts do
     entropy: float = 0.3  # least nats per token, as a share of those before
     length: float = 0.5  # least tokens, as a share of those before
     kl_exact: float = 5.0  # most nats a sequence from the reference; 0: any
@@ -29,7 +29,7 @@ def outside(numbers, before, config):
     """{name: [K] bool}, which of WATCHED are out of bounds; before is {name: number}."""
     wrong = {
         "distinct2": numbers["distinct2"] < config.distinct2 * before["distinct2"],
-        "repeat_rate": numbers["repeat_rate"] > config.repeat_rate,
+        "repeat_rate": numbers["repeat_rate"] > before["repeat_rate"] + config.repeat_rate,
         "entropy": numbers["entropy"] < config.entropy * before["entropy"],
         "length": numbers["length"] < config.length * before["length"],
     }

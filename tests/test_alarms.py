@@ -18,6 +18,13 @@ def test_each_limit_is_against_what_was_before():
     assert all(value_K.tolist() == [False, True] for value_K in wrong.values())
 
 
+def test_texts_long_enough_to_repeat_words_are_no_alarm():
+    """Where half of the samples did so before, half may; a twentieth more is too many."""
+    before = BEFORE | {"repeat_rate": 0.5}
+    wrong = alarms.outside(seeds(FINE | {"repeat_rate": 0.54}, FINE | {"repeat_rate": 0.56}), before, CONFIG)
+    assert wrong["repeat_rate"].tolist() == [False, True]
+
+
 def test_a_limit_of_no_kl_is_no_limit():
     assert "kl_exact" not in alarms.outside(seeds(COLLAPSED), BEFORE, alarms.Config(kl_exact=0.0))
 
