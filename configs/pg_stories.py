@@ -12,6 +12,7 @@ import dataclasses
 
 from ml_collections import ConfigDict
 
+from rlhf_jax import alarms
 from rlhf_jax.algorithms import policy_gradient, ppo, supervised
 from rlhf_jax.config import Evaluation, Text, Writing
 from rlhf_jax.data import corpus
@@ -50,6 +51,7 @@ def stories():
             missing_eos_penalty=0.0,  # a story cut at 63 tokens is no failure
             eval_every=10,
         ),
+        alarms=alarms.Config(repeat_rate=0.15),  # half of all openings of 60 words have one word four times
         evaluation=Evaluation(prompts=512, batch=256, temperature=1.0),
     )
 
