@@ -3,7 +3,8 @@
     python experiments/pg_stories.py --config=configs/pg_stories.py --workdir=runs/stories
 
 :made (the default)  on stories made from a seed
-:stories             on real ones: --config.data.path=stories.txt, with <|endoftext|> between them
+:stories             on real ones: --config.data.path=stories.txt, with <|endoftext|> between them. 2 CPU cores: 8 to
+                     14 minutes; mean VADER .53 -> .88 at 3.6 nats (seed 1)
 
 Every field is a flag: --config.algorithm=ppo, --config.seeds=8, --config.reward=path/to/file.py:function
 """
