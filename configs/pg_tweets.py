@@ -6,7 +6,7 @@
 :tweets              on real ones: --config.data.path=tweets.csv, with the columns text and sentiment. 2 CPU cores: 5 to
                      8 minutes; mean VADER .27 -> .78, .27 -> .74, .29 -> .75 (seeds 1 to 3) at 4.8 nats
 :article             the same, with the article's own policy gradient: a token answers for the score and its own KL
-                     alone, no baseline, no limits. It collapses: to compare
+                     alone, no baseline, no limits: to compare. Mean VADER .27 -> .70 at 10.4 nats (seed 1)
 
 Every field is a flag: --config.algorithm=ppo, --config.seeds=8, --config.reward=path/to/file.py:function
 """
@@ -71,7 +71,7 @@ def made():
 
 
 def article():
-    """The article's policy gradient, which finds the words that score and writes nothing else."""
+    """The article's policy gradient: every token answers for the score and its own KL alone, and nothing is watched."""
     config = tweets()
     return dataclasses.replace(
         config,
