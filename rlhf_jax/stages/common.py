@@ -62,10 +62,9 @@ def train(run, name, state, arrays, *, step_fn, evaluate, complete=lambda state:
 
 def check_batch(run, name):
     """InputError where a stage's batch is more than the rows that it has to train on."""
-    kind = run.KINDS[name]
-    rows, batch = len(run.arrays(kind)[0]["index_N"]), getattr(run.config, name).batch
+    rows, batch = len(run.arrays(run.KINDS[name])[0]["index_N"]), getattr(run.config, name).batch
     if batch > rows:
-        raise InputError(f"{name}.batch: expected at most {rows}, the training rows of data.{kind}, got {batch}")
+        raise InputError(f"{name}.batch: expected at most {rows}, the rows it has to train on, got {batch}")
 
 
 class Feed:

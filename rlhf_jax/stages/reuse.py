@@ -14,10 +14,9 @@ import jax.numpy as jnp
 
 from rlhf_jax import metrics, optim, plots
 from rlhf_jax.algorithms import policy_gradient
-from rlhf_jax.evaluate import interval
 from rlhf_jax.ops import importance, losses
 from rlhf_jax.stages import common
-from rlhf_jax.stages.verifiable import Learner
+from rlhf_jax.stages.verifiable import Learner, over_seeds
 
 USES = (1, 2, 4, 8)
 UPDATES = ("policy_gradient", "importance", "clipped")  # every use as if it were fresh; weighted; weighted and clipped
@@ -39,8 +38,8 @@ def reuse(run):
     # The rollouts are those of the policy gradient, whatever algorithm the config has chosen.
     learner = Learner(run, "policy_gradient")
     config, apply = run.config.policy_gradient, run.apply
-    policy = run.parameters("sft", "policy", apply.policy.init(run.key("policy init")))
-    before, texts, _ = learner.measure(jax.tree.map(lambda x: x[None], policy))
+    policy = learner.reference
+    before, _, _ = learner.measure(jax.tree.map(lambda x: x[None], policy))
     before = {name: float(value_K[0]) for name, value_K in before.items()}
     state = learner.begin(policy, before, before)
     train, _ = run.arrays("prompts")
@@ -80,7 +79,7 @@ def reuse(run):
                 numbers, _, _ = learner.measure(policy_K)
                 numbers["reward_gain"] = numbers["reward"] - before["reward"]
                 told = jax.device_get(moved) | {name: numbers[name] for name in ("reward_gain", "kl_exact")}
-                results[update][str(uses)] = _with_interval(told)
+                results[update][str(uses)] = {name: float(value) for name, value in over_seeds(told).items()}
                 done += 1
                 run.reporter.update(
                     done, {f"reuse/{name}": value for name, value in results[update][str(uses)].items()}
@@ -93,16 +92,6 @@ def reuse(run):
     run.reporter.finish()
     run.reporter.table(*_table(results))
     return summary
-
-
-def _with_interval(numbers):
-    """Means over rollouts, and the half-width of their 95% interval where there are several."""
-    told = {}
-    for name, value_K in numbers.items():
-        told[name] = float(value_K.mean())
-        if len(value_K) > 1:
-            told[f"{name}_ci95"] = float(value_K.std(ddof=1) * interval.t95(len(value_K)))
-    return told
 
 
 def _table(results):

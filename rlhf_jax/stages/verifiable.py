@@ -29,7 +29,7 @@ def rl(run):
     began = time.monotonic()
     learner = Learner(run)
     train, _ = run.arrays("prompts")
-    policy = run.parameters("sft", "policy", run.apply.policy.init(run.key("policy init")))
+    policy = learner.reference
     before, texts_before, rows_before = learner.measure(jax.tree.map(lambda x: x[None], policy))
     before = {name: float(value_K[0]) for name, value_K in before.items()}
     # Distinct-2 falls with the number of samples: what is watched during training is compared at a rollout's.
@@ -44,13 +44,13 @@ def rl(run):
         texts = learner.texts(drawn)
         judged = learner.judge(texts)
         state, numbers = learner.learn(state, compared, judged["reward"])
-        numbers = {f"rl/{name.split('/')[1]}": value for name, value in numbers.items() if not name.endswith("/score")}
+        numbers = {f"rl/{name.split('/')[1]}": value for name, value in numbers.items()}
         spoken = {name: values_KB.mean(axis=1) for name, values_KB in judged.items()} | learner.diversity(texts)
         state, rung = learner.listen(state, spoken | jax.tree.map(np.asarray, heard), watched)
         for name in rung:
             run.reporter.note(f"rl: alarm at step {int(state.step)}: {name} (running mean of the last rollouts)")
-        told = numbers | {f"rl/{name}": value_K for name, value_K in spoken.items()}
-        return state, _over_seeds(told) | {"rl/alarms": np.sum(state.alarms["rung"])}
+        told = over_seeds({f"rl/{name}": value_K for name, value_K in spoken.items()})
+        return state, numbers | told | {"rl/alarms": np.sum(state.alarms["rung"])}
 
     def evaluate(state):
         numbers, texts, rows = learner.measure(state.policy)
@@ -60,7 +60,7 @@ def rl(run):
                 for i, text in enumerate(texts[0][: run.config.evaluation.samples])
             ]
         )
-        return _over_seeds({f"rl/eval_{name}": value_K for name, value_K in numbers.items()}), (numbers, texts, rows)
+        return over_seeds({f"rl/eval_{name}": value_K for name, value_K in numbers.items()}), (numbers, texts, rows)
 
     def keep(state, details):
         return learner.keep(state, details[0], before)
@@ -152,7 +152,7 @@ class Learner:
         return _per_seed(one, (AXES, 0))(_core(state), drawn)
 
     def learn(self, state, compared, reward_KB):
-        """One step of the algorithm for every seed that has had no alarm: (state, {name: [K]})."""
+        """One step of the algorithm for every seed that has had no alarm: (state, numbers over seeds)."""
         rung_K = state.alarms["rung"] & self.run.config.alarms.freeze
         learned, numbers = self._learn_jit(_core(state), compared, reward_KB, rung_K)
         return learned.replace(best=state.best, alarms=state.alarms), numbers
@@ -169,7 +169,8 @@ class Learner:
             learned = {name: unless_rung(name) for name in ("policy", "value", "optimizer", "kl_coef")}
             return new.replace(**learned), numbers
 
-        return _per_seed(one, (AXES, 0, 0, 0), (AXES, 0))(state, compared, reward_KB, rung_K)
+        learned, numbers = _per_seed(one, (AXES, 0, 0, 0), (AXES, 0))(state, compared, reward_KB, rung_K)
+        return learned, over_seeds(numbers)
 
     def _measure(self, policy, reference, batch):
         run = self.run
@@ -193,7 +194,7 @@ class Learner:
     def measure(self, policy):
         """({name: [K] mean}, K lists of texts, {name: [K, N]}) of the held-out samples of K policies."""
         run = self.run
-        reference = self._reference
+        reference = self.reference
         rows = run.over(run.arrays("prompts")[1], lambda batch: self._measure_jit(policy, reference, batch))
         rows = {name: np.moveaxis(values, 1, 0) for name, values in rows.items()}
         texts = [run.decode(*pair) for pair in zip(rows.pop("response"), rows.pop("mask"), strict=True)]
@@ -204,7 +205,8 @@ class Learner:
         return numbers | self.diversity(texts), texts, rows
 
     @functools.cached_property
-    def _reference(self):
+    def reference(self):
+        """The fine-tuned policy."""
         like = self.run.apply.policy.init(self.run.key("policy init"))
         return sharding.replicate(self.run.parameters("sft", "policy", like), self.run.mesh)
 
@@ -281,7 +283,7 @@ def _is_none(x):
     return x is None
 
 
-def _over_seeds(numbers):
+def over_seeds(numbers):
     """{name: [K]} as means over seeds and, for more than one, the half-width of their 95% interval."""
     told = {}
     for name, value_K in numbers.items():
