@@ -9,7 +9,7 @@ from absl import app, flags, logging
 from ml_collections import config_flags
 
 from rlhf_jax import config as configs
-from rlhf_jax import loop
+from rlhf_jax import guard, loop
 from rlhf_jax.console import Reporter
 from rlhf_jax.errors import InputError
 
@@ -57,13 +57,18 @@ def _run(job, kind):
     jax.config.update("jax_persistent_cache_min_compile_time_secs", 0)
     logging.set_verbosity(logging.WARNING)  # Orbax tells of every file it touches otherwise
     try:
-        with Reporter() as reporter:
-            job(kind(configs.parse(CONFIG.value.to_dict(), kind.CONFIG), WORKDIR.value, reporter))
+        with loop.stop_signal() as stop, stop.at_once(), Reporter() as reporter:
+            config = configs.parse(CONFIG.value.to_dict(), kind.CONFIG)
+            if config.deterministic:  # read when the first device is asked for, which is below
+                os.environ["XLA_FLAGS"] = f"{os.environ.get('XLA_FLAGS', '')} --xla_gpu_deterministic_ops=true"
+            job(kind(config, WORKDIR.value, reporter, stop))
     except InputError as error:
         _leave(error, BAD_INPUT)
+    except OSError as error:  # a disk that is full, a folder that cannot be written
+        _leave(f"workdir: {error.filename or WORKDIR.value}: {error.strerror or error}", BAD_INPUT)
     except loop.Stopped as error:
         _leave(error, STOPPED)
-    except loop.NonFinite as error:
+    except guard.NonFinite as error:
         _leave(error, NOT_FINITE)
 
 

@@ -6,6 +6,8 @@ import functools
 from pathlib import Path
 
 from rlhf_jax import alarms as collapse
+from rlhf_jax import checkpoint
+from rlhf_jax import guard as guards
 from rlhf_jax.algorithms import policy_gradient as pg_algorithm
 from rlhf_jax.algorithms import ppo as ppo_algorithm
 from rlhf_jax.algorithms import preference, supervised
@@ -45,6 +47,9 @@ class Config:
     reward: preference.Config = preference.Config()
     ppo: ppo_algorithm.Config = ppo_algorithm.Config()
     evaluation: Evaluation = Evaluation()
+    keep: checkpoint.Config = checkpoint.Config()
+    guard: guards.Config = guards.Config()
+    deterministic: bool = False  # on a GPU: the same seed gives the same run, some operations are slower
 
 
 @dataclasses.dataclass(frozen=True)
@@ -64,6 +69,9 @@ class Writing:
     ppo: ppo_algorithm.Config = ppo_algorithm.Config()
     alarms: collapse.Config = collapse.Config()
     evaluation: Evaluation = Evaluation()
+    keep: checkpoint.Config = checkpoint.Config()
+    guard: guards.Config = guards.Config()
+    deterministic: bool = False  # on a GPU: the same seed gives the same run, some operations are slower
 
     @property
     def rl(self):
@@ -143,6 +151,10 @@ class _Checks:
         self.expect(config.evaluation.prompts > 1, "evaluation.prompts", "at least 2, for an interval")
         self.expect(config.evaluation.batch > 0, "evaluation.batch", "more than 0")
         self.expect(config.evaluation.temperature >= 0, "evaluation.temperature", "0 or more")
+        self.expect(config.keep.last > 0, "keep.last", "at least 1 checkpoint, to go on from")
+        self.expect(config.keep.best >= 0, "keep.best", "0 or more checkpoints")
+        self.one_of("guard.policy", "stop", "skip")
+        self.expect(config.guard.limit >= 0, "guard.limit", "0 or more updates")
         self.ppo()
 
     def summarization(self):

@@ -1,8 +1,10 @@
 """A run: a config and a workdir, and the data, tokenizer and model they stand for, each made when first asked for."""
 
 import dataclasses
+import fcntl
 import functools
 import json
+import os
 from pathlib import Path
 
 import jax
@@ -20,22 +22,27 @@ from rlhf_jax.text import bpe, char, gpt2
 
 PURPOSES = ("sft", "reward", "ppo", "policy init", "reward head", "evaluation", "pretrain", "rl")
 # Append only: the place is the key.
+MAY_CHANGE = ("steps", "eval_every", "save_every")  # of a stage's own section, from one start to the next
 
 
 class Run:
     """What the stages share. A stage's folder is its proof: config.json says what it was asked, checkpoints/ holds
     the result, and summary.json, written last, says that it is finished.
 
-    Raises InputError, before anything is written, for an impossible config or a workdir of another config.
+    Raises InputError, before anything is written, for an impossible config or a workdir of another config; once it
+    writes, for a workdir that another process writes to. `stop` is a loop.Stop for all of the run, where there is one.
     """
 
     STAGES = {}  # in their order, with the sections of the config that a stage's result depends on
     KINDS = {}  # which arrays a stage trains on
+    jit = staticmethod(jax.jit)  # replay.py takes another, to look at every operation
 
-    def __init__(self, config, workdir, reporter=None):
+    def __init__(self, config, workdir, reporter=None, stop=None):
         self.config = config
         self.workdir = Path(workdir).absolute()
         self.reporter = reporter or Silent()
+        self.stop = stop
+        self._lock_file = None
         self.mesh = sharding.mesh()
         configs.check(config, devices=self.mesh.size)
         for stage in self.STAGES:
@@ -50,28 +57,56 @@ class Run:
         path = self.workdir / stage / "config.json"
         if not path.exists():
             return
-        there, here = _flat(json.loads(path.read_text())), _flat(self._asked(stage))
-        for name in sorted(there | here):
+        try:
+            there, here = _flat(json.loads(path.read_text())), _flat(self._asked(stage))
+        except ValueError as error:
+            raise InputError(f"workdir: {path}: expected the config of the stage ({error})") from error
+        free = {f"{self.section_name(stage)}.{field}" for field in MAY_CHANGE}
+        for name in sorted((there | here).keys() - free):
             if there.get(name) != here.get(name):
                 raise InputError(
                     f"workdir: {path} was made with {name} = {there.get(name)!r}, not {here.get(name)!r}; "
                     "choose another --workdir"
                 )
 
+    def section_name(self, stage):
+        """The name of the section of the config that is the stage's own."""
+        return stage
+
+    def section(self, stage):
+        """The section of the config that is the stage's own."""
+        return getattr(self.config, self.section_name(stage))
+
     def open(self, stage):
-        """The stage's folder, with its config in it and the whole config beside it."""
+        """The stage's folder, with its config in it and the whole config beside it; no other process may write now."""
         folder = self.workdir / stage
         try:
             (folder / "plots").mkdir(parents=True, exist_ok=True)
+            self._lock()
             metrics.summarize(self.workdir / "config.json", dataclasses.asdict(self.config))
             metrics.summarize(folder / "config.json", self._asked(stage))
         except OSError as error:
             raise InputError(f"workdir: cannot write {folder} ({error.strerror})") from error
         return folder
 
+    def _lock(self):
+        """Locks the workdir until the process ends, however it ends."""
+        if self._lock_file:
+            return
+        path = self.workdir / "lock"
+        self._lock_file = os.open(path, os.O_RDWR | os.O_CREAT)  # stays open: closing it would give up the lock
+        try:
+            fcntl.lockf(self._lock_file, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        except BlockingIOError:
+            told = f"{self.workdir} is in use by process {path.read_text() or 'unknown'}"
+            raise InputError(f"workdir: {told}; choose another --workdir") from None
+        os.truncate(path, 0)
+        os.write(self._lock_file, str(os.getpid()).encode())
+
     def finished(self, stage):
-        """True where the stage is done."""
-        return (self.workdir / stage / "summary.json").exists()
+        """True where all the steps that are asked for are done."""
+        path = self.workdir / stage / "summary.json"
+        return path.exists() and self.summary(stage).get(f"{stage}/steps") == self.section(stage).steps
 
     def summary(self, stage):
         """The finished stage's summary.json."""
@@ -81,8 +116,8 @@ class Run:
         """A parameter tree of the finished stage, shaped like `like`."""
         if not self.finished(stage):
             raise InputError(f"workdir: expected a finished {stage} stage in {self.workdir / stage}; run it first")
-        with Checkpoints(self.workdir / stage / "checkpoints") as checkpoints:
-            return checkpoints.restore_field(field, like)
+        with Checkpoints(self.workdir / stage / "result") as checkpoints:
+            return checkpoints.restore({field: like}).tree[field]
 
     @functools.cached_property
     def tokenizer(self):
@@ -238,9 +273,13 @@ class Writing(Run):
     STAGES["rl"] = (*STAGES["sft"], "seeds", "algorithm", "policy_gradient", "ppo", "alarms")
     KINDS = {"pretrain": "pretrain", "sft": "sft", "rl": "prompts"}
 
-    def __init__(self, config, workdir, reporter=None):
-        super().__init__(config, workdir, reporter)
+    def __init__(self, config, workdir, reporter=None, stop=None):
+        super().__init__(config, workdir, reporter, stop)
         self.reward = function.load(config.reward)
+
+    def section_name(self, stage):
+        """The last stage's is that of its algorithm."""
+        return self.config.algorithm if stage == "rl" else stage
 
     @property
     def response_length(self):

@@ -25,11 +25,12 @@ class TrainState:
     kl_coef: jax.Array | None = None  # () float32, the KL controller's state
     best: Any = None  # {"policy", "reward", "step"} of the best policy seen
     alarms: Any = None  # alarms.py: running means, and whether they are out of bounds
+    skipped: jax.Array | None = None  # () int32, updates left out because they were not finite: guard.py
 
     @classmethod
     def create(cls, key, **parts):
-        """Step 0. The step is an array from the start: a Python int would cost a second compilation."""
-        return cls(step=jnp.zeros((), jnp.int32), key=key, **parts)
+        """Step 0. Counts are arrays from the start: a Python int would cost a second compilation."""
+        return cls(step=jnp.zeros((), jnp.int32), key=key, skipped=jnp.zeros((), jnp.int32), **parts)
 
     @property
     def step_key(self):

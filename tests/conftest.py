@@ -23,6 +23,10 @@ jax.config.update("jax_persistent_cache_min_compile_time_secs", 0)
 jax.config.update("jax_persistent_cache_min_entry_size_bytes", -1)
 
 
+def pytest_addoption(parser):
+    parser.addoption("--kills", type=int, default=5, help="how often test_kill.py kills each of its runs")
+
+
 def pytest_configure(config):
     # A run that was killed while it wrote may leave half an entry. JAX compiles again, and says so.
     config.addinivalue_line("filterwarnings", "ignore:Error (reading|writing) persistent compilation cache entry")

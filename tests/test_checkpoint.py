@@ -1,12 +1,22 @@
+import json
+import shutil
+import subprocess
+import sys
+from pathlib import Path
+
 import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
+from safetensors.numpy import load_file
 
-from rlhf_jax.checkpoint import Checkpoints
+from rlhf_jax import checkpoint
+from rlhf_jax.checkpoint import Checkpoints, Config
+from rlhf_jax.console import Reporter
+from rlhf_jax.errors import InputError
 from rlhf_jax.train_state import TrainState
 
-POSITION = {"next_index": 7, "epoch": {"seed": 3}}
+NOTES = {"position": {"next_index": 7, "epoch": {"seed": 3}}, "row": {"loss": 1 / 3}}
 # Not a number, the zeros, the smallest and the largest: what a cast or a text would lose.
 ODD = np.array([0x7FC00001, 0x80000000, 0x00000000, 0x00000001, 0x7F7FFFFF, 0xFF800000], np.uint32).view(np.float32)
 
@@ -34,35 +44,54 @@ def assert_same_bits(ours, theirs):
 
 def test_what_is_restored_is_what_was_saved_bit_for_bit(tmp_path):
     with Checkpoints(tmp_path) as checkpoints:
-        assert checkpoints.latest is None
-        checkpoints.save(11, state(), POSITION)
+        assert checkpoints.restore(state()) is None
+        checkpoints.save(11, state(), NOTES)
     with Checkpoints(tmp_path) as checkpoints:
-        assert checkpoints.latest == 11
-        restored, position = checkpoints.restore(state(seed=1))
-    assert_same_bits(restored, state())
-    assert position == POSITION
-    assert restored.value is None and restored.reward is None
+        restored = checkpoints.restore(state(seed=1))
+    assert_same_bits(restored.tree, state())
+    assert (restored.step, restored.notes, restored.damaged) == (11, NOTES, ())
+    assert restored.tree.value is None and restored.tree.reward is None
     # the key is a key again
-    assert jax.random.normal(restored.step_key) == jax.random.normal(state().step_key)
-
-
-@pytest.mark.parametrize("field", ["policy", "reference"])
-def test_one_field_alone(field, tmp_path):
-    with Checkpoints(tmp_path) as checkpoints:
-        checkpoints.save(11, state(), POSITION)
-    with Checkpoints(tmp_path) as checkpoints:
-        restored = checkpoints.restore_field(field, getattr(state(seed=1), field))
-    assert_same_bits(restored, getattr(state(), field))
+    assert jax.random.normal(restored.tree.step_key) == jax.random.normal(state().step_key)
 
 
 def test_the_newest_are_kept(tmp_path):
-    with Checkpoints(tmp_path, keep=2) as checkpoints:
+    with Checkpoints(tmp_path, Config(last=2)) as checkpoints:
         for step in 3, 6, 9, 10:
             checkpoints.save(step, state().replace(step=jnp.int32(step)), {"next_index": step})
     assert sorted(int(path.name) for path in tmp_path.iterdir()) == [9, 10]
     with Checkpoints(tmp_path) as checkpoints:
-        restored, position = checkpoints.restore(state())
-    assert (checkpoints.latest, restored.step, position) == (10, 10, {"next_index": 10})
+        restored = checkpoints.restore(state())
+    assert (restored.step, restored.tree.step, restored.notes) == (10, 10, {"next_index": 10})
+
+
+@pytest.mark.parametrize(("better", "kept"), [(max, [2, 4, 5]), (min, [3, 4, 5])])
+def test_the_best_are_kept_too(better, kept, tmp_path):
+    with Checkpoints(tmp_path, Config(last=2, best=1), ("score", better)) as checkpoints:
+        for step, score in (1, 0.5), (2, 0.9), (3, 0.1), (4, None), (5, 0.6):
+            checkpoints.save(step, {"x": jnp.ones(2)}, {}, {} if score is None else {"score": score})
+        assert checkpoints.steps == kept
+
+
+def test_which_evaluation_is_the_best(tmp_path):
+    with Checkpoints(tmp_path, best=("score", max)) as checkpoints:
+        assert checkpoints.is_best({"score": 0.5}) and not checkpoints.is_best({"loss": 0.5})
+        checkpoints.save(1, {"x": jnp.ones(2)}, {}, {"score": 0.5})
+        checkpoints.save(2, {"x": jnp.ones(2)}, {})
+    with Checkpoints(tmp_path, best=("score", max)) as checkpoints:  # as a run that goes on
+        assert checkpoints.is_best({"score": 0.6})
+        assert not checkpoints.is_best({"score": 0.5}) and not checkpoints.is_best({"score": float("nan")})
+    with Checkpoints(tmp_path, Config(best=0), best=("score", max)) as checkpoints:
+        assert not checkpoints.is_best({"score": 0.6})
+
+
+def test_a_step_that_is_there_is_saved_again(tmp_path):
+    """A run that was killed between its last checkpoint and its summary."""
+    with Checkpoints(tmp_path) as checkpoints:
+        checkpoints.save(1, {"x": jnp.ones(2)}, {})
+        checkpoints.save(1, {"x": jnp.zeros(2)}, {})
+    with Checkpoints(tmp_path) as checkpoints:
+        assert checkpoints.restore({"x": jnp.ones(2)}).tree["x"].tolist() == [0, 0]
 
 
 def test_a_state_can_be_donated_right_after_it_was_saved(tmp_path):
@@ -72,20 +101,202 @@ def test_a_state_can_be_donated_right_after_it_was_saved(tmp_path):
     learn(jax.tree.map(jnp.copy, policy))  # compiled, so that nothing holds up the one that counts
     as_saved = jax.tree.map(jnp.copy, policy)  # on the device: a NumPy view of a buffer would keep it from donation
     with Checkpoints(tmp_path) as checkpoints:
-        checkpoints.save(1, state().replace(policy=policy), POSITION)
+        checkpoints.save(1, policy, {})
         after = learn(policy)
     with Checkpoints(tmp_path) as checkpoints:
-        assert_same_bits(checkpoints.restore_field("policy", after), as_saved)
+        assert_same_bits(checkpoints.restore(after).tree, as_saved)
 
 
 @pytest.mark.parametrize("error", [None, KeyboardInterrupt])
 def test_leaving_waits_for_the_writes_under_way(error, tmp_path):
-    large = state().replace(policy={"x": jnp.ones(8_000_000)})
     try:
         with Checkpoints(tmp_path) as checkpoints:
-            checkpoints.save(1, large, POSITION)
+            checkpoints.save(1, {"x": jnp.ones(8_000_000)}, {})
             if error:
                 raise error
     except KeyboardInterrupt:
         pass
     assert [path.name for path in tmp_path.iterdir()] == ["1"]
+
+
+# Damage
+
+
+@pytest.fixture(scope="module")
+def two(tmp_path_factory):
+    """Checkpoints of the steps 1 and 2."""
+    folder = tmp_path_factory.mktemp("two")
+    with Checkpoints(folder) as checkpoints:
+        for step in 1, 2:
+            checkpoints.save(
+                step, {"policy": {"x": jnp.arange(50_000.0) * step}, "step": jnp.int32(step)}, {"at": step}
+            )
+    return folder
+
+
+def largest(folder):
+    return max((path for path in folder.rglob("*") if path.is_file()), key=lambda path: path.stat().st_size)
+
+
+def truncate(step):
+    path = largest(step)
+    path.write_bytes(path.read_bytes()[:-1000])
+
+
+def flip_a_bit(step):
+    path = largest(step)
+    data = bytearray(path.read_bytes())
+    data[len(data) // 2] ^= 1
+    path.write_bytes(data)
+
+
+def edit_the_notes(step):
+    path = step / "data" / "metadata"
+    path.write_text(path.read_text().replace('"at": 2', '"at": 1'))
+
+
+def lose_an_array(step):
+    """All that says that there was one."""
+    path = step / "state" / "_METADATA"
+    told = json.loads(path.read_text())
+    told["tree_metadata"] = {name: leaf for name, leaf in told["tree_metadata"].items() if "policy" not in name}
+    path.write_text(json.dumps(told))
+    shutil.rmtree(step / "state" / "ocdbt.process_0")
+
+
+DAMAGES = [
+    truncate,
+    flip_a_bit,
+    edit_the_notes,
+    lose_an_array,
+    lambda step: largest(step).unlink(),
+    lambda step: (step / "data" / "metadata").write_text("{"),
+    lambda step: shutil.rmtree(step / "state"),
+]
+
+
+@pytest.mark.parametrize("damage", DAMAGES)
+def test_a_damaged_checkpoint_is_named_and_the_one_before_it_is_used(damage, two, tmp_path, capfd):
+    folder = shutil.copytree(two, tmp_path / "checkpoints")
+    damage(folder / "2")
+    with Checkpoints(folder) as checkpoints:
+        restored = checkpoints.restore({"policy": {"x": jnp.zeros(50_000)}, "step": jnp.int32(0)})
+        assert (restored.step, restored.notes) == (1, {"at": 1})
+        assert restored.tree["policy"]["x"].tolist() == list(range(50_000))
+        (told,) = restored.damaged
+        assert told.startswith(f"{folder}/2: damaged (") and "\n" not in told
+        place = checkpoints.put_aside(2)
+        assert checkpoints.steps == [1] and place == tmp_path / "damaged" / "2-0" and any(place.iterdir())
+        checkpoints.save(2, {"policy": {"x": jnp.ones(50_000)}, "step": jnp.int32(2)}, {"at": 2})
+    with Checkpoints(folder) as checkpoints:
+        assert checkpoints.restore({"policy": {"x": jnp.zeros(50_000)}, "step": jnp.int32(0)}).step == 2
+    with pytest.raises(InputError, match="damaged"):
+        shutil.rmtree(folder / "1")
+        shutil.rmtree(folder / "2")
+        shutil.copytree(place, folder / "2")
+        checkpoint.load(folder)
+    assert capfd.readouterr().err == ""
+
+
+def test_where_all_are_damaged_each_is_named(two, tmp_path):
+    folder = shutil.copytree(two, tmp_path / "checkpoints")
+    for step in "1", "2":
+        flip_a_bit(folder / step)
+    with Checkpoints(folder) as checkpoints, pytest.raises(InputError, match="no sound checkpoint: .*/2: .*; .*/1: "):
+        checkpoints.restore({"policy": {"x": jnp.zeros(50_000)}, "step": jnp.int32(0)})
+
+
+def test_a_state_of_other_shapes_is_not_read_as_if_it_fitted(two, tmp_path):
+    folder = shutil.copytree(two, tmp_path / "checkpoints")
+    with Checkpoints(folder) as checkpoints, pytest.raises(InputError, match="no sound checkpoint"):
+        checkpoints.restore({"policy": {"x": jnp.zeros(40_000)}, "step": jnp.int32(0)})
+
+
+def test_a_folder_that_cannot_be_made(tmp_path):
+    (tmp_path / "file").write_text("")
+    with pytest.raises(InputError, match="cannot write"):
+        Checkpoints(tmp_path / "file" / "checkpoints")
+
+
+# From outside a run
+
+
+@pytest.fixture(scope="module")
+def run(tmp_path_factory):
+    """A folder as a run leaves it: two stages, one of them with a result."""
+    folder = tmp_path_factory.mktemp("run")
+    for name, step in ("sft/checkpoints", 4), ("sft/checkpoints", 6), ("sft/result", 6), ("ppo/checkpoints", 5):
+        with Checkpoints(folder / name, best=("loss", min)) as checkpoints:
+            tree = {"policy": {"wte": jnp.full((3, 2), step, jnp.float32)}}
+            tree |= {} if "result" in name else {"step": jnp.int32(step), "value": None}
+            checkpoints.save(step, tree, {}, {"loss": 0.5})
+    return folder
+
+
+def test_two_lines_of_python(run):
+    assert checkpoint.load(run / "sft")["policy"]["wte"].tolist() == [[6, 6]] * 3
+    loaded = checkpoint.load(run / "sft", step=4)
+    assert loaded["policy"]["wte"].tolist() == [[4, 4]] * 3 and loaded["step"] == 4
+    assert checkpoint.load(run / "sft", step=6)["step"] == 6  # the state, not the result
+    assert checkpoint.load(run / "ppo")["step"] == 5  # of a stage that is not done, its newest
+    assert type(loaded["policy"]["wte"]) is np.ndarray
+
+
+@pytest.mark.parametrize(
+    ("path", "step", "told"),
+    [
+        ("sft", 5, "no checkpoint of step 5, there are 4, 6, 6"),
+        ("nowhere", None, "there are none"),
+        ("", None, "expected the folder of one stage"),
+    ],
+)
+def test_what_is_not_there_is_named(path, step, told, run):
+    with pytest.raises(InputError, match=told):
+        checkpoint.load(run / path, step)
+
+
+def command(*line):
+    done = subprocess.run(
+        [sys.executable, "-m", "rlhf_jax.checkpoint", *map(str, line)],
+        capture_output=True,
+        text=True,
+        cwd=Path(__file__).parents[1],
+    )
+    return done.returncode, done.stdout, done.stderr
+
+
+def ask(capsys, *line):
+    with Reporter() as reporter:
+        checkpoint.main([str(part) for part in line], reporter)
+    return capsys.readouterr().out
+
+
+def test_the_list(run):
+    code, out, err = command("list", run)
+    assert code == 0 and err == ""
+    rows = [line.split() for line in out.splitlines() if str(run) in line]
+    assert [(row[0].removeprefix(f"{run}/"), row[1]) for row in rows] == [
+        ("ppo/checkpoints", "5"), ("sft/checkpoints", "4"), ("sft/checkpoints", "6"), ("sft/result", "6"),
+    ]  # fmt: skip
+
+
+def test_the_description(run, capsys):
+    out = ask(capsys, "describe", run / "sft", "--step=4")
+    assert "2 arrays, evaluation 0.5" in out
+    assert any(line.split() == ["policy/wte", "3x2", "float32"] for line in out.splitlines())
+    assert "step" not in ask(capsys, "describe", run / "sft", "--step=4", "--part=policy").split("array")[-1]
+
+
+def test_a_part_as_safetensors(run, tmp_path, capsys):
+    file = tmp_path / "policy.safetensors"
+    assert "1 arrays, 6 numbers" in ask(capsys, "load", run / "sft", "--part=policy", f"--out={file}")
+    assert load_file(file)["policy/wte"].tolist() == [[6, 6]] * 3
+    with pytest.raises(InputError, match="exists already"):
+        ask(capsys, "load", run / "sft", f"--out={file}")
+    with pytest.raises(InputError, match="has no pol, it has policy"):
+        ask(capsys, "load", run / "sft", "--part=pol")
+
+
+def test_bad_input_is_one_line(run):
+    code, out, err = command("describe", run / "nowhere")
+    assert code == 1 and out == "" and len(err.splitlines()) == 1

@@ -195,7 +195,7 @@ def fields():
 def test_every_field_is_read(field):
     """By more than the check: a field that only config.py reads decides nothing."""
     paths = [path for path in (ROOT / "rlhf_jax").rglob("*.py") if path.name != "config.py"]
-    source = "".join(path.read_text() for path in paths)
+    source = "".join(path.read_text() for path in [*paths, ROOT / "experiments" / "launch.py"])
     source = source.replace('getattr(config, f"world_{kind}")', " ".join(f"config.world_{kind}" for kind in COLUMNS))
     assert re.search(rf"\.{field}\b", source)
 

@@ -15,12 +15,13 @@ MAY_IMPORT = {
     "text": set(),
     "optim": set(),
     "sharding": set(),
-    "checkpoint": set(),
+    "checkpoint": {"console"},  # its command line
+    "guard": {"checkpoint", "metrics"},
     "metrics": set(),
     "plots": {"metrics"},  # it draws what metrics reads
     "console": set(),
     "train_state": set(),
-    "loop": set(),
+    "loop": {"guard"},
     "alarms": set(),
     "models": {"ops"},
     "data": {"text"},
@@ -33,7 +34,7 @@ MAY_IMPORT = {
 # The world is scored by its own gold reward while it is written.
 MAY_ALSO = {"data/world.py": {"rewards"}}
 # What composes the rest.
-ANYTHING = {"config", "run", "stages", "viz"}
+ANYTHING = {"config", "run", "stages", "replay", "viz"}
 
 ONLY_JAX = {"jax", "math"}  # ops
 NEVER = {"torch", "tensorflow", "pickle", "dill", "cloudpickle", "joblib"}

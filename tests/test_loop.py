@@ -1,3 +1,4 @@
+import contextlib
 import os
 import signal
 import types
@@ -5,41 +6,46 @@ import types
 import pytest
 
 from rlhf_jax import loop
+from rlhf_jax.guard import NonFinite
 
 
 class Story:
-    """Every part the loop is given; `told` is what it did with them, in order. The state is the step alone."""
+    """Every part the loop is given; `told` is what it did with them, in order. The state is the step and a count."""
 
-    def __init__(self, *, stop_after=None, wrong=None):
+    waits = False  # of an incident
+
+    def __init__(self, *, stop_after=None, wrong=None, skips=(), signal_in=None, best=()):
         self.told = []
-        self.rows = {}  # step -> metrics, as logged
+        self.rows = {}  # step -> numbers, as logged last
+        self.saved = {}  # step -> (notes, numbers compared by)
         self.stop_after = stop_after  # the step in which the signal comes
+        self.signal_in = signal_in  # the evaluation in which it comes
         self.wrong = wrong or {}  # step -> a number that is not finite
+        self.skips = skips  # steps whose update is left out
+        self.best = best  # evaluations that are the best so far
+        self.asked = self.raises = False
         self.drawn = 0
 
-    def run(self, steps, *, start=0, eval_every=0, save_every=0):
+    def run(self, steps, *, start=0, eval_every=0, save_every=0, **more):
         config = types.SimpleNamespace(steps=steps, eval_every=eval_every, save_every=save_every)
         self.drawn = start
-        return loop.run(
-            types.SimpleNamespace(step=start),
-            self,
-            config=config,
-            step_fn=self.step,
-            evaluate=self.evaluate,
-            checkpoints=self,
-            log=self,
-            reporter=self,
-            stop=lambda: self.stop_after is not None and self.drawn >= self.stop_after,
-        )
+        parts = {name: self for name in ("checkpoints", "log", "reporter", "stop", "incident")}
+        state = types.SimpleNamespace(step=start, skipped=0)
+        return loop.run(state, self, config=config, step_fn=self.step, evaluate=self.evaluate, **parts, **more)
 
     def step(self, state, batch):
         step = state.step + 1
         assert batch == step
         self.told.append(f"step {step}")
-        return types.SimpleNamespace(step=step), {"loss": self.wrong.get(step, step / 2)}
+        state = types.SimpleNamespace(step=step, skipped=state.skipped + (step in self.skips))
+        return state, {"loss": self.wrong.get(step, step / 2), "a/skipped": state.skipped}
 
     def evaluate(self, state):
         self.told.append(f"evaluate {state.step}")
+        if state.step == self.signal_in:
+            self.asked = True
+            assert self.raises
+            raise loop.Stopped
         return {"eval_loss": float(state.step)}, "details that only the caller wants"
 
     def __next__(self):
@@ -49,30 +55,70 @@ class Story:
     def get_state(self):
         return self.drawn
 
-    def write(self, step, metrics):
+    def write(self, step, numbers):
         self.told.append(f"log {step}")
-        self.rows[step] = metrics
+        self.rows[step] = {name: value for name, value in numbers.items() if name != "a/skipped"}
 
-    def update(self, step, metrics):
-        assert self.rows[step] == metrics  # what is shown is what was logged
+    def update(self, step, numbers):
+        assert self.rows[step].items() <= numbers.items()  # what is shown is what was logged
 
-    def save(self, step, state, position):
-        assert step == state.step == position
+    def save(self, step, state, notes, found):
+        assert step == state.step == notes["position"]
+        assert self.rows[step].items() <= notes["row"]["numbers"].items()
         self.told.append(f"save {step}")
+        self.saved[step] = notes, found
+
+    def is_best(self, numbers):
+        return numbers["eval_loss"] in self.best
+
+    def __call__(self, *incident):
+        if not incident:  # stop()
+            return self.asked or self.stop_after is not None and self.drawn >= self.stop_after
+        state, step, batch, names, skipped = incident
+        self.told.append(f"incident {step}: {names}, {skipped} skipped, batch {batch}, state {state.step}")
+        if not self.waits:
+            raise NonFinite(f"step {step}")
+
+    @contextlib.contextmanager
+    def at_once(self):
+        if self():
+            raise loop.Stopped
+        self.raises = True
+        yield
+        self.raises = False
 
 
 def test_the_device_is_busy_with_a_step_while_the_one_before_is_read():
     story = Story()
     assert story.run(3).step == 3
-    assert story.told == ["step 1", "step 2", "log 1", "step 3", "log 2", "log 3"]
+    assert story.told == ["step 1", "step 2", "log 1", "step 3", "log 2", "log 3", "save 3"]
 
 
-def test_the_last_step_is_left_to_the_caller_to_evaluate_and_save():
+def test_the_last_step_is_saved_and_left_to_the_caller_to_evaluate():
     story = Story()
     story.run(6, eval_every=2, save_every=3)
     assert [line for line in story.told if "step" not in line] == [
-        "log 1", "evaluate 2", "log 2", "log 3", "save 3", "evaluate 4", "log 4", "log 5", "log 6",
+        "log 1", "evaluate 2", "log 2", "log 3", "save 3", "evaluate 4", "log 4", "log 5", "log 6", "save 6",
     ]  # fmt: skip
+    assert [story.saved[step][0]["row"]["complete"] for step in (3, 6)] == [True, False]
+
+
+def test_the_best_evaluation_is_saved():
+    story = Story(best=(4,))
+    story.run(6, eval_every=2)
+    assert list(story.saved) == [4, 6]
+    assert story.saved[4][1] == {"eval_loss": 4} and story.saved[4][0]["row"]["numbers"]["eval_loss"] == 4
+
+
+def test_what_an_evaluation_found_may_be_put_aside():
+    found = []
+
+    def keep(state, details):
+        found.append((state.step, details))
+        return state
+
+    Story().run(6, eval_every=2, keep=keep)
+    assert found == [(2, "details that only the caller wants"), (4, "details that only the caller wants")]
 
 
 def test_an_evaluation_is_in_the_row_of_its_step():
@@ -93,6 +139,29 @@ def test_due(every, due):
     assert [step for step in range(1, 5) if loop.due(every, step)] == due
 
 
+def test_the_row_of_a_checkpoint_is_logged_again():
+    """It is dropped from the log with those after it; without this, a kill before it is written would lose it."""
+    story = Story()
+    story.run(3, start=2, eval_every=2, row={"numbers": {"loss": 7.0}, "complete": True})
+    assert story.rows == {2: {"loss": 7}, 3: {"loss": 1.5}} and "evaluate 2" not in story.told
+
+
+def test_an_evaluation_that_a_signal_came_before_is_made_up_for():
+    story = Story(best=(2,))
+    story.run(3, start=2, eval_every=2, row={"numbers": {"loss": 7.0}, "complete": False})
+    assert story.told[:3] == ["evaluate 2", "log 2", "step 3"]  # it is saved already
+    assert story.rows[2] == {"loss": 7, "eval_loss": 2}
+
+
+def test_a_run_that_gets_more_steps_makes_up_for_the_evaluation_of_what_was_its_last():
+    short, whole = Story(), Story()
+    short.run(4, eval_every=2)
+    longer = Story()
+    longer.run(6, start=4, eval_every=2, row=short.saved[4][0]["row"])
+    whole.run(6, eval_every=2)
+    assert short.rows | longer.rows == whole.rows
+
+
 def test_when_asked_to_stop_it_logs_and_saves_the_step_and_says_so():
     story = Story(stop_after=2)
     with pytest.raises(loop.Stopped, match="stopped after step 2 of 9"):
@@ -107,13 +176,52 @@ def test_a_stop_at_a_checkpoint_saves_once():
     assert story.told.count("save 2") == 1
 
 
+@pytest.mark.parametrize("when", [{"stop_after": 2}, {"signal_in": 2}])
+def test_a_stop_does_not_wait_for_an_evaluation(when):
+    story = Story(**when)
+    with pytest.raises(loop.Stopped, match="stopped after step 2 of 9"):
+        story.run(9, eval_every=2)
+    assert story.told[-2:] == ["log 2", "save 2"] and story.rows[2] == {"loss": 1}
+    assert story.saved[2][0]["row"] == {"numbers": {"loss": 1, "a/skipped": 0}, "complete": False}
+
+
+# What is not finite
+
+
 @pytest.mark.parametrize("number", [float("nan"), float("inf"), -float("inf")])
-def test_a_number_that_is_not_finite_is_logged_and_then_stops_the_run(number):
+def test_a_number_that_is_not_finite_is_logged_and_then_an_incident(number):
     story = Story(wrong={3: number})
-    with pytest.raises(loop.NonFinite, match="step 3: loss not finite"):
+    with pytest.raises(NonFinite, match="step 3"):
         story.run(9, save_every=1)
-    assert [line for line in story.told if "save" in line] == ["save 1", "save 2"]  # from before
+    assert list(story.saved) == [1, 2]  # from before
     assert list(story.rows) == [1, 2, 3]
+    assert story.told[-2:] == ["incident 3: ['loss'], 0 skipped, batch 3, state 3", "log 3"]
+
+
+def test_an_update_that_was_left_out_is_an_incident_though_its_numbers_are_finite():
+    """That of a step is read while the next one runs, which changes nothing either: its state is that one's."""
+    story = Story(skips=(3, 4))
+    with pytest.raises(NonFinite, match="step 3"):
+        story.run(9)
+    assert "incident 3: [], 1 skipped, batch 3, state 4" in story.told
+
+
+def test_where_updates_may_be_skipped_each_step_is_waited_for():
+    story = Story(wrong={2: float("nan")}, skips=(2,))
+    story.waits = True
+    assert story.run(4).step == 4
+    assert story.told == [
+        "step 1", "log 1", "step 2", "incident 2: ['loss'], 1 skipped, batch 2, state 2", "log 2",
+        "step 3", "log 3", "step 4", "log 4", "save 4",
+    ]  # fmt: skip
+
+
+def test_an_evaluation_that_is_not_finite_ends_the_run():
+    story = Story()
+    story.evaluate = lambda state: ({"eval_loss": float("nan")}, None)
+    with pytest.raises(NonFinite, match="step 2: eval_loss not finite"):
+        story.run(9, eval_every=2, save_every=1)
+    assert list(story.saved) == [1]
 
 
 # The signal
@@ -130,13 +238,30 @@ def handled():
 
 
 @pytest.mark.parametrize("number", [signal.SIGTERM, signal.SIGINT])
-def test_the_first_signal_asks_and_the_second_acts_as_usual(number, handled):
+def test_the_first_signal_asks_and_the_second_ends_the_program(number, handled):
     with loop.stop_signal() as stop:
         assert not stop()
         os.kill(os.getpid(), number)
         assert stop() and not handled
-        os.kill(os.getpid(), number)
-        assert handled == [number]
+        assert {signal.getsignal(each) for each in (signal.SIGTERM, signal.SIGINT)} == {signal.SIG_DFL}
+
+
+def test_a_signal_is_raised_where_it_may_be_and_kept_where_not(handled):
+    with pytest.raises(loop.Stopped, match="SIGTERM"), loop.stop_signal() as stop, stop.at_once():
+        os.kill(os.getpid(), signal.SIGTERM)
+    told = []
+    with pytest.raises(loop.Stopped), loop.stop_signal() as stop, stop.at_once():
+        with stop.later():
+            os.kill(os.getpid(), signal.SIGINT)
+            told.append("the step is saved")
+            with pytest.raises(loop.Stopped), stop.at_once():
+                told.append("never: it has come already")
+        told.append("never: raised at the end of `later`")
+    assert told == ["the step is saved"]
+
+
+def test_no_except_exception_eats_a_stop():
+    assert not issubclass(loop.Stopped, Exception)
 
 
 def test_handlers_are_put_back_whatever_happens(handled):

@@ -77,11 +77,13 @@ def test_another_seed_is_another_config(config, tmp_path):
 
 def test_a_stage_depends_on_what_comes_before_it_and_not_on_what_comes_after(config, tmp_path):
     Summarization(config, tmp_path).open("sft")
-    other = changed(config, reward={"steps": 3}, ppo={"steps": 3})
+    other = changed(config, reward={"lr": 3.0}, ppo={"lr": 3.0})
     Summarization(other, tmp_path).open("reward")
-    assert "/reward/config.json was made with reward.steps = 3, not" in error(Summarization, config, tmp_path)
-    Summarization(changed(other, ppo={"steps": 4}), tmp_path).open("ppo")
-    assert "/ppo/config.json was made with ppo.steps = 4, not 3;" in error(Summarization, other, tmp_path)
+    assert "/reward/config.json was made with reward.lr = 3.0, not" in error(Summarization, config, tmp_path)
+    Summarization(changed(other, ppo={"lr": 4.0}), tmp_path).open("ppo")
+    assert "/ppo/config.json was made with ppo.lr = 4.0, not 3.0;" in error(Summarization, other, tmp_path)
+    longer = changed(other, ppo={"lr": 4.0}, reward={"steps": 3})
+    assert "/ppo/config.json was made with reward.steps = " in error(Summarization, longer, tmp_path)
 
 
 def test_the_same_config_may_go_on(config, tmp_path):

@@ -7,6 +7,8 @@ import json
 import os
 import shutil
 import signal
+import subprocess
+import sys
 import types
 from collections import Counter
 
@@ -17,8 +19,8 @@ import pyarrow
 import pyarrow.parquet
 import pytest
 
+from rlhf_jax import checkpoint, guard, loop, metrics, replay, stages
 from rlhf_jax import config as configs
-from rlhf_jax import loop, metrics, optim, stages
 from rlhf_jax.algorithms import ppo, preference, supervised
 from rlhf_jax.console import Silent
 from rlhf_jax.data import sources
@@ -27,6 +29,7 @@ from rlhf_jax.errors import InputError
 from rlhf_jax.models import gpt2
 from rlhf_jax.rewards import gold
 from rlhf_jax.run import Summarization
+from rlhf_jax.stages import common
 from rlhf_jax.text import bpe
 
 STAGES = ("sft", "reward", "ppo")
@@ -128,10 +131,15 @@ def numbers(summary):
 
 
 def trained(run, stage, field):
-    """A parameter tree as the stage left it."""
+    """A parameter tree that is the stage's result."""
     trunk = run.apply.policy.init(jax.random.key(0))
     is_scalar = field == "value" or field == "reward"
     return run.parameters(stage, field, run.apply.scalar.zero_head(trunk) if is_scalar else trunk)
+
+
+def last(run, stage):
+    """The state after the stage's last step."""
+    return checkpoint.load(run.workdir / stage, getattr(run.config, stage).steps)
 
 
 def assert_same_bits(ours, theirs):
@@ -150,9 +158,11 @@ def test_every_stage_leaves_its_record(whole):
         for name in "config.json", "metrics.jsonl", "summary.json", "samples.jsonl":
             assert (whole.workdir / stage / name).stat().st_size > 0
         assert list((whole.workdir / stage / "tensorboard").iterdir())
-        assert sorted(path.name for path in (whole.workdir / stage / "checkpoints").iterdir()) == ["4", "6"]
+        saved = {int(path.name) for path in (whole.workdir / stage / "checkpoints").iterdir()}
+        assert saved >= {4, 6} and len(saved) <= 3  # the last two, and the best
+        assert [path.name for path in (whole.workdir / stage / "result").iterdir()] == ["6"]
     assert {path.name for path in whole.workdir.iterdir()} == {
-        "config.json", "summary.json", "samples.jsonl", "plots", "text", *STAGES,
+        "lock", "config.json", "summary.json", "samples.jsonl", "plots", "text", *STAGES,
     }  # fmt: skip
     assert (whole.workdir / "samples.jsonl").read_bytes() == (whole.workdir / "ppo" / "samples.jsonl").read_bytes()
 
@@ -300,8 +310,8 @@ def test_reference_and_reward_are_bitwise_unchanged(whole):
     """invariant 14"""
     run = whole.run
     policy, reward = trained(run, "sft", "policy"), trained(run, "reward", "reward")
-    assert_same_bits(trained(run, "ppo", "reference"), policy)
-    assert_same_bits(trained(run, "ppo", "reward"), reward)
+    assert_same_bits(last(run, "ppo")["reference"], policy)
+    assert_same_bits(last(run, "ppo")["reward"], reward)
     assert differ(trained(run, "ppo", "policy"), policy) and differ(trained(run, "ppo", "value"), reward)
     assert differ(reward["trunk"], policy)
 
@@ -309,10 +319,9 @@ def test_reference_and_reward_are_bitwise_unchanged(whole):
 def test_the_optimizer_takes_a_step_for_every_minibatch_of_every_epoch(whole):
     """invariant 10"""
     config = whole.run.config.ppo
-    tx = optim.adamw(config, 1)
-    like = {name: tx.init(trained(whole.run, "ppo", name)) for name in ("policy", "value")}
-    saved = whole.run.parameters("ppo", "optimizer", like)
-    counts = [int(leaf) for leaf in jax.tree.leaves(saved) if leaf.dtype == jnp.int32]
+    saved = last(whole.run, "ppo")["optimizer"]
+    assert saved.keys() == {"policy", "value"}
+    counts = [int(leaf) for leaf in jax.tree.leaves(saved) if leaf.dtype == np.int32]
     assert counts and set(counts) == {config.steps * config.epochs * config.minibatches}
 
 
@@ -321,7 +330,7 @@ def test_nothing_compiles_after_the_first_iterations(whole):
     for stage in STAGES:
         assert whole.reporter.compiled_by[stage, 2] == whole.reporter.compiled_by[stage, 5]
     times = Counter(name.removeprefix("jit(").removesuffix(")") for name in whole.compiled)
-    once_a_stage = {"step": 3, "token_logprobs": 1, "sample": 1, "scores": 1, "score": 1, "collect": 1}
+    once_a_stage = {"guarded_update": 3, "token_logprobs": 1, "sample": 1, "scores": 1, "score": 1, "collect": 1}
     assert {name: times[name] for name in once_a_stage} == once_a_stage
     assert times["judge"] == 2  # a temperature is part of the program
 
@@ -343,7 +352,7 @@ def test_a_policy_that_does_not_learn_stays_where_it_was(whole, tmp_path):
     assert len({row["ppo/score"] for row in rows}) == 3  # other prompts, other noise
     assert summary["ppo/gold_gain"] == summary["ppo/score_gain"] == 0 and summary["ppo/win_rate"] == 0.5
     assert all(row["sft"] == row["ppo"] for row in samples(tmp_path, "ppo"))
-    assert_same_bits(trained(run, "ppo", "policy"), trained(run, "ppo", "reference"))
+    assert_same_bits(trained(run, "ppo", "policy"), last(run, "ppo")["reference"])
 
 
 def test_dropout_is_for_fine_tuning_alone(whole, config, tmp_path):
@@ -387,13 +396,14 @@ class StopsAt(Silent):
 
 
 def test_a_run_that_was_stopped_in_every_stage_ends_as_one_that_was_not(whole, config, tmp_path):
-    for when, stopped_after in [(("sft", 1), 2), (("reward", 4), 4), (("ppo", 2), 3)]:
+    # In fine-tuning before an evaluation, which is made up for; in the others after one.
+    for when, stopped_after in [(("sft", 1), 2), (("reward", 4), 4), (("ppo", 2), 2)]:
         with pytest.raises(loop.Stopped, match=f"stopped after step {stopped_after} of 6"):
             stages.summarize(Summarization(config, tmp_path, StopsAt(*when)))
         assert not (tmp_path / when[0] / "summary.json").exists()
     reporter = Recorder([])
     summary = stages.summarize(Summarization(config, tmp_path, reporter))
-    assert reporter.stages == [("ppo", 6, 3)] and "ppo: goes on after step 3" in reporter.notes
+    assert reporter.stages == [("ppo", 6, 2)] and "ppo: goes on after step 2" in reporter.notes
     assert numbers(summary) == numbers(whole.summary)
     assert len({row["ppo/kl_coef"] for row in logged(tmp_path, "ppo")[:6]}) > 1  # the controller's state is saved too
     for stage in STAGES:
@@ -417,6 +427,146 @@ def test_a_signal_in_the_last_step_stops_the_run_before_its_next_stage(config, t
     with pytest.raises(loop.Stopped):
         stages.summarize(Summarization(config, tmp_path, StopsAt("sft", 6)))
     assert not (tmp_path / "reward").exists()
+
+
+# More steps, other configs, other processes
+
+
+def test_a_stage_that_is_given_more_steps_is_as_if_it_had_had_them(config, tmp_path):
+    """run(2N) = run(N), then on to 2N: the result of the first half was saved apart from its training."""
+    constant = changed(config, sft={"schedule": "constant", "save_every": 0}, reward={"schedule": "constant"})
+    for steps, workdir in (3, "twice"), (6, "twice"), (6, "once"):
+        run = Summarization(changed(constant, sft={"steps": steps}), tmp_path / workdir)
+        stages.sft(run)
+    for steps, workdir in (3, "twice"), (6, "twice"), (6, "once"):
+        if workdir == "once":
+            shutil.copytree(tmp_path / "twice" / "sft", tmp_path / "reward once" / "sft")
+        folder = tmp_path / ("reward once" if workdir == "once" else "twice")
+        reward = Summarization(changed(constant, sft={"steps": 6}, reward={"steps": steps}), folder)
+        stages.reward(reward)
+    for stage, ours, theirs in ("sft", "twice", "once"), ("reward", "twice", "reward once"):
+        assert logged(tmp_path / ours, stage) == logged(tmp_path / theirs, stage)
+        assert numbers(json.loads((tmp_path / ours / stage / "summary.json").read_text())) == numbers(
+            json.loads((tmp_path / theirs / stage / "summary.json").read_text())
+        )
+        for step in (None, 6):
+            assert_same_bits(
+                checkpoint.load(tmp_path / ours / stage, step), checkpoint.load(tmp_path / theirs / stage, step)
+            )
+
+
+def test_what_may_change_from_one_start_to_the_next(whole, config, tmp_path):
+    run = branch(whole.run, tmp_path, "sft")
+    Summarization(changed(config, sft={"save_every": 1, "eval_every": 3}, keep={"last": 5}), tmp_path)
+    with pytest.raises(InputError, match="sft.steps: expected at least 6, which .*/sft has done, got 4"):
+        stages.sft(Summarization(changed(config, sft={"steps": 4}), tmp_path))
+    for section, name, here, there in (
+        ("sft", "lr", 1e-2, 1e-3),
+        ("model", "width", 16, 8),
+        ("data", "held_out", 0.1, 0.2),
+    ):
+        with pytest.raises(InputError, match=f"was made with {section}.{name} = {here}, not {there}; choose another"):
+            Summarization(changed(config, **{section: {name: there}}), tmp_path)
+    branch(run, tmp_path / "both", "sft", reward={"steps": 3})
+    with pytest.raises(InputError, match="reward/config.json was made with sft.steps = 6, not 7"):
+        (tmp_path / "both" / "reward").mkdir()
+        shutil.copy(whole.workdir / "reward" / "config.json", tmp_path / "both" / "reward")
+        Summarization(changed(config, sft={"steps": 7}), tmp_path / "both")
+
+
+def test_two_processes_do_not_write_to_one_workdir(config, tmp_path):
+    Summarization(config, tmp_path).open("sft")
+    code = "import fcntl, sys, time; f = open(sys.argv[1], 'a+'); fcntl.lockf(f, fcntl.LOCK_EX); f.truncate(0); "
+    code += "f.write('4711'); f.flush(); print('locked', flush=True); time.sleep(60)"
+    with subprocess.Popen([sys.executable, "-c", code, tmp_path / "other"], stdout=subprocess.PIPE, text=True) as other:
+        assert other.stdout.readline() == "locked\n"
+        (tmp_path / "other").rename(tmp_path / "lock")
+        with pytest.raises(InputError, match="is in use by process 4711; choose another --workdir"):
+            Summarization(config, tmp_path).open("sft")
+        other.kill()
+    Summarization(config, tmp_path).open("sft")  # killed, it holds nothing
+
+
+def test_a_damaged_checkpoint_is_told_and_put_aside_and_the_run_ends_as_ever(whole, tmp_path):
+    run = branch(whole.run, tmp_path, "sft", "reward")
+    (tmp_path / "reward" / "summary.json").unlink()
+    newest = tmp_path / "reward" / "checkpoints" / "6"
+    for path in (newest / "state" / "d").iterdir():
+        path.write_bytes(path.read_bytes()[:-100])
+    run.reporter = Recorder([])
+    stages.reward(run)
+    notes = [note for note in run.reporter.notes if note.startswith("reward:")]
+    assert notes[0].startswith(f"reward: {newest}: damaged (")
+    assert notes[1:] == [
+        f"reward: checkpoint 6 is now {tmp_path / 'reward' / 'damaged' / '6-0'}", "reward: goes on after step 4",
+    ]  # fmt: skip
+    assert logged(tmp_path, "reward") == logged(whole.workdir, "reward")
+    assert_same_bits(trained(run, "reward", "reward"), trained(whole.run, "reward", "reward"))
+
+
+def test_the_seconds_of_a_stage_are_those_of_all_its_starts(whole, tmp_path):
+    run = branch(whole.run, tmp_path, "sft")
+    (tmp_path / "sft" / "summary.json").unlink()
+    rows = (tmp_path / "sft" / "metrics.jsonl").read_text().splitlines()
+    rows = [json.loads(row) | {"time": 1000.0} for row in rows]
+    (tmp_path / "sft" / "metrics.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
+    assert 1000 < stages.sft(run)["seconds"] < 1100
+
+
+# Numbers that go wrong
+
+
+@pytest.mark.parametrize(
+    ("stage", "field", "place"),
+    [("sft", "policy", "gpt2.py"), ("reward", "reward", "gpt2.py"), ("ppo", "value", "gpt2.py")],
+)
+def test_an_update_that_is_not_finite_is_not_made_and_can_be_made_again(stage, field, place, whole, tmp_path):
+    """A parameter that overflows, put into a checkpoint: what comes of it stops the run, and the place is found."""
+    earlier = STAGES[: STAGES.index(stage)]
+    run = branch(whole.run, tmp_path, *earlier, **{stage: {"steps": 3, "save_every": 2, "eval_every": 0}})
+    training = stages.prepare(run, stage)
+    huge = jax.tree.map(lambda x: x, getattr(training.state, field))
+    trunk = huge if stage == "sft" else huge["trunk"]
+    trunk["ln_f"] = trunk["ln_f"] | {"scale": trunk["ln_f"]["scale"] * 3e38}
+    before = jax.tree.map(np.array, huge)
+    state = training.state.replace(**{field: huge})
+    with pytest.raises(guard.NonFinite, match=f"{stage} step 1: .* not finite, nothing was changed") as stopped:
+        common.train(run, dataclasses.replace(training, state=state))
+    assert not list((tmp_path / stage / "checkpoints").iterdir())
+    folder = tmp_path / "incident" / f"{stage}-1"
+    assert f"python -m rlhf_jax.replay {folder}" in str(stopped.value)
+    told = guard.read(folder)
+    assert told["names"] and all(name.startswith(f"{stage}/") for name in told["names"])
+    kept = checkpoint.load(folder)
+    assert_same_bits(kept[field], before)
+    reporter = Recorder([])
+    names, where = replay.replay(folder, reporter)
+    assert names == told["names"] and place in where and where.startswith("begins in ")
+    assert reporter.notes[-3].endswith("not finite, as it was reported")
+    assert reporter.notes[-2] == f"made again: {', '.join(names)} not finite"
+
+
+@pytest.mark.parametrize("limit", [9, 1])
+def test_updates_may_be_skipped_up_to_a_limit(limit, whole, config, tmp_path):
+    run = Summarization(changed(config, guard={"policy": "skip", "limit": limit}, sft={"steps": 4}), tmp_path)
+    run.reporter = Recorder([])
+    prepared = stages.prepare(run, "sft")
+
+    def step(state, batch):
+        """Batches 2 and 3 are bad."""
+        bad = int(state.step) in (1, 2)
+        return prepared.step(state, batch | {"bad": jnp.float32(np.nan if bad else 0)})
+
+    training = dataclasses.replace(prepared, step=step)
+    if limit == 1:
+        with pytest.raises(guard.NonFinite, match="guard.limit: expected at most 1 such updates"):
+            common.train(run, training)
+        return
+    common.train(run, training)
+    assert [row["sft/skipped"] for row in logged(tmp_path, "sft")[:4]] == [0, 1, 2, 2]
+    assert sorted(path.name for path in (tmp_path / "incident").iterdir()) == ["sft-2", "sft-3"]
+    assert sum("skipped, " in note for note in run.reporter.notes) == 2
+    assert checkpoint.load(tmp_path / "sft", 4)["step"] == 4
 
 
 def test_a_batch_of_more_rows_than_there_are_is_refused_before_anything_is_written(config, tmp_path):

@@ -136,7 +136,8 @@ def test_the_summary_has_what_a_reader_looks_for(whole):
 
 def test_every_stage_leaves_its_files(whole):
     for stage in STAGES:
-        names = {"config.json", "metrics.jsonl", "summary.json", "samples.jsonl", "plots", "checkpoints", "tensorboard"}
+        names = {"config.json", "metrics.jsonl", "summary.json", "samples.jsonl", "plots"}
+        names |= {"checkpoints", "result", "tensorboard"}
         assert {path.name for path in (whole.workdir / stage).iterdir()} == names
     assert {path.name for path in (whole.workdir / "rl" / "plots").iterdir()} == {
         "rl.png", "reward_over_kl.png", "before_after.png",

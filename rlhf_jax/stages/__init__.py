@@ -5,17 +5,26 @@ The functions that XLA compiles are named here, once a stage; what they call is 
 
 import json
 import shutil
-import time
 
 from rlhf_jax import metrics, plots
 from rlhf_jax.stages import common
 from rlhf_jax.stages.ppo import ppo
+from rlhf_jax.stages.ppo import prepare as prepare_ppo
 from rlhf_jax.stages.reuse import reuse
+from rlhf_jax.stages.reward import prepare as prepare_reward
 from rlhf_jax.stages.reward import reward
+from rlhf_jax.stages.supervised import prepare as prepare_supervised
 from rlhf_jax.stages.supervised import pretrain, sft
+from rlhf_jax.stages.verifiable import prepare as prepare_rl
 from rlhf_jax.stages.verifiable import rl
 
-__all__ = ["ppo", "pretrain", "reuse", "reward", "rl", "sft", "summarize", "write"]
+__all__ = ["ppo", "prepare", "pretrain", "reuse", "reward", "rl", "sft", "summarize", "write"]
+
+
+def prepare(run, name):
+    """What the stage of this name trains, a common.Training: its state, its compiled step, its evaluation."""
+    prepares = {"reward": prepare_reward, "ppo": prepare_ppo, "rl": prepare_rl}
+    return prepares.get(name, prepare_supervised)(run, name)
 
 
 def summarize(run):
@@ -37,7 +46,6 @@ def write(run):
 
 
 def _job(run, stages, draw):
-    began = time.monotonic()
     todo = [name for name in stages if not run.finished(name)]
     for name in todo:  # what is wrong with the data is found now, not when its stage begins
         common.check_batch(run, name)
@@ -53,9 +61,10 @@ def _job(run, stages, draw):
         run.workdir / "plots" / "pipeline.png",
     )
     shutil.copyfile(run.workdir / name / "samples.jsonl", run.workdir / "samples.jsonl")  # of the last stage
-    numbers = {}
+    numbers, seconds = {}, 0
     for name in stages:
         summary = run.summary(name)
         numbers |= {key: value for key, value in summary.items() if key.startswith(f"{name}/")}
         numbers[f"{name}/seconds"] = summary["seconds"]
-    return common.write_summary(run, run.workdir, began, numbers)
+        seconds += summary["seconds"]
+    return common.write_summary(run, run.workdir, seconds, numbers)

@@ -4,12 +4,16 @@ Evaluation is on held-out rows, and a row's noise is its own (a key folded with 
 prompts and the same noise.
 """
 
+import contextlib
+import dataclasses
 import json
 import time
+from collections.abc import Callable
+from typing import Any
 
 import jax
 
-from rlhf_jax import loop, metrics, sharding
+from rlhf_jax import guard, loop, metrics, sharding
 from rlhf_jax.checkpoint import Checkpoints
 from rlhf_jax.console import number
 from rlhf_jax.data import batches
@@ -24,54 +28,119 @@ HEADLINES = {  # what a stage says when it is done
 }
 
 
-def train(run, name, state, arrays, *, step_fn, evaluate, complete=lambda state: (state, {}), **hooks):
+@dataclasses.dataclass(frozen=True)
+class Training:
+    """What a stage gives to `train`."""
+
+    name: str
+    state: Any  # at step 0
+    step: Callable  # (state, batch) -> (state, numbers); may donate the state
+    evaluate: Callable  # state -> (numbers, details), on held-out rows
+    best: tuple[str, Callable]  # the number of an evaluation by which checkpoints are compared; min or max of it
+    result: tuple[str, ...]  # fields of the state that the stage is for
+    complete: Callable = lambda state: (state, {})  # state -> (state, numbers): after the last step, for the result
+    before: Any = None  # what evaluate measures, of the state at step 0, where the stage compares
+    keep: Callable | None = None  # (state, details) -> state: what an evaluation found may be put aside
+
+
+def train(run, training):
     """The loop of one stage in its folder, from its last checkpoint if it has one: (state, numbers, details).
 
-    numbers and details are evaluate's of the last state. complete(state) -> (state, numbers) is applied after the last
-    step, before that evaluation and the last checkpoint.
+    numbers and details are of the completed state, whose result is saved apart: a stage that is given more steps
+    goes on from where its training was.
     """
-    config = getattr(run.config, name)
+    name, state = training.name, training.state
+    config = run.section(name)
     check_batch(run, name)
     folder = run.open(name)
-    seed = int(jax.random.randint(run.key(name), (), 0, 2**31 - 1))
-    feed = Feed(batches.iterate(arrays, batch=config.batch, seed=seed), run.mesh)
+    feed = Feed(run, name)
     state = sharding.replicate(state, run.mesh)
-    with Checkpoints(folder / "checkpoints") as checkpoints, loop.stop_signal() as stop:
-        saved = checkpoints.latest
-        if saved is not None:
-            state, position = checkpoints.restore(state)
-            feed.set_state(position)
-            run.reporter.note(f"{name}: goes on after step {saved}")
-        with metrics.Writer(folder, resume_step=saved) as log:
-            run.reporter.stage(name, config.steps, start=saved or 0)
-            parts = {"checkpoints": checkpoints, "log": log, "reporter": run.reporter, "stop": stop}
-            state = loop.run(state, feed, config=config, step_fn=step_fn, evaluate=evaluate, **parts, **hooks)
-            if saved == config.steps:  # it was stopped between its last checkpoint and its summary
-                numbers, details = evaluate(state)
-                logged = metrics.read(folder / "metrics.jsonl")[-1]
-                return state, {name: logged[name] for name in logged if "/" in name} | numbers, details
-            state, told = complete(state)
-            numbers, details = evaluate(state)
-            numbers |= told
-            loop.record(config.steps, numbers, log, run.reporter)
-            checkpoints.save(config.steps, state, feed.get_state())
-            if stop():
-                raise loop.Stopped(f"stopped after the last step of {name}; the same command goes on from there")
-            return state, numbers, details
+    with contextlib.ExitStack() as stack:
+        stop = run.stop or stack.enter_context(loop.stop_signal())
+        checkpoints = stack.enter_context(Checkpoints(folder / "checkpoints", run.config.keep, training.best))
+        state, row = _resume(run, name, checkpoints, state, feed)
+        done = int(state.step)
+        with metrics.Writer(folder, resume_step=done - 1 if done else None) as log:
+            run.reporter.stage(name, config.steps, start=done)
+            parts = {"checkpoints": checkpoints, "log": log, "reporter": run.reporter, "row": row, "stop": stop}
+            parts |= {"evaluate": training.evaluate, "keep": training.keep, "incident": _Incidents(run, name)}
+            with stop.later():
+                state = loop.run(state, feed, config=config, step_fn=training.step, **parts)
+            state, told = training.complete(state)
+            numbers, details = training.evaluate(state)
+            numbers = loop.floats(numbers | told)
+            log.write(config.steps, numbers)
+            run.reporter.update(config.steps, numbers)
+            if wrong := loop.not_finite(numbers):
+                raise guard.NonFinite(f"{name}, after the last step: {', '.join(wrong)} not finite")
+        with Checkpoints(folder / "result") as result:
+            result.save(config.steps, {field: getattr(state, field) for field in training.result}, {}, numbers)
+        if stop():
+            raise loop.Stopped(f"stopped after the last step of {name}; {loop.AGAIN}")
+    return state, numbers, details
+
+
+def _resume(run, name, checkpoints, state, feed):
+    """(state, row of its step) of the newest sound checkpoint; the state given and None where there is none."""
+    restored = checkpoints.restore(state)
+    if restored is None:
+        return state, None
+    steps = run.section(name).steps
+    if restored.step > steps:
+        field, folder = f"{run.section_name(name)}.steps", run.workdir / name
+        raise InputError(f"{field}: expected at least {restored.step}, which {folder} has done, got {steps}")
+    for told in restored.damaged:
+        run.reporter.note(f"{name}: {told}")
+    for step in (step for step in checkpoints.steps if step > restored.step):
+        run.reporter.note(f"{name}: checkpoint {step} is now {checkpoints.put_aside(step)}")
+    run.reporter.note(f"{name}: goes on after step {restored.step}")
+    feed.set_state(restored.notes["position"])
+    return restored.tree, restored.notes["row"]
+
+
+class _Incidents:
+    """What becomes of an update that is not finite."""
+
+    def __init__(self, run, name):
+        self._run, self._name = run, name
+        self.waits = run.config.guard.policy == "skip"
+
+    def __call__(self, state, step, batch, names, skipped):
+        run, config = self._run, self._run.config.guard
+        at = {"step": jax.numpy.int32(step - 1), "skipped": jax.numpy.int32(0)}
+        incident = guard.Incident(
+            stage=self._name,
+            step=step,
+            names=tuple(names),
+            kind=type(run).__name__,
+            config=dataclasses.asdict(run.config),
+            state=state.replace(**at),
+            batch=batch,
+        )
+        folder = guard.write(run.workdir, incident)
+        told = f"{self._name} step {step}: {', '.join(names) or 'the new parameters'} not finite, nothing was changed"
+        if self.waits and skipped <= config.limit:
+            run.reporter.note(f"{told}; skipped, {skipped} of at most {config.limit}; kept in {folder}")
+            return
+        why = f"; guard.limit: expected at most {config.limit} such updates" if self.waits else ""
+        raise guard.NonFinite(f"{told}{why}; python -m rlhf_jax.replay {folder} shows where it begins")
 
 
 def check_batch(run, name):
     """InputError where a stage's batch is more than the rows that it has to train on."""
-    rows, batch = len(run.arrays(run.KINDS[name])[0]["index_N"]), getattr(run.config, name).batch
+    rows, batch = len(run.arrays(run.KINDS[name])[0]["index_N"]), run.section(name).batch
     if batch > rows:
-        raise InputError(f"{name}.batch: expected at most {rows}, the rows it has to train on, got {batch}")
+        field = f"{run.section_name(name)}.batch"
+        raise InputError(f"{field}: expected at most {rows}, the rows it has to train on, got {batch}")
 
 
 class Feed:
-    """Batches on the devices, from an iterator whose position can be saved."""
+    """A stage's batches on the devices, in an order that is its own, with a position that can be saved."""
 
-    def __init__(self, iterator, mesh):
-        self._iterator, self._mesh = iterator, mesh
+    def __init__(self, run, name):
+        seed = int(jax.random.randint(run.key(name), (), 0, 2**31 - 1))
+        arrays, _ = run.arrays(run.KINDS[name])
+        self._iterator, self._mesh = batches.iterate(arrays, batch=run.section(name).batch, seed=seed), run.mesh
 
     def __next__(self):
         return sharding.shard(next(self._iterator), self._mesh)
@@ -83,22 +152,30 @@ class Feed:
         self._iterator.set_state(position)
 
 
+def began(run, name):
+    """When the stage would have begun, by time.monotonic, had it never been stopped."""
+    path = run.workdir / name / "metrics.jsonl"
+    rows = metrics.read(path) if path.exists() else []
+    return time.monotonic() - (rows[-1]["time"] if rows else 0)
+
+
 def finish(run, name, began, numbers, samples, draw):
     """Plots, samples and, last, the summary of a stage: it is finished. Held-out numbers lose their `eval_`."""
     folder = run.workdir / name
     draw(metrics.read(folder / "metrics.jsonl"), folder / "plots")
     with open(folder / "samples.jsonl", "w", encoding="utf-8") as file:
         file.writelines(json.dumps(sample) + "\n" for sample in samples)
-    summary = write_summary(run, folder, began, {key.replace("eval_", ""): value for key, value in numbers.items()})
+    numbers = {key.replace("eval_", ""): value for key, value in numbers.items()}
+    numbers[f"{name}/steps"] = run.section(name).steps
+    summary = write_summary(run, folder, time.monotonic() - began, numbers)
     told = (f"{key.split('/')[1]} {number(summary[key])}" for key in HEADLINES[name] if key in summary)
     run.reporter.finish("held out: " + "  ".join(told))
     return summary
 
 
-def write_summary(run, folder, began, numbers):
+def write_summary(run, folder, seconds, numbers):
     """Writes and returns summary.json: the numbers, and what they depend on."""
-    seconds = round(time.monotonic() - began, 1)
-    summary = {**metrics.environment(), "seed": run.config.seed, "seconds": seconds, **numbers}
+    summary = {**metrics.environment(), "seed": run.config.seed, "seconds": round(seconds, 1), **numbers}
     metrics.summarize(folder / "summary.json", summary)
     return summary
 

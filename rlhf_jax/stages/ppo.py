@@ -1,13 +1,12 @@
 """PPO against a reward model, and what it gained over the fine-tuned policy."""
 
 import functools
-import time
 
 import jax
 import jax.numpy as jnp
 import numpy as np
 
-from rlhf_jax import metrics, optim, plots, rollout, sharding
+from rlhf_jax import guard, metrics, optim, plots, rollout, sharding
 from rlhf_jax.algorithms import ppo as ppo_algorithm
 from rlhf_jax.evaluate import interval, rouge, win_rate
 from rlhf_jax.stages import common
@@ -15,46 +14,11 @@ from rlhf_jax.stages import common
 
 def ppo(run):
     """PPO of the fine-tuned policy on prompts, against the reward model: its summary, which compares it with SFT."""
-    began = time.monotonic()
-    config, apply = run.config.ppo, run.apply
-    trunk = apply.policy.init(run.key("policy init"))
-    policy = run.parameters("sft", "policy", trunk)
-    reward = run.parameters("reward", "reward", apply.scalar.zero_head(trunk))
-    value = reward if config.value_init == "reward" else apply.scalar.zero_head(policy)
-    train, _ = run.arrays("prompts")
-    train_rows, _ = run.rows("prompts")
-    asked = run.asked("prompts")
-    tx = optim.adamw(config, config.steps * config.epochs * config.minibatches)
-    state = ppo_algorithm.init(policy, value, reward, run.key("ppo"), config=config, tx=tx)
-    state = sharding.replicate(state, run.mesh)  # before the first measurement, which would be compiled twice otherwise
-    sampling = run.sampling(config.temperature)
-
-    @jax.jit
-    def collect(state, batch):
-        keys_B = jax.random.split(jax.random.fold_in(state.step_key, 0), config.batch)
-        prompts = (batch["prompt_BP"], batch["prompt_mask_BP"])
-        drawn = rollout.sample(apply, state.policy, state.reference, *prompts, keys_B, sampling)
-        return rollout.value(apply, state.value, rollout.score(apply, state.reward, drawn))
-
-    learn = jax.jit(functools.partial(ppo_algorithm.step, config=config, apply=apply, tx=tx), donate_argnums=0)
-    measure = _measurement(run)
-
-    def step(state, batch):
-        drawn = collect(state, batch)
-        state, numbers = learn(state, drawn)
-        # The device learns while the host reads what was written.
-        texts = run.decode(drawn.response_BR, drawn.mask_BR)
-        true = run.judge([train_rows[i] for i in np.asarray(batch["index_B"])], texts)
-        return state, numbers | {f"ppo/{name}": np.mean(values) for name, values in true.items()}
-
-    def evaluate(state):
-        rows, texts = measure(state)
-        samples = _samples(rows, texts, config.kl_coef)[: run.config.evaluation.samples]
-        run.reporter.samples([{"prompt": row["prompt"]} | sample for row, sample in zip(asked, samples, strict=False)])
-        return {f"ppo/eval_{name}": float(np.mean(values)) for name, values in rows.items()}, (rows, texts)
-
-    before, texts_before = measure(state)
-    _, _, (after, texts_after) = common.train(run, "ppo", state, train, step_fn=step, evaluate=evaluate)
+    began = common.began(run, "ppo")
+    config, asked = run.config.ppo, run.asked("prompts")
+    training = prepare(run, "ppo")
+    before, texts_before = training.before
+    _, _, (after, texts_after) = common.train(run, training)
     numbers = _compare(before, after)
     if "label" in asked[0]:
         labels = [row["label"] for row in asked]
@@ -79,6 +43,56 @@ def ppo(run):
     return summary
 
 
+def prepare(run, name):
+    """What the stage trains."""
+    config, apply = run.section(name), run.apply
+    trunk = apply.policy.init(run.key("policy init"))
+    policy = run.parameters("sft", "policy", trunk)
+    reward = run.parameters("reward", "reward", apply.scalar.zero_head(trunk))
+    value = reward if config.value_init == "reward" else apply.scalar.zero_head(policy)
+    train_rows, _ = run.rows("prompts")
+    asked = run.asked("prompts")
+    tx = optim.adamw(config, config.steps * config.epochs * config.minibatches)
+    state = ppo_algorithm.init(policy, value, reward, run.key(name), config=config, tx=tx)
+    state = sharding.replicate(state, run.mesh)  # before the first measurement, which would be compiled twice otherwise
+    sampling = run.sampling(config.temperature)
+
+    @run.jit
+    def collect(state, batch):
+        keys_B = jax.random.split(jax.random.fold_in(state.step_key, 0), config.batch)
+        prompts = (batch["prompt_BP"], batch["prompt_mask_BP"])
+        drawn = rollout.sample(apply, state.policy, state.reference, *prompts, keys_B, sampling)
+        return rollout.value(apply, state.value, rollout.score(apply, state.reward, drawn))
+
+    learn = functools.partial(ppo_algorithm.step, config=config, apply=apply, tx=tx)
+    learn = run.jit(guard.guarded(learn, run.config.guard), donate_argnums=0)
+    measure = _measurement(run)
+
+    def step(state, batch):
+        drawn = collect(state, batch)
+        state, numbers = learn(state, drawn)
+        # The device learns while the host reads what was written.
+        texts = run.decode(drawn.response_BR, drawn.mask_BR)
+        true = run.judge([train_rows[i] for i in np.asarray(batch["index_B"])], texts)
+        return state, numbers | {f"ppo/{name}": np.mean(values) for name, values in true.items()}
+
+    def evaluate(state):
+        rows, texts = measure(state)
+        samples = _samples(rows, texts, config.kl_coef)[: run.config.evaluation.samples]
+        run.reporter.samples([{"prompt": row["prompt"]} | sample for row, sample in zip(asked, samples, strict=False)])
+        return {f"ppo/eval_{name}": float(np.mean(values)) for name, values in rows.items()}, (rows, texts)
+
+    return common.Training(
+        name=name,
+        state=state,
+        step=step,
+        evaluate=evaluate,
+        best=("ppo/eval_gold" if "record" in asked[0] else "ppo/eval_score", max),
+        result=("policy", "value"),
+        before=measure(state),
+    )
+
+
 def _measurement(run):
     """A function of a PPO state: ({name: [N] numbers of each held-out prompt's completion}, its texts).
 
@@ -88,7 +102,7 @@ def _measurement(run):
     _, held_out = run.arrays("prompts")
     asked = run.asked("prompts")
 
-    @functools.partial(jax.jit, static_argnums=2)
+    @functools.partial(run.jit, static_argnums=2)
     def judge(state, batch, temperature):
         prompts = (batch["prompt_BP"], batch["prompt_mask_BP"])
         sampling = run.sampling(temperature)

@@ -58,7 +58,7 @@ def reuse(run):
             surrogate, update=update, clip=run.config.ppo.clip, temperature=config.temperature, apply=apply
         )
 
-        @jax.jit
+        @run.jit
         def use(policy_K, opt_K, rollout_K, loss=loss):
             def one(policy, opt, rollout):
                 grads = jax.grad(lambda policy: loss(policy, rollout)[0])(policy)
@@ -87,7 +87,8 @@ def reuse(run):
     folder = run.workdir / "reuse"
     (folder / "plots").mkdir(parents=True, exist_ok=True)
     plots.reuse(results, folder / "plots" / "reuse.png")
-    summary = common.write_summary(run, folder, began, {"reuse": results, "rollouts": run.config.seeds})
+    numbers = {"reuse": results, "rollouts": run.config.seeds}
+    summary = common.write_summary(run, folder, time.monotonic() - began, numbers)
     metrics.summarize(folder / "config.json", dataclasses.asdict(run.config))
     run.reporter.finish()
     run.reporter.table(*_table(results))

@@ -1,12 +1,10 @@
 """The reward model."""
 
 import functools
-import time
 
-import jax
 import numpy as np
 
-from rlhf_jax import optim, plots
+from rlhf_jax import guard, optim, plots
 from rlhf_jax.algorithms import preference, supervised
 from rlhf_jax.evaluate import accuracy
 from rlhf_jax.stages import common
@@ -14,18 +12,27 @@ from rlhf_jax.stages import common
 
 def reward(run):
     """A reward model on (prompt, chosen, rejected) rows, from the fine-tuned policy: its summary."""
-    began = time.monotonic()
-    config, apply = run.config.reward, run.apply
+    began = common.began(run, "reward")
+    _, numbers, (ci95, samples) = common.train(run, prepare(run, "reward"))
+
+    def draw(rows, folder):
+        plots.reward(rows, folder / "reward.png")
+
+    return common.finish(run, "reward", began, numbers | {"reward/accuracy_ci95": ci95}, samples, draw)
+
+
+def prepare(run, name):
+    """What the stage trains."""
+    config, apply = run.section(name), run.apply
     policy = run.parameters("sft", "policy", apply.policy.init(run.key("policy init")))
-    train, held_out = run.arrays("preferences")
+    _, held_out = run.arrays("preferences")
     _, references = run.arrays("sft")
     rows = run.rows("preferences")[1]
     tx = optim.adamw(config, config.steps)
-    state = preference.init(apply.scalar.init(run.key("reward head"), policy), run.key("reward"), tx=tx)
-    step = jax.jit(functools.partial(preference.step, config=config, apply=apply, tx=tx), donate_argnums=0)
-    scores = jax.jit(functools.partial(preference.scores, apply=apply))
+    step = functools.partial(preference.step, config=config, apply=apply, tx=tx)
+    scores = run.jit(functools.partial(preference.scores, apply=apply))
 
-    @jax.jit
+    @run.jit
     def score(reward, batch):
         tokens_BT, real_BT, _ = supervised.tokens(batch, "all")
         return apply.scalar.score(reward, tokens_BT, real_BT)
@@ -48,11 +55,12 @@ def reward(run):
         loss = float(np.mean(np.logaddexp(0, rejected_N - chosen_N)))
         return {"reward/eval_accuracy": rate, "reward/eval_loss": loss}, (ci95, samples)
 
-    def draw(rows, folder):
-        plots.reward(rows, folder / "reward.png")
-
-    _, numbers, (ci95, samples) = common.train(
-        run, "reward", state, train, step_fn=step, evaluate=evaluate, complete=normalize
+    return common.Training(
+        name=name,
+        state=preference.init(apply.scalar.init(run.key("reward head"), policy), run.key(name), tx=tx),
+        step=run.jit(guard.guarded(step, run.config.guard), donate_argnums=0),
+        evaluate=evaluate,
+        best=("reward/eval_accuracy", max),
+        result=("reward",),
+        complete=normalize,
     )
-    numbers |= {"reward/accuracy_ci95": ci95}
-    return common.finish(run, "reward", began, numbers, samples, draw)

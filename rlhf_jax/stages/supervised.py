@@ -1,12 +1,10 @@
 """Next-token training: pretraining, and supervised fine-tuning."""
 
 import functools
-import time
 
-import jax
 import numpy as np
 
-from rlhf_jax import optim, plots
+from rlhf_jax import guard, optim, plots
 from rlhf_jax.algorithms import supervised
 from rlhf_jax.evaluate import perplexity
 from rlhf_jax.generate import generate
@@ -15,28 +13,29 @@ from rlhf_jax.stages import common
 
 def pretrain(run):
     """Next-token training of the policy from random weights on all texts: its summary."""
-    return _stage(run, "pretrain", run.policy_init())
+    return _stage(run, "pretrain")
 
 
 def sft(run):
     """Supervised fine-tuning of the policy, after pretraining where there was any: its summary."""
-    if "pretrain" not in run.STAGES:
-        return _stage(run, "sft", run.policy_init())
-    return _stage(run, "sft", run.parameters("pretrain", "policy", run.apply.policy.init(run.key("policy init"))))
+    return _stage(run, "sft")
 
 
-def _stage(run, name, policy):
-    began = time.monotonic()
-    config, apply = getattr(run.config, name), run.apply
-    train, held_out = run.arrays(run.KINDS[name])
+def prepare(run, name):
+    """What the stage trains."""
+    config, apply = run.section(name), run.apply
+    _, held_out = run.arrays(run.KINDS[name])
     starts, asked = run.questions()
+    policy = run.policy_init()
+    if name == "sft" and "pretrain" in run.STAGES:
+        policy = run.parameters("pretrain", "policy", policy)
     tx = optim.adamw(config, config.steps)
-    state = supervised.init(policy, run.key(name), tx=tx)
-    learn = jax.jit(functools.partial(supervised.step, config=config, apply=apply, tx=tx), donate_argnums=0)
-    logprobs = jax.jit(functools.partial(supervised.token_logprobs, config=config, apply=apply))
+    learn = functools.partial(supervised.step, config=config, apply=apply, tx=tx)
+    learn = run.jit(guard.guarded(learn, run.config.guard), donate_argnums=0)
+    logprobs = run.jit(functools.partial(supervised.token_logprobs, config=config, apply=apply))
     sampling = run.sampling(run.config.evaluation.temperature)
 
-    @jax.jit
+    @run.jit
     def sample(policy, batch):
         prompts = (batch["prompt_BP"], batch["prompt_mask_BP"])
         drawn = generate(apply.policy, policy, *prompts, common.row_keys(run, batch), sampling)
@@ -56,8 +55,21 @@ def _stage(run, name, policy):
         shown = [{key: row[key] for key in ("prompt", "label") if key in row} for row in asked]
         return numbers, [row | {"completion": text} for row, text in zip(shown, texts, strict=True)]
 
+    return common.Training(
+        name=name,
+        state=supervised.init(policy, run.key(name), tx=tx),
+        step=step,
+        evaluate=evaluate,
+        best=(f"{name}/eval_loss", min),
+        result=("policy",),
+    )
+
+
+def _stage(run, name):
+    began = common.began(run, name)
+    _, numbers, samples = common.train(run, prepare(run, name))
+
     def draw(rows, folder):
         plots.supervised(rows, folder / f"{name}.png", name)
 
-    _, numbers, samples = common.train(run, name, state, train, step_fn=step, evaluate=evaluate)
     return common.finish(run, name, began, numbers, samples, draw)

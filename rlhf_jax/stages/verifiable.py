@@ -6,13 +6,12 @@ while the device compares the policy with its reference.
 
 import functools
 import json
-import time
 
 import jax
 import jax.numpy as jnp
 import numpy as np
 
-from rlhf_jax import alarms, optim, plots, rollout, sharding
+from rlhf_jax import alarms, guard, optim, plots, rollout, sharding
 from rlhf_jax.algorithms import policy_gradient
 from rlhf_jax.algorithms import ppo as ppo_algorithm
 from rlhf_jax.evaluate import best_of_n, diversity, interval, win_rate
@@ -21,20 +20,45 @@ from rlhf_jax.stages import common
 from rlhf_jax.train_state import TrainState
 
 # What differs between seeds; the reference and the step are one.
-AXES = TrainState(step=None, key=0, policy=0, reference=None, value=0, reward=None, optimizer=0, kl_coef=0)
+AXES = TrainState(
+    step=None, key=0, policy=0, reference=None, value=0, reward=None, optimizer=0, kl_coef=0, skipped=None
+)
 
 
 def rl(run):
     """Policy gradient (or PPO) of the fine-tuned policy against run.reward: its summary, which compares it with SFT."""
-    began = time.monotonic()
+    began = common.began(run, "rl")
+    training = prepare(run, "rl")
+    before, rows_before = training.before
+    state, _, (after, texts_after, rows_after) = common.train(run, training)
+    reward_N = rows_before["reward"][0]
+    numbers = _compare(before, after, reward_N, rows_after) | {"rl/best_step": np.mean(state.best["step"])}
+    earlier = {name: _completions(run, name) for name in ("pretrain", "sft")}
+    samples = [
+        {name: texts[i] for name, texts in earlier.items()}
+        | {"rl": texts_after[0][i], "reward_sft": reward_N[i], "reward_rl": rows_after["reward"][0][i]}
+        for i in range(len(reward_N))
+    ]
+
+    def draw(rows, folder):
+        plots.rl(rows, folder, best_of_n=best_of_n.curve(reward_N))
+        rate = win_rate.win_rate(rows_after["reward"][0], reward_N)
+        path = folder / "before_after.png"
+        plots.before_after(reward_N, rows_after["reward"][0], path, name="reward", win_rate=rate, learner="RL")
+
+    summary = common.finish(run, "rl", began, numbers, jax.tree.map(_plain, samples), draw)
+    run.reporter.before_after(_table(before, after, numbers))
+    return summary
+
+
+def prepare(run, name):
+    """What the stage trains."""
     learner = Learner(run)
-    train, _ = run.arrays("prompts")
     policy = learner.reference
     before, texts_before, rows_before = learner.measure(jax.tree.map(lambda x: x[None], policy))
     before = {name: float(value_K[0]) for name, value_K in before.items()}
     # Distinct-2 falls with the number of samples: what is watched during training is compared at a rollout's.
-    watched = before | {"distinct2": _mean_distinct(texts_before[0], run.config.rl.batch)}
-    state = learner.begin(policy, before, watched)
+    watched = before | {"distinct2": _mean_distinct(texts_before[0], learner.config.batch)}
 
     def step(state, batch):
         if np.all(state.alarms["rung"]) and run.config.alarms.freeze:
@@ -71,27 +95,17 @@ def rl(run):
             "rl/best_step": float(np.mean(state.best["step"]))
         }
 
-    state, _, (after, texts_after, rows_after) = common.train(
-        run, "rl", state, train, step_fn=step, evaluate=evaluate, complete=complete, keep=keep
+    return common.Training(
+        name=name,
+        state=learner.begin(policy, before, watched),
+        step=step,
+        evaluate=evaluate,
+        best=("rl/eval_reward", max),
+        result=("policy",),
+        complete=complete,
+        keep=keep,
+        before=(before, rows_before),
     )
-    reward_N = rows_before["reward"][0]
-    numbers = _compare(before, after, reward_N, rows_after) | {"rl/best_step": np.mean(state.best["step"])}
-    earlier = {name: _completions(run, name) for name in ("pretrain", "sft")}
-    samples = [
-        {name: texts[i] for name, texts in earlier.items()}
-        | {"rl": texts_after[0][i], "reward_sft": reward_N[i], "reward_rl": rows_after["reward"][0][i]}
-        for i in range(len(reward_N))
-    ]
-
-    def draw(rows, folder):
-        plots.rl(rows, folder, best_of_n=best_of_n.curve(reward_N))
-        rate = win_rate.win_rate(rows_after["reward"][0], reward_N)
-        path = folder / "before_after.png"
-        plots.before_after(reward_N, rows_after["reward"][0], path, name="reward", win_rate=rate, learner="RL")
-
-    summary = common.finish(run, "rl", began, numbers, jax.tree.map(_plain, samples), draw)
-    run.reporter.before_after(_table(before, after, numbers))
-    return summary
 
 
 class Learner:
@@ -103,10 +117,10 @@ class Learner:
         self.algorithm = {"policy_gradient": policy_gradient, "ppo": ppo_algorithm}[name]
         updates = self.config.epochs * getattr(self.config, "minibatches", 1)
         self.tx = optim.adamw(self.config, self.config.steps * updates)
-        self.draw = jax.jit(self._draw)
-        self.compare = jax.jit(self._compare)
-        self._learn_jit = jax.jit(self._learn, donate_argnums=0)
-        self._measure_jit = jax.jit(self._measure)
+        self.draw = run.jit(self._draw)
+        self.compare = run.jit(self._compare)
+        self._learn_jit = run.jit(guard.guarded(self._learn, run.config.guard), donate_argnums=0)
+        self._measure_jit = run.jit(self._measure)
 
     def begin(self, policy, before, watched):
         """The state before the first rollout, every seed with its own key."""

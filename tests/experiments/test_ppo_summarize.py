@@ -1,6 +1,7 @@
 """The commands as a person runs them: what they say of bad input, and a run that is stopped and goes on."""
 
 import json
+import re
 import subprocess
 import sys
 import types
@@ -130,21 +131,21 @@ def test_a_bad_row_is_named_with_its_file(row, words, command, tmp_path):
 def test_a_number_that_is_not_finite_ends_the_run(command, tmp_path):
     result = command(f"--workdir={tmp_path}", "--config.sft.lr=1e38", "--config.sft.steps=9", script=SFT)
     assert (result.code, result.err.count("\n")) == (4, 1), result.err
-    assert result.err.startswith("sft_summarize.py: step ") and "sft/loss" in result.err
+    assert result.err.startswith("sft_summarize.py: sft step ") and "sft/loss" in result.err
     assert (tmp_path / "sft" / "metrics.jsonl").read_text().splitlines()[-1].count("null")
     assert not (tmp_path / "sft" / "summary.json").exists()
 
 
 @pytest.fixture(scope="module")
 def stopped(small, tmp_path_factory):
-    """Fine-tuning that was asked to stop in its first step: the command, its workdir and how it ended."""
+    """Fine-tuning that was asked to stop after its first step: the command, its workdir and how it ended."""
     workdir = tmp_path_factory.mktemp("run")
-    line = [sys.executable, SFT, f"--workdir={workdir}", *small]
+    line = [sys.executable, SFT, f"--workdir={workdir}", *small, "--config.sft.steps=40"]
     with subprocess.Popen(line, cwd=ROOT, text=True, stdout=subprocess.PIPE, stderr=subprocess.PIPE) as process:
         said = []
         for text in process.stdout:
             said.append(text)
-            if text.startswith("sft  0/2"):
+            if text.startswith("sft  1/40"):
                 process.terminate()
         err = process.stderr.read()
     return types.SimpleNamespace(line=line, workdir=workdir, code=process.returncode, out="".join(said), err=err)
@@ -152,7 +153,8 @@ def stopped(small, tmp_path_factory):
 
 def test_a_run_that_is_asked_to_stop_saves_and_says_so(stopped):
     assert stopped.code == 3
-    assert stopped.err == "sft_summarize.py: stopped after step 1 of 2; the same command goes on from there\n"
+    told = r"sft_summarize.py: stopped after step (\d+) of 40; the same command goes on from there\n"
+    assert re.fullmatch(told, stopped.err), stopped.err
 
 
 def test_a_run_that_was_stopped_goes_on_to_the_end(stopped, command):
@@ -160,9 +162,9 @@ def test_a_run_that_was_stopped_goes_on_to_the_end(stopped, command):
     workdir = f"--workdir={stopped.workdir}"
     again = subprocess.run(stopped.line, cwd=ROOT, text=True, capture_output=True)
     assert (again.returncode, again.stderr) == (0, "")
-    assert "sft: goes on after step 1" in again.stdout
-    assert command(workdir, script=REWARD).code == 0
-    result = command(workdir)
+    assert f"sft: goes on after step {re.search('after step ([0-9]+)', stopped.err)[1]}\n" in again.stdout
+    assert command(workdir, "--config.sft.steps=40", script=REWARD).code == 0
+    result = command(workdir, "--config.sft.steps=40")
     assert (result.code, result.err) == (0, "")
     assert "sft: finished with this config, skipped\nreward: finished with this config, skipped\n" in result.out
     assert "data.prompts, train: 40 rows, " in result.out and " cut prompts\n" in result.out

@@ -1,0 +1,99 @@
+"""Numbers that are not finite: the update that they come from is not made, and what is needed to make it again is kept.
+
+A stage's update runs `guarded`. The host learns of it from the count of updates left out, a step late, and writes an
+`Incident`; `python -m rlhf_jax.replay` takes it from there.
+"""
+
+import dataclasses
+import json
+from pathlib import Path
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+
+from rlhf_jax import metrics
+from rlhf_jax.checkpoint import Checkpoints
+from rlhf_jax.errors import InputError
+
+FOLDER = "incident"  # in the workdir
+
+
+class NonFinite(ArithmeticError):
+    """A number is NaN or infinite, and the run has ended; parameters and checkpoints are from before."""
+
+
+@dataclasses.dataclass(frozen=True)
+class Config:
+    """What to do about an update that is not finite."""
+
+    policy: str = "stop"  # stop: the run ends, exit code 4; skip: it goes on with the next batch, and waits for each
+    limit: int = 10  # updates that may be skipped
+
+
+def guarded(step, config):
+    """step(state, *args) -> (state, numbers), for an update that changes nothing unless all is finite.
+
+    Looked at are the arguments, the numbers (losses, gradient norms) and what is new in the state. `numbers` gain
+    "skipped", the updates left out so far. Where the policy is to stop, the first is the last: the state stays as it
+    was for the host to find, however many steps are dispatched after it.
+    """
+
+    def guarded_update(state, *args):
+        new, numbers = step(state, *args)
+        finite = _finite((args, numbers, new))
+        take = finite if config.policy == "skip" else finite & (state.skipped == 0)
+        kept = jax.tree.map(lambda old, now: now if now is old else jnp.where(take, now, old), state, new)
+        if config.policy == "skip":
+            kept = kept.replace(step=new.step)
+        kept = kept.replace(skipped=state.skipped + ~take)
+        return kept, numbers | {f"{next(iter(numbers)).split('/')[0]}/skipped": kept.skipped}
+
+    return guarded_update
+
+
+def _finite(tree):
+    leaves = [leaf for leaf in jax.tree.leaves(tree) if jnp.issubdtype(leaf.dtype, jnp.floating)]
+    return jnp.all(jnp.stack([jnp.all(jnp.isfinite(leaf)) for leaf in leaves]))
+
+
+@dataclasses.dataclass(frozen=True)
+class Incident:
+    """An update that was not made: `state` as it was before it, the batch, and which numbers were not finite."""
+
+    stage: str
+    step: int
+    names: tuple[str, ...]
+    kind: str  # of the run
+    config: dict
+    state: object
+    batch: dict
+
+
+def write(workdir, incident):
+    """Keeps an incident in the workdir and returns its folder; those of earlier ones stay."""
+    folder = Path(workdir, FOLDER, f"{incident.stage}-{incident.step}")
+    with Checkpoints(folder / "checkpoints") as checkpoints:
+        checkpoints.save(incident.step, incident.state, {})
+    np.savez(folder / "batch.npz", **jax.device_get(incident.batch))
+    told = {name: getattr(incident, name) for name in ("stage", "step", "names", "kind", "config")}
+    key = np.asarray(jax.random.key_data(incident.state.key))
+    metrics.summarize(folder / "incident.json", told | {"key": key} | metrics.environment())  # last: it is whole
+    return folder
+
+
+def read(folder):
+    """What incident.json in the folder says."""
+    path = Path(folder, "incident.json")
+    try:
+        return json.loads(path.read_text())
+    except (OSError, ValueError) as error:
+        raise InputError(f"{path}: expected the record of an incident, a folder in WORKDIR/{FOLDER}") from error
+
+
+def read_arrays(folder, like):
+    """(state, batch) of an incident; `like` gives the state's structure and placement."""
+    with Checkpoints(Path(folder, "checkpoints")) as checkpoints:
+        state = checkpoints.restore(like).tree
+    with np.load(Path(folder, "batch.npz")) as arrays:
+        return state, dict(arrays)

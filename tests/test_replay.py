@@ -1,0 +1,71 @@
+"""Programs with one wrong operation in them: it is the one that is named."""
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+
+from rlhf_jax.replay import Watch
+
+X = jnp.arange(4.0)
+
+
+def first(function, *args):
+    watch = Watch()
+    return watch.first(watch.jit(function), *args)
+
+
+def test_a_program_without_one():
+    assert first(lambda x: jnp.where(x > 0, jnp.exp(x), 0.0).sum(), X) is None
+
+
+def test_the_first_not_the_last_is_named():
+    told = first(lambda x: jnp.sqrt(jnp.log(x - 1)) + 1, X)
+    assert told.startswith("begins in log: 2 of 4 numbers of its result (4) are not finite")
+
+
+def test_what_was_given_not_finite_begins_elsewhere():
+    """A mask of -inf is no fault: what comes of it is finite again."""
+    assert first(lambda x: jax.nn.softmax(jnp.where(x < 2, x, -jnp.inf)), X) is None
+
+
+@pytest.mark.parametrize(
+    "function",
+    [
+        lambda x: jax.jit(jnp.log)(x),
+        lambda x: jax.lax.scan(lambda carry, row: (carry - 1, jnp.log(carry)), 2.0, x)[1],
+        lambda x: jax.lax.scan(lambda carry, row: (jnp.log(row), row), 2.0, x, reverse=True)[0],
+        lambda x: jax.lax.while_loop(lambda y: jnp.isfinite(y), lambda y: jnp.log(y), x[3]),
+        lambda x: jax.lax.cond(x[0] == 0, jnp.log, jnp.exp, x),
+        lambda x: jax.checkpoint(jnp.log)(x),
+        lambda x: jax.vmap(jnp.log)(x),
+    ],
+    ids=["jit", "scan", "reverse scan", "while", "cond", "checkpoint", "vmap"],
+)
+def test_it_goes_into_programs_within(function):
+    assert first(function, X).startswith("begins in log:")
+
+
+def test_a_gradient():
+    """sqrt is fine at 0; its gradient, 1 / (2 sqrt), is not."""
+    told = first(lambda x: jax.grad(lambda x: jnp.sqrt(x).sum())(x), X)
+    assert told.startswith("begins in div:") and "1 of 4" in told
+
+
+def test_the_host_may_stand_between_two_programs():
+    watch = Watch()
+    half, log = watch.jit(lambda x: x / 2), watch.jit(jnp.log)
+    assert watch.first(lambda x: log(np.asarray(half(x))), X).startswith("begins in log: 1 of 4")
+    assert half(X).tolist() == [0, 0.5, 1, 1.5]  # compiled again
+
+
+def test_results_are_those_of_the_compiled_program():
+    def program(x, tree):
+        total, rows = jax.lax.scan(lambda carry, row: (carry + row, carry * 2), 0.0, x)
+        return {"a": total + tree["k"], "b": (rows, jax.random.normal(tree["key"], (3,)))}
+
+    args = X, {"k": jnp.int32(3), "key": jax.random.key(5)}
+    watch, results = Watch(), []
+    step = watch.jit(program)
+    watch.first(lambda *args: results.append(step(*args)), *args)
+    jax.tree.map(np.testing.assert_array_equal, results[0], jax.jit(program)(*args))
