@@ -12,6 +12,7 @@ PACKAGE = ROOT / "rlhf_jax"
 MAY_IMPORT = {
     "ops": set(),
     "errors": set(),
+    "hub": set(),
     "text": set(),
     "optim": set(),
     "sharding": set(),
