@@ -6,6 +6,7 @@ import functools
 from pathlib import Path
 
 from rlhf_jax import alarms as collapse
+from rlhf_jax import hub
 from rlhf_jax.algorithms import policy_gradient as pg_algorithm
 from rlhf_jax.algorithms import ppo as ppo_algorithm
 from rlhf_jax.algorithms import preference, supervised
@@ -18,8 +19,8 @@ from rlhf_jax.models import gpt2
 class Text:
     """The tokenizer."""
 
-    kind: str = "gpt2"  # gpt2: from the files in `path`; bpe or char: made from the SFT rows
-    path: str = ""
+    kind: str = "gpt2"  # gpt2: byte-level BPE from `path`; bpe or char: made from the SFT rows
+    path: str = ""  # a folder with tokenizer.json or the like, or NAME or NAME@REVISION on the hub: gpt2
     vocab_size: int = 800  # of bpe
 
 
@@ -128,6 +129,8 @@ class _Checks:
         writing = isinstance(self.config, Writing)
         files = ("data.path",) if writing else ("data.sft", "data.preferences", "data.prompts")
         paths = {field: self.get(field) for field in ("model.init", "text.path", *files)}
+        if hub.is_name(paths["text.path"]):
+            del paths["text.path"]  # what is not here may be there
         if missing := [f"{field} = {path!r}" for field, path in paths.items() if path and not Path(path).exists()]:
             raise InputError(f"missing files: {', '.join(missing)}; give each as --config.FIELD=PATH")
 

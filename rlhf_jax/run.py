@@ -9,7 +9,7 @@ import jax
 import numpy as np
 
 from rlhf_jax import config as configs
-from rlhf_jax import generate, metrics, rollout, sharding, text
+from rlhf_jax import generate, hub, metrics, rollout, sharding, text
 from rlhf_jax.checkpoint import Checkpoints
 from rlhf_jax.console import Silent
 from rlhf_jax.data import batches, corpus, sources
@@ -93,8 +93,11 @@ class Run:
         config = self.config.text
         if config.kind == "gpt2":
             if not config.path:
-                raise InputError("text.path: expected the folder of GPT-2's encoder.json and vocab.bpe, got none")
-            tokenizer = gpt2.from_files(config.path)
+                raise InputError("text.path: expected a folder or a name on the hub, as gpt2, got none")
+            try:
+                tokenizer = gpt2.from_files(hub.folder(config.path, *gpt2.FILES))
+            except InputError as error:
+                raise InputError(f"text.path: {error}") from None
         else:
             try:
                 texts = self.texts()

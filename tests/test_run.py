@@ -17,6 +17,8 @@ from rlhf_jax.errors import InputError
 from rlhf_jax.models import gpt2, hf
 from rlhf_jax.rewards import gold
 from rlhf_jax.run import PURPOSES, Summarization
+from rlhf_jax.text import bpe
+from rlhf_jax.text import hf as text_hf
 
 PARITY = Path(__file__).parent / "models" / "gpt2_parity" / "model.safetensors"
 
@@ -139,9 +141,16 @@ def test_a_tokenizer_of_another_config_is_not_taken(config, tmp_path):
 
 def test_gpt2_needs_its_files(config, tmp_path):
     run = Summarization(changed(config, text={"kind": "gpt2"}), tmp_path)
-    assert error(lambda: run.tokenizer) == (
-        "text.path: expected the folder of GPT-2's encoder.json and vocab.bpe, got none"
-    )
+    assert error(lambda: run.tokenizer) == ("text.path: expected a folder or a name on the hub, as gpt2, got none")
+
+
+def test_gpt2_can_come_from_the_hub(config, tmp_path, hub_server):
+    config = changed(config, text={"kind": "gpt2", "path": "who/what"})
+    message = error(lambda: Summarization(config, tmp_path / "nothing").tokenizer)
+    assert message.startswith("text.path: who/what: no such file or folder, and no such model on the hub")
+    tokenizer = bpe.train(["one two", "one two"], 300)
+    hub_server.add("who/what", {name: json.dumps(file) for name, file in text_hf.to_hf(tokenizer).items()})
+    assert Summarization(config, tmp_path / "run").tokenizer == tokenizer
 
 
 def test_a_vocabulary_too_small_is_named_by_its_field(config, tmp_path):
