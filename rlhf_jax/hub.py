@@ -79,8 +79,10 @@ def _download(name, repo: str, revisions: tuple[str, ...], kind: str, choices: t
             continue
         files = [file.rfilename for file in info.siblings]
         for choice in choices:
-            if all(fnmatch.filter(files, pattern) for pattern in choice):
-                return Path(snapshot_download(repo, repo_type=kind, revision=revision, allow_patterns=list(choice)))
+            wanted = {pattern: [file for file in files if _matches(file, pattern)] for pattern in choice}
+            if all(wanted.values()):
+                names = sum(wanted.values(), [])
+                return Path(snapshot_download(repo, repo_type=kind, revision=revision, allow_patterns=names))
     if files is None:
         raise InputError(f"{name}: no revision {' or '.join(revisions)} on the hub")
     there = ", ".join(files[:8]) + (", ..." if len(files) > 8 else "")
@@ -126,6 +128,12 @@ def _in_one_line(name, repo: str, revisions: tuple[str, ...], kind: str, choices
             f"{name}: no such file or folder, not downloaded before, and the hub cannot be read ({why}); download "
             f"{_told(choices)} of {address} ({' or '.join(revisions)}) into a folder and give its path"
         ) from error
+
+
+def _matches(file: str, pattern: str) -> bool:
+    """As `Path.glob` has it: a star stands for no slash."""
+    names, patterns = file.split("/"), pattern.split("/")
+    return len(names) == len(patterns) and all(map(fnmatch.fnmatchcase, names, patterns))
 
 
 def _complete(path: Path, choice: Choice) -> bool:

@@ -194,7 +194,10 @@ class Summarization(Run):
     @functools.cache  # noqa: B019 (a run lives as long as the program)
     def rows(self, kind):
         """(train, held-out) rows of a kind: sft, preferences or prompts."""
-        return sources.load(kind, self.config.data, self.config.seed)
+        sides, skipped = sources.load(kind, self.config.data, self.config.seed)
+        if skipped:
+            self.reporter.note(f"data.{kind}: {len(skipped)} rows skipped; the first: {skipped[0]}")
+        return sides
 
     @functools.cache  # noqa: B019
     def arrays(self, kind):

@@ -74,6 +74,12 @@ def test_all_files_of_a_pattern_are_downloaded(hub_server):
     assert [(folder / f"model-{i}.safetensors").read_text() for i in range(3)] == ["0", "1", "2"]
 
 
+def test_a_star_stands_for_no_slash(hub_server):
+    hub_server.add("who/what", {"a/b/c.txt": "", "b/c.txt": ""})
+    assert error("who/what", ("a*.txt",)).startswith("who/what: expected a*.txt on the hub, ")
+    assert names(hub.folder("who/what", ("*/c.txt",))) == ["b/c.txt"]
+
+
 def test_a_second_time_nobody_is_asked(hub_server):
     hub_server.add("who/what", FILES)
     first = hub.folder("who/what", NEW)

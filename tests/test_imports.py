@@ -24,7 +24,7 @@ MAY_IMPORT = {
     "loop": set(),
     "alarms": set(),
     "models": {"ops"},
-    "data": {"text"},
+    "data": {"text", "hub"},
     "rewards": {"text"},
     "evaluate": set(),
     "generate": {"ops"},

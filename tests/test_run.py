@@ -229,6 +229,18 @@ def test_what_had_to_be_cut_or_skipped_is_said(config, tmp_path):
     assert [len(side["index_N"]) for side in arrays] == kept
 
 
+def test_bad_rows_are_named_or_skipped_and_told(config, tmp_path):
+    path = write(tmp_path / "rows.jsonl")
+    Path(path).write_text(Path(path).read_text() + json.dumps(ROWS[0] | {"label": " "}) + "\n")
+    data, told = {"source": "files", "sft": path, "held_out": 0.3}, f"{path}:21: label: expected text, got an empty one"
+    run = Summarization(changed(config, data=data), tmp_path / "run")
+    assert error(run.rows, "sft") == f"data.sft: {told}"
+    reporter = Notes()
+    run = Summarization(changed(config, data=data | {"skip_bad": True}), tmp_path / "other", reporter)
+    assert sum(map(len, run.rows("sft"))) == 20
+    assert reporter.notes == [f"data.sft: 1 rows skipped; the first: {told}"]
+
+
 def test_a_row_without_known_characters_is_named_as_it_is_in_its_file(config, tmp_path):
     sft, preferences = write(tmp_path / "rows.jsonl"), tmp_path / "pairs.jsonl"
     pairs = [row | {"rejected": "\u4e2d"} if i == 16 else row for i, row in enumerate(ROWS)]
