@@ -27,9 +27,9 @@ def folder(
     """The folder with all files of one of the `choices`; the first choice that is there is the one.
 
     A local folder comes first (and a local file is returned as it is), then what was downloaded before, without a look
-    at the network, then the first of `revisions` that has a choice, or the revision in the name. `kind` is model or
-    dataset. InputError says, within seconds, what is missing: the files, the repository, a permission, or the network,
-    and then which files to download by hand.
+    at the network: a branch stays what it was then. Else the first of `revisions` that has a choice is downloaded, or
+    the revision in the name. `kind` is model or dataset. InputError says, within seconds, what is missing: the files,
+    the repository, a permission, or the network, and then which files to download by hand.
     """
     path = Path(name)
     if path.is_file():
