@@ -5,7 +5,10 @@
 :tiny (the default)  a 0.9M-parameter GPT-2 on a generated world of posts, whose true reward is known. 2 CPU cores:
                      6 minutes, 2 GB; gold .67 -> .94, win rate .78 over SFT, exact KL 1.2 nats (seed 1)
 :files               the same small model on your rows: --config.data.sft=FILE --config.data.preferences=FILE
-                     (and --config.data.prompts=FILE), with GPT-2's tokenizer from --config.text.path=FOLDER
+                     (and --config.data.prompts=FILE), with GPT-2's tokenizer from --config.text.path=FOLDER, or gpt2
+                     to download it; the rows, too, can be downloaded: --config.data.source=hub
+                     --config.data.sft=trl-lib/tldr --config.data.columns.label=completion
+                     --config.data.preferences=openai/summarize_from_feedback/comparisons --config.data.skip_bad=true
 :gpt2                the published recipe of GPT-2 124M on Reddit TL;DR (arXiv 2403.17031), from local files
 
 Every field is a flag: --config.ppo.kl_coef=0.1

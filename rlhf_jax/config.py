@@ -6,7 +6,7 @@ import functools
 from pathlib import Path
 
 from rlhf_jax import alarms as collapse
-from rlhf_jax import checkpoint
+from rlhf_jax import checkpoint, hub
 from rlhf_jax import guard as guards
 from rlhf_jax.algorithms import policy_gradient as pg_algorithm
 from rlhf_jax.algorithms import ppo as ppo_algorithm
@@ -20,8 +20,8 @@ from rlhf_jax.models import gpt2
 class Text:
     """The tokenizer."""
 
-    kind: str = "gpt2"  # gpt2: from the files in `path`; bpe or char: made from the SFT rows
-    path: str = ""
+    kind: str = "gpt2"  # gpt2: byte-level BPE from `path`; bpe or char: made from the SFT rows
+    path: str = ""  # a folder with tokenizer.json or the like, or NAME or NAME@REVISION on the hub: gpt2
     vocab_size: int = 800  # of bpe
 
 
@@ -136,6 +136,11 @@ class _Checks:
         writing = isinstance(self.config, Writing)
         files = ("data.path",) if writing else ("data.sft", "data.preferences", "data.prompts")
         paths = {field: self.get(field) for field in ("model.init", "text.path", *files)}
+        # What is not here may be on the hub.
+        if hub.is_name(paths["text.path"]):
+            del paths["text.path"]
+        if self.config.data.source == "hub":
+            paths = {field: path for field, path in paths.items() if field not in files}
         if missing := [f"{field} = {path!r}" for field, path in paths.items() if path and not Path(path).exists()]:
             raise InputError(f"missing files: {', '.join(missing)}; give each as --config.FIELD=PATH")
 
@@ -159,7 +164,8 @@ class _Checks:
 
     def summarization(self):
         data, model = self.config.data, self.config.model
-        self.one_of("data.source", "world", "files")
+        self.one_of("data.source", "world", "files", "hub")
+        self.expect(bool(data.split), "data.split", "the name of one")
         for field in ("world_sft", "world_preferences", "world_prompts", "world_held_out"):
             self.expect(getattr(data, field) > 0, f"data.{field}", "at least 1 row")
         self.expect(data.prompt_length > 0, "data.prompt_length", "more than 0")
@@ -176,9 +182,9 @@ class _Checks:
         self.one_of("data.kind", *corpus.KINDS)
         self.one_of("data.source", "made", "file", "hub")
         self.one_of("data.sentiment", *corpus.tweets.SENTIMENTS)
-        self.expect(
-            bool(data.path) == (data.source == "file"), "data.path", "a file where data.source is file, only there"
-        )
+        self.expect(bool(data.split), "data.split", "the name of one")
+        self.expect(data.source != "file" or data.path, "data.path", "a file where data.source is file")
+        self.expect(data.source != "made" or not data.path, "data.path", "none where data.source is made")
         self.expect(data.made > 1, "data.made", "at least 2 texts")
         self.expect(data.length > 2, "data.length", "at least 3 tokens")
         self.expect(config.model.context >= data.length, "model.context", f"at least data.length = {data.length}")

@@ -11,7 +11,7 @@ import jax
 import numpy as np
 
 from rlhf_jax import config as configs
-from rlhf_jax import generate, metrics, rollout, sharding, text
+from rlhf_jax import generate, hub, metrics, rollout, sharding, text
 from rlhf_jax.checkpoint import Checkpoints
 from rlhf_jax.console import Silent
 from rlhf_jax.data import batches, corpus, sources
@@ -128,8 +128,11 @@ class Run:
         config = self.config.text
         if config.kind == "gpt2":
             if not config.path:
-                raise InputError("text.path: expected the folder of GPT-2's encoder.json and vocab.bpe, got none")
-            tokenizer = gpt2.from_files(config.path)
+                raise InputError("text.path: expected a folder or a name on the hub, as gpt2, got none")
+            try:
+                tokenizer = gpt2.from_files(hub.folder(config.path, *gpt2.FILES))
+            except InputError as error:
+                raise InputError(f"text.path: {error}") from None
         else:
             try:
                 texts = self.texts()
@@ -226,7 +229,10 @@ class Summarization(Run):
     @functools.cache  # noqa: B019 (a run lives as long as the program)
     def rows(self, kind):
         """(train, held-out) rows of a kind: sft, preferences or prompts."""
-        return sources.load(kind, self.config.data, self.config.seed)
+        sides, skipped = sources.load(kind, self.config.data, self.config.seed)
+        if skipped:
+            self.reporter.note(f"data.{kind}: {len(skipped)} rows skipped; the first: {skipped[0]}")
+        return sides
 
     @functools.cache  # noqa: B019
     def arrays(self, kind):

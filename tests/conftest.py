@@ -1,11 +1,14 @@
-"""What the tests share: float64, the golden numbers, a policy to do by hand, and the smallest real models."""
+"""What the tests share: float64, the golden numbers, a policy to do by hand, the smallest real models, and a hub."""
 
+import hashlib
 import json
 import os
 import re
 from math import prod
 from pathlib import Path
 
+import httpx2
+import huggingface_hub
 import hypothesis
 import jax
 import jax.numpy as jnp
@@ -135,3 +138,68 @@ def most_tokens():
         return max(prod(s) // TINY.vocab_size for s in shapes if TINY.vocab_size in s and sorted(s) != embedding)
 
     return most_tokens
+
+
+class HubServer:
+    """What the Hugging Face hub answers its client, which is the real one: only the network is replaced.
+
+    `asked` are the paths of all requests, in order. `down` is what a request raises; `slow` comes before the answer.
+    """
+
+    def __init__(self):
+        self.asked, self.down, self.slow, self.gated = [], None, lambda: None, set()
+        self.revisions = {}  # by kind and repository, then by the name of a branch or a commit: (commit, files)
+
+    def add(self, repo, files, kind="model", revision="main"):
+        """Publishes {name: str or bytes}; returns the commit, which is another one if they are others."""
+        files = {name: data.encode() if isinstance(data, str) else data for name, data in files.items()}
+        commit = hashlib.sha1(repr(sorted(files.items())).encode()).hexdigest()
+        there = self.revisions.setdefault((kind, repo), {})
+        there[revision] = there[commit] = (commit, files)
+        return commit
+
+    def answer(self, request):
+        self.slow()
+        if self.down:
+            raise self.down
+        path = request.url.raw_path.decode().split("?")[0].strip("/")
+        self.asked.append(path)
+        if path.startswith("api/"):
+            _, kinds, owner, name, question, revision = path.split("/")
+            return self.about(kinds.removesuffix("s"), f"{owner}/{name}", question, revision.replace("%2F", "/"))
+        kind = "dataset" if path.startswith("datasets/") else "model"
+        owner, name, _, commit, file = path.removeprefix("datasets/").split("/", 4)
+        return self.file(kind, f"{owner}/{name}", commit, file, request.method)
+
+    def about(self, kind, repo, question, revision):
+        there = self.revisions.get((kind, repo))
+        if there is None or revision not in there:
+            return self.error(404, "RepoNotFound" if there is None else "RevisionNotFound")
+        commit, files = there[revision]
+        if question == "revision":
+            return httpx2.Response(
+                200, json={"id": repo, "sha": commit, "siblings": [{"rfilename": name} for name in files]}
+            )
+        oids = {name: hashlib.sha1(data).hexdigest() for name, data in files.items()}
+        tree = [{"type": "file", "path": name, "size": len(files[name]), "oid": oid} for name, oid in oids.items()]
+        return httpx2.Response(200, json=tree)
+
+    def file(self, kind, repo, commit, file, method):
+        if repo in self.gated:
+            return self.error(403, "GatedRepo")
+        data = self.revisions[kind, repo][commit][1][file]
+        headers = {"X-Repo-Commit": commit, "ETag": f'"{hashlib.sha1(data).hexdigest()}"'}
+        return httpx2.Response(200, headers=headers, content=data)
+
+    def error(self, status, code):
+        return httpx2.Response(status, headers={"X-Error-Code": code})
+
+
+@pytest.fixture
+def hub_server(tmp_path_factory, monkeypatch):
+    """A hub with nothing on it, and nothing downloaded before."""
+    server = HubServer()
+    monkeypatch.setattr(huggingface_hub.constants, "HF_HUB_CACHE", str(tmp_path_factory.mktemp("hub")))
+    huggingface_hub.set_client_factory(lambda: httpx2.Client(transport=httpx2.MockTransport(server.answer)))
+    yield server
+    server.down = RuntimeError("a test asked the hub without hub_server")

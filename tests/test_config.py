@@ -115,7 +115,8 @@ def test_the_edge_of_what_is_possible(changes):
     ("field", "value", "expected"),
     [
         ("text.kind", "words", "gpt2 or bpe or char, got 'words'"),
-        ("data.source", "hub", "world or files, got 'hub'"),
+        ("data.source", "web", "world or files or hub, got 'web'"),
+        ("data.split", "", "the name of one, got ''"),
         ("model.dtype", "float16", "float32 or bfloat16, got 'float16'"),
         ("sft.loss_on", "prompt", "all or response, got 'prompt'"),
         ("ppo.missing_eos", "ignore", "replace or subtract, got 'ignore'"),
@@ -184,6 +185,13 @@ def test_all_files_that_are_missing_are_named_at_once(tmp_path):
     message = error(check, **{"data.sft": str(tmp_path / "there.jsonl"), "data.prompts": "no.csv", "model.init": "no"})
     assert "data.sft" not in message
     assert message.startswith("missing files: model.init = 'no', data.prompts = 'no.csv'; give each as --config.FIELD=")
+
+
+def test_what_may_be_on_the_hub_is_not_missing():
+    check(
+        **{"data.source": "hub", "data.sft": "who/what", "data.preferences": "who/what/pairs@v1", "text.path": "gpt2"}
+    )
+    assert error(check, **{"text.path": "no/such/folder"}).startswith("missing files: text.path = 'no/such/folder';")
 
 
 def fields():

@@ -12,6 +12,7 @@ PACKAGE = ROOT / "rlhf_jax"
 MAY_IMPORT = {
     "ops": set(),
     "errors": set(),
+    "hub": set(),
     "text": set(),
     "optim": set(),
     "sharding": set(),
@@ -24,7 +25,7 @@ MAY_IMPORT = {
     "loop": {"guard"},
     "alarms": set(),
     "models": {"ops"},
-    "data": {"text"},
+    "data": {"text", "hub"},
     "rewards": {"text"},
     "evaluate": set(),
     "generate": {"ops"},

@@ -17,6 +17,8 @@ from rlhf_jax.errors import InputError
 from rlhf_jax.models import gpt2, hf
 from rlhf_jax.rewards import gold
 from rlhf_jax.run import PURPOSES, Summarization
+from rlhf_jax.text import bpe
+from rlhf_jax.text import hf as text_hf
 
 PARITY = Path(__file__).parent / "models" / "gpt2_parity" / "model.safetensors"
 
@@ -141,9 +143,16 @@ def test_a_tokenizer_of_another_config_is_not_taken(config, tmp_path):
 
 def test_gpt2_needs_its_files(config, tmp_path):
     run = Summarization(changed(config, text={"kind": "gpt2"}), tmp_path)
-    assert error(lambda: run.tokenizer) == (
-        "text.path: expected the folder of GPT-2's encoder.json and vocab.bpe, got none"
-    )
+    assert error(lambda: run.tokenizer) == ("text.path: expected a folder or a name on the hub, as gpt2, got none")
+
+
+def test_gpt2_can_come_from_the_hub(config, tmp_path, hub_server):
+    config = changed(config, text={"kind": "gpt2", "path": "who/what"})
+    message = error(lambda: Summarization(config, tmp_path / "nothing").tokenizer)
+    assert message.startswith("text.path: who/what: no such file or folder, and no such model on the hub")
+    tokenizer = bpe.train(["one two", "one two"], 300)
+    hub_server.add("who/what", {name: json.dumps(file) for name, file in text_hf.to_hf(tokenizer).items()})
+    assert Summarization(config, tmp_path / "run").tokenizer == tokenizer
 
 
 def test_a_vocabulary_too_small_is_named_by_its_field(config, tmp_path):
@@ -220,6 +229,18 @@ def test_what_had_to_be_cut_or_skipped_is_said(config, tmp_path):
         kept.append(len(rows) - skipped)
     assert reporter.notes == notes and sum(kept) == 10
     assert [len(side["index_N"]) for side in arrays] == kept
+
+
+def test_bad_rows_are_named_or_skipped_and_told(config, tmp_path):
+    path = write(tmp_path / "rows.jsonl")
+    Path(path).write_text(Path(path).read_text() + json.dumps(ROWS[0] | {"label": " "}) + "\n")
+    data, told = {"source": "files", "sft": path, "held_out": 0.3}, f"{path}:21: label: expected text, got an empty one"
+    run = Summarization(changed(config, data=data), tmp_path / "run")
+    assert error(run.rows, "sft") == f"data.sft: {told}"
+    reporter = Notes()
+    run = Summarization(changed(config, data=data | {"skip_bad": True}), tmp_path / "other", reporter)
+    assert sum(map(len, run.rows("sft"))) == 20
+    assert reporter.notes == [f"data.sft: 1 rows skipped; the first: {told}"]
 
 
 def test_a_row_without_known_characters_is_named_as_it_is_in_its_file(config, tmp_path):

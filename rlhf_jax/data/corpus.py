@@ -5,13 +5,22 @@ of one token and a response: EOS, which stands before every text, or in pretrain
 """
 
 import dataclasses
+from pathlib import Path
 
 import numpy as np
 
-from rlhf_jax.data import batches, stories, tweets
+from rlhf_jax.data import batches, cache, files, hub, stories, tweets
 from rlhf_jax.errors import InputError
 
 KINDS = {"tweets": tweets, "stories": stories}
+
+
+@dataclasses.dataclass(frozen=True)
+class Columns:
+    """What the columns are called in a file or on the hub."""
+
+    text: str = "text"
+    sentiment: str = ""  # of tweets; empty: sentiment, label_text or label, the first that is there
 
 
 @dataclasses.dataclass(frozen=True)
@@ -19,8 +28,12 @@ class Config:
     """Which texts, and what is cut from them."""
 
     kind: str = "tweets"  # tweets | stories
-    source: str = "made"  # made: written here; file: the one at `path`; hub: the published set, over the network
-    path: str = ""  # tweets: CSV, JSONL or Parquet with the columns text and sentiment; stories: text
+    source: str = "made"  # made: written here; file: the one at `path`; hub: a data set
+    path: str = ""  # file: CSV, JSONL, Parquet, stories as plain text too; hub: OWNER/NAME/SUBSET@REVISION, or empty
+    columns: Columns = Columns()
+    split: str = "train"  # of the set on the hub
+    held_out_split: str = ""  # the one kept for evaluation; empty: a share of the texts, as of a file
+    cache: str = ""  # where what comes from the hub is kept; empty: the user's cache folder
     made: int = 12_000  # texts to write
     made_seed: int = 0
     skip_bad: bool = False  # leave out rows without text or with an unknown sentiment, and say how many
@@ -35,17 +48,26 @@ def load(config, seed):
     kind, skipped = KINDS[config.kind], [] if config.skip_bad else None
     if config.source == "made":
         rows = kind.made(config.made, config.made_seed)
-    elif config.source == "hub":
-        rows = kind.download()
     else:
         try:
-            rows = kind.read(config.path, skipped)
+            rows = _read(kind, config, config.split, skipped)
+            if config.source == "hub" and config.held_out_split:
+                return (rows, _read(kind, config, config.held_out_split, skipped)), skipped or []
         except InputError as error:
             raise InputError(f"data.path: {error}") from None
     try:
         return batches.split(rows, config.held_out, seed, "text"), skipped or []
     except InputError as error:
         raise InputError(f"data.held_out: {error}") from None
+
+
+def _read(kind, config, split, skipped):
+    """The rows of a file, or of a split of a data set; the published one, if none is named."""
+    if config.source == "file":
+        return files.rows(kind.cells(config.path, config.columns), config.path, skipped, convert=kind.row)
+    name, folder = config.path or kind.HUB, Path(config.cache or cache.folder())
+    cells = hub.cells(name, split, *kind.choices(config.columns), cache_folder=folder)
+    return files.rows(cells, name, skipped, convert=kind.row)
 
 
 def windows(rows, tokenizer, length):

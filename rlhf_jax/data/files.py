@@ -3,7 +3,7 @@
 import csv
 import json
 import os
-from collections.abc import Collection, Iterator
+from collections.abc import Callable, Collection, Iterator
 from pathlib import Path
 
 import pyarrow
@@ -20,30 +20,55 @@ class Row(dict):
         self.where = where
 
 
-def read(path: str | os.PathLike, columns: tuple[str, ...], skipped: list[str] | None = None) -> list[dict[str, str]]:
-    """The rows of the file, with these columns and no other; every value has something to read in it.
+Cells = Iterator[tuple[str, dict]]  # ("pairs.jsonl:17", values by column), the values of any type yet
+
+
+def read(path: str | os.PathLike, columns: tuple[str, ...], skipped: list[str] | None = None) -> list[Row]:
+    """The rows of the file, with these columns and no other, as `rows` has them."""
+    return rows(cells(path, columns), path, skipped)
+
+
+def rows(
+    cells: Cells,
+    source: str | os.PathLike,
+    skipped: list[str] | None = None,
+    *,
+    convert: Callable[[dict], dict] = lambda values: values,
+) -> list[Row]:
+    """The cells as rows of text, converted first; every value has something to read in it.
+
+    An InputError starts with where the row at fault is, or with the source. Where a list `skipped` is given, a bad row
+    is left out and what is wrong with it is added to the list.
+    """
+    kept = []
+    for where, values in cells:
+        try:
+            kept.append(Row(_checked(convert(values)), where))
+        except InputError as error:
+            if skipped is None:
+                raise InputError(f"{where}: {error}") from None
+            skipped.append(f"{where}: {error}")
+    if not kept:
+        raise InputError(f"{source}: expected at least one row, got none")
+    return kept
+
+
+def cells(path: str | os.PathLike, *choices: tuple[str, ...]) -> Cells:
+    """Each row of the file with its columns of one of the `choices`, the first that are all there.
 
     An InputError starts with the path and, where one row is at fault, its line (in a Parquet file, its row) from 1.
-    Where a list `skipped` is given, a row without text is left out and what is wrong with it is added to the list.
     """
     path = Path(path)
-    readers = {".jsonl": _jsonl, ".csv": _csv, ".parquet": _parquet}
-    reader = readers.get(path.suffix.lower())
+    reader = READERS.get(path.suffix.lower())
     if reader is None:
-        raise InputError(f"{path}: expected a file that ends in {', '.join(readers)}")
+        raise InputError(f"{path}: expected a file that ends in {', '.join(READERS)}")
     try:
-        rows = [row for where, cells in reader(path, columns) for row in _row(cells, where, skipped)]
+        yield from reader(path, choices)
     except OSError as error:
         raise InputError(f"{path}: {error.strerror}") from None
-    if not rows:
-        raise InputError(f"{path}: expected at least one row, got none")
-    return rows
 
 
-# Each reader yields ("path:line", row) with the columns asked for, their values of any type yet.
-
-
-def _jsonl(path: Path, columns: tuple[str, ...]) -> Iterator[tuple[str, dict]]:
+def _jsonl(path: Path, choices: tuple[tuple[str, ...], ...]) -> Cells:
     for number, line in enumerate(_lines(path), start=1):
         where = f"{path}:{number}"
         if not line.strip():
@@ -54,18 +79,17 @@ def _jsonl(path: Path, columns: tuple[str, ...]) -> Iterator[tuple[str, dict]]:
             raise InputError(f"{where}: expected a JSON object ({getattr(error, 'msg', error)})") from None
         if not isinstance(record, dict):
             raise InputError(f"{where}: expected a JSON object, got {type(record).__name__}")
-        _require(columns, record, where)
-        yield where, {column: record[column] for column in columns}
+        yield where, {column: record[column] for column in _chosen(choices, record, where)}
 
 
-def _csv(path: Path, columns: tuple[str, ...]) -> Iterator[tuple[str, dict]]:
+def _csv(path: Path, choices: tuple[tuple[str, ...], ...]) -> Cells:
     reader = csv.reader(_lines(path), strict=True)
     where = f"{path}:1"
     try:
         header = next(reader, None)
         if header is None:
             return
-        _require(columns, header, where)
+        columns = _chosen(choices, header, where)
         where = f"{path}:{reader.line_num + 1}"
         for cells in reader:
             if cells:  # a blank line has none
@@ -77,11 +101,11 @@ def _csv(path: Path, columns: tuple[str, ...]) -> Iterator[tuple[str, dict]]:
         raise InputError(f"{where}: expected CSV ({error})") from None
 
 
-def _parquet(path: Path, columns: tuple[str, ...]) -> Iterator[tuple[str, dict]]:
+def _parquet(path: Path, choices: tuple[tuple[str, ...], ...]) -> Cells:
     with path.open("rb") as file:
         try:
             table = pyarrow.parquet.ParquetFile(file)
-            _require(columns, table.schema_arrow.names, path)
+            columns = _chosen(choices, table.schema_arrow.names, path)
             batches = [batch.select(columns) for batch in table.iter_batches(columns=list(columns))]
         except (pyarrow.ArrowException, OSError) as error:
             raise InputError(f"{path}: expected Parquet ({error})") from None
@@ -94,6 +118,9 @@ def _parquet(path: Path, columns: tuple[str, ...]) -> Iterator[tuple[str, dict]]
             raise InputError(f"{where}: expected UTF-8") from None
 
 
+READERS = {".jsonl": _jsonl, ".csv": _csv, ".parquet": _parquet}
+
+
 def _lines(path: Path) -> Iterator[str]:
     """The lines of a UTF-8 file, with or without a byte order mark. Only a line feed ends a line."""
     with path.open("rb") as file:
@@ -104,31 +131,24 @@ def _lines(path: Path) -> Iterator[str]:
                 raise InputError(f"{path}:{number}: expected UTF-8 (byte {error.start} of the line is not)") from None
 
 
-def _require(columns: tuple[str, ...], there: Collection[str], where: str | Path) -> None:
-    missing = [column for column in columns if column not in there]
-    if missing:
-        raise InputError(f"{where}: expected a column {missing[0]!r}, there is {', '.join(map(repr, there)) or 'none'}")
+def _chosen(choices: tuple[tuple[str, ...], ...], there: Collection[str], where: str | Path) -> tuple[str, ...]:
+    for columns in choices:
+        if all(column in there for column in columns):
+            return columns
+    wanted = "columns " + ", or ".join(" and ".join(map(repr, columns)) for columns in choices)
+    if len(choices) == 1:
+        wanted = f"a column {next(column for column in choices[0] if column not in there)!r}"
+    raise InputError(f"{where}: expected {wanted}, there is {', '.join(map(repr, there)) or 'none'}")
 
 
-def _row(cells: dict, where: str, skipped: list[str] | None) -> list[Row]:
-    """The row, or none if it is to be skipped."""
-    try:
-        return [Row(_checked(cells, where), where)]
-    except InputError as error:
-        if skipped is None:
-            raise
-        skipped.append(str(error))
-        return []
-
-
-def _checked(row: dict, where: str) -> dict[str, str]:
+def _checked(row: dict) -> dict[str, str]:
     for column, value in row.items():
         if not isinstance(value, str):
-            raise InputError(f"{where}: {column}: expected text, got {type(value).__name__}")
+            raise InputError(f"{column}: expected text, got {type(value).__name__}")
         if not value.strip():
-            raise InputError(f"{where}: {column}: expected text, got an empty one")
+            raise InputError(f"{column}: expected text, got an empty one")
         try:
             value.encode()
         except UnicodeEncodeError:
-            raise InputError(f"{where}: {column}: expected text, got half of a surrogate pair") from None
+            raise InputError(f"{column}: expected text, got half of a surrogate pair") from None
     return row

@@ -1,24 +1,66 @@
-"""Data sets of the Hugging Face hub, through TFDS, without TensorFlow."""
+"""Data sets of the Hugging Face hub, from their own files: neither TensorFlow nor the package `datasets` is needed.
 
-import tensorflow_datasets as tfds
+A name is OWNER/NAME or OWNER/NAME/SUBSET, with or without @REVISION, or a local folder of the same files. Those of a
+split, as train, are Parquet (or JSONL, or CSV) in a folder SUBSET: train.parquet, train-*.parquet or train/*.parquet.
+"""
 
+import hashlib
+import json
+import re
+from collections.abc import Iterator
+from pathlib import Path
+
+from rlhf_jax import hub
+from rlhf_jax.data import cache, files
 from rlhf_jax.errors import InputError
 
-
-def read(name: str, split: str, columns: tuple[str, ...]) -> list[dict[str, str]]:
-    """The rows of a split, with these columns as text. InputError says what is missing: a package, the network."""
-    try:
-        source = tfds.data_source(f"huggingface:{name}", split=split)
-    except ImportError as error:
-        raise InputError(f"data.source: the hub's {name} needs the package `datasets` ({error})") from None
-    except Exception as error:  # the hub client's and TFDS's own, which have no common base
-        told = " ".join(str(error).split())[:200]
-        raise InputError(f"data.source: cannot read {name} from the hub ({type(error).__name__}: {told})") from error
-    missing = [column for column in columns if len(source) and column not in source[0]]
-    if missing:
-        raise InputError(f"data.source: {name}: expected a column {missing[0]!r}, there is {', '.join(source[0])}")
-    return [{column: _text(row[column]) for column in columns} for row in source]
+REVISIONS = ("main", "refs/convert/parquet")  # the hub keeps the second itself: what main has in other formats
+SUFFIXES = (".parquet", ".jsonl", ".csv")  # the best first
+PLACES = ("", "data/", "default/")  # where the files of a set without subsets are
 
 
-def _text(value) -> str:
-    return value.decode() if isinstance(value, bytes) else str(value)
+def cells(name: str, split: str, *choices: tuple[str, ...], cache_folder: Path) -> files.Cells:
+    """Each row of the split with its columns of one of the `choices`, the first that are all there.
+
+    What comes from the hub is converted once and then read from `cache_folder`, without a look at the network: a name
+    without a revision stands for what the hub had then. InputError, in one line, for a set, a split, columns or rows
+    that are not there, and for a hub that is not: the files to download by hand.
+    """
+    if Path(name).is_file():
+        yield from files.cells(name, *choices)
+    elif Path(name).exists():
+        yield from _cells(name, "", split, choices)
+    else:
+        base, at, revision = name.partition("@")
+        owner, *rest = base.split("/")
+        repo, subset = "/".join([owner, *rest[:1]]) + at + revision, "/".join(rest[1:])
+        if not hub.is_name(repo):
+            raise InputError(
+                f"{name}: no such folder, and not of the form OWNER/NAME, OWNER/NAME/SUBSET or NAME@REVISION"
+            )
+        digest = hashlib.sha256(json.dumps([name, split, choices]).encode()).hexdigest()[:16]
+        path = cache_folder / "hub" / f"{re.sub('[^A-Za-z0-9.-]+', '_', f'{name} {split}')}_{digest}.array_record"
+        made = cache.records(path, lambda: _json(_cells(repo, subset, split, choices), name, split))
+        for number, record in enumerate(made, start=1):
+            yield f"{name}/{split}:{number}", json.loads(record)
+
+
+def _cells(repo: str, subset: str, split: str, choices: tuple[tuple[str, ...], ...]) -> files.Cells:
+    places = (f"{subset}/",) if subset else PLACES
+    names = (f"{split}/*", f"{split}-*", split)
+    patterns = [f"{place}{name}{suffix}" for suffix in SUFFIXES for place in places for name in names]
+    folder = hub.folder(repo, *((pattern,) for pattern in patterns), kind="dataset", revisions=REVISIONS)
+    found = next(filter(None, (sorted(folder.glob(pattern)) for pattern in patterns)))
+    for file in found:
+        yield from files.cells(file, *choices)
+
+
+def _json(cells: files.Cells, name: str, split: str) -> Iterator[bytes]:
+    where = None
+    for where, values in cells:
+        try:
+            yield json.dumps(values).encode()
+        except TypeError as error:
+            raise InputError(f"{where}: expected text, numbers, lists and objects ({error})") from None
+    if where is None:
+        raise InputError(f"{name}/{split}: expected at least one row, got none")

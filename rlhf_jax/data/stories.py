@@ -1,15 +1,13 @@
-"""Tiny stories: a text file with <|endoftext|> between them, the set on the hub, or ones made here from a seed.
+"""Tiny stories: a file, a data set of the hub, or ones made here from a seed.
 
 The made ones are four sentences: who found what, what happened to it, how that felt, and an end, happy or not. No
 text is copied from anywhere.
 """
 
-import os
 from pathlib import Path
 from random import Random
 
-from rlhf_jax.data import hub
-from rlhf_jax.errors import InputError
+from rlhf_jax.data import files
 from rlhf_jax.text import stored
 
 SEPARATOR = "<|endoftext|>"
@@ -40,31 +38,30 @@ def made(count: int, seed: int) -> list[dict]:
     return [{"text": _make(rng)} for _ in range(count)]
 
 
-def read(path: str | os.PathLike, skipped: list[str] | None = None) -> list[dict]:
-    """The stories {"text"} of a text file, without the space around them.
+def choices(columns) -> list[tuple[str]]:
+    """Which column of a file or a data set has the text."""
+    return [(columns.text,)]
 
-    A story with nothing in it raises InputError, or is counted in `skipped` where that is a list. What follows the
-    last separator may be empty.
+
+def cells(path: str, columns) -> files.Cells:
+    """The cells of a JSONL, CSV or Parquet file, or of a text file with <|endoftext|> between the stories.
+
+    What follows the last separator may be empty.
     """
+    if Path(path).suffix.lower() in files.READERS:
+        yield from files.cells(path, *choices(columns))
+        return
     pieces = stored.read_text(Path(path)).split(SEPARATOR)
     if not pieces[-1].strip():
         pieces.pop()
-    rows = []
     for number, piece in enumerate(pieces, start=1):
-        if piece.strip():
-            rows.append({"text": piece.strip()})
-        elif skipped is None:
-            raise InputError(f"{path}: story {number}: expected text, got none")
-        else:
-            skipped.append(f"{path}: story {number}: no text")
-    if not rows:
-        raise InputError(f"{path}: expected at least one story, got none")
-    return rows
+        yield f"{path}: story {number}", {columns.text: piece}
 
 
-def download() -> list[dict]:
-    """The rows of the hub's set."""
-    return [row for row in hub.read(HUB, "train", ("text",)) if row["text"].strip()]
+def row(values: dict) -> dict[str, str]:
+    """{"text"} of the one cell, without the space around it."""
+    (text,) = values.values()
+    return {"text": text.strip() if isinstance(text, str) else text}
 
 
 def _make(rng: Random) -> str:

@@ -1,17 +1,18 @@
-"""Tweets and their sentiment: a CSV file, the set on the hub, or ones made here from a seed.
+"""Tweets and their sentiment: a file, a data set of the hub, or ones made here from a seed.
 
 The made ones are short enough to be learned in a minute: a few hundred words of chat, a third of them of each mood.
 No text is copied from anywhere.
 """
 
-import os
 from random import Random
 
-from rlhf_jax.data import files, hub
+from rlhf_jax.data import files
 from rlhf_jax.errors import InputError
 
 SENTIMENTS = ("positive", "neutral", "negative")
-HUB = "mteb/tweet_sentiment_extraction"
+NUMBERS = ("negative", "neutral", "positive")  # what the labels 0, 1 and 2 mean in sets that have numbers
+SENTIMENT_COLUMNS = ("sentiment", "label_text", "label")  # the first that is there
+HUB = "mteb/tweet_sentiment_extraction"  # has label and label_text
 
 OPENINGS = ("", "", "", "ok ", "so ", "lol ", "wow ", "hey ", "well ", "btw ", "omg ", "haha ")
 THINGS = (
@@ -44,28 +45,24 @@ def made(count: int, seed: int) -> list[dict]:
     return [_make(rng) for _ in range(count)]
 
 
-def read(path: str | os.PathLike, skipped: list[str] | None = None) -> list[dict]:
-    """The rows {"text", "sentiment"} of a CSV file (or JSONL, Parquet).
-
-    A row without text, or with a sentiment that is not one of SENTIMENTS, raises InputError; or it is left out and
-    what is wrong with it is added to `skipped`, where that is a list.
-    """
-    kept = []
-    for row in files.read(path, ("text", "sentiment"), skipped):
-        if row["sentiment"] in SENTIMENTS:
-            kept.append(row)
-            continue
-        wrong = f"{row.where}: sentiment: expected {', '.join(SENTIMENTS)}; got {row['sentiment']!r}"
-        if skipped is None:
-            raise InputError(wrong)
-        skipped.append(wrong)
-    return kept
+def choices(columns) -> list[tuple[str, str]]:
+    """Which columns of a file or a data set have the text and the sentiment."""
+    return [(columns.text, name) for name in ([columns.sentiment] if columns.sentiment else SENTIMENT_COLUMNS)]
 
 
-def download() -> list[dict]:
-    """The rows of the hub's set."""
-    rows = hub.read(HUB, "train", ("text", "label_text"))
-    return [{"text": row["text"], "sentiment": row["label_text"]} for row in rows if row["text"].strip()]
+def cells(path: str, columns) -> files.Cells:
+    """The cells of a CSV, JSONL or Parquet file."""
+    return files.cells(path, *choices(columns))
+
+
+def row(values: dict) -> dict[str, str]:
+    """{"text", "sentiment"} of the two cells. InputError if the sentiment is none of SENTIMENTS, by name or number."""
+    (_, text), (column, label) = values.items()
+    known = {name: name for name in SENTIMENTS} | {str(number): name for number, name in enumerate(NUMBERS)}
+    if str(label) not in known:
+        numbers = ", ".join(f"{number} {name}" for number, name in enumerate(NUMBERS))
+        raise InputError(f"{column}: expected {', '.join(SENTIMENTS)} ({numbers}); got {label!r}")
+    return {"text": text, "sentiment": known[str(label)]}
 
 
 def _make(rng: Random) -> dict:

@@ -1,4 +1,4 @@
-"""str <-> ids. Three ways to get a tokenizer (`char`, `bpe`, `gpt2`), one interface."""
+"""str <-> ids. Three ways to get a tokenizer (`char`, `bpe`, `gpt2`), one interface; `hf`: to transformers and from."""
 
 import os
 from pathlib import Path

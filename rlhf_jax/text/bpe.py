@@ -16,56 +16,73 @@ from rlhf_jax.errors import InputError
 from rlhf_jax.text import stored
 
 EOS = "<|endoftext|>"
+NORMALIZERS = {"": None, "NFC": tokenizers.normalizers.NFC()}
 BYTES = sorted(tokenizers.pre_tokenizers.ByteLevel.alphabet())
 
 
 @dataclasses.dataclass(frozen=True)
 class BPETokenizer:
-    """Id i is tokens[i]: the 256 bytes, what the merges make, and EOS, in any order. PAD is the id after them.
+    """Id i is tokens[i]: the 256 bytes, what the merges make, and what is added or special, in any order.
 
-    merges[r] = "left right" is the merge of rank r; the lowest rank goes first.
+    merges[r] = "left right" is the merge of rank r; the lowest rank goes first. A text is normalized first, the added
+    tokens are found in it whole, and the rest is split into words.
     """
 
     tokens: tuple[str, ...]
     merges: tuple[str, ...]
+    added: tuple[str, ...] = ()  # in plain letters, a space being " ": runs of spaces in GPT-NeoX
+    special: tuple[str, ...] = (EOS,)  # no text encodes to these; the last but EOS may be for other uses than ours
+    pad: str = ""  # which of them is PAD; empty: PAD is the id after all tokens
+    normalizer: str = ""  # one of NORMALIZERS
 
     def __post_init__(self):
-        made = {EOS, *BYTES}
+        made = {*BYTES}
         for rank, merge in enumerate(self.merges):
             left, _, right = merge.partition(" ")
             if left not in made or right not in made:
                 raise InputError(f"merges: expected two earlier tokens at rank {rank}, got {merge!r}")
             made.add(left + right)
+        if not made.isdisjoint(self.special) or EOS not in self.special or self.pad not in ("", *self.special):
+            raise InputError(
+                f"special: expected {EOS} and {self.pad or 'others'} that no merge makes, got {self.special}"
+            )
+        if self.pad == EOS:
+            raise InputError(f"pad: expected another token than {EOS}")
+        if self.normalizer not in NORMALIZERS:
+            raise InputError(f"normalizer: expected none or NFC, got {self.normalizer!r}")
+        made |= {*self.special, *self.added}
         if len(set(self.tokens)) < len(self.tokens) or made != set(self.tokens):
             raise InputError(
-                f"tokens: expected the {len(made)} that are bytes, {EOS} or made by a merge, each once, "
+                f"tokens: expected the {len(made)} that are bytes, made by a merge, added or special, each once, "
                 f"got {len(self.tokens)} with {len(made - set(self.tokens))} of them missing"
             )
 
     @classmethod
     def from_record(cls, record: dict) -> "BPETokenizer":
-        return cls(tuple(record["tokens"]), tuple(record["merges"]))
+        fields = {name: tuple(value) if isinstance(value, list) else value for name, value in record.items()}
+        del fields["kind"]
+        return cls(**fields)
 
     @functools.cached_property
     def eos_id(self) -> int:
         return self.tokens.index(EOS)
 
-    @property
+    @functools.cached_property
     def pad_id(self) -> int:
-        return len(self.tokens)
+        return self.tokens.index(self.pad) if self.pad else len(self.tokens)
 
     @property
     def vocab_size(self) -> int:
-        return len(self.tokens) + 1
+        return len(self.tokens) + (not self.pad)
 
     def encode(self, text: str) -> list[int]:
-        return self._codec.encode(text).ids
+        return self.codec.encode(text).ids
 
     def encode_batch(self, texts: list[str]) -> list[list[int]]:
-        return [encoding.ids for encoding in self._codec.encode_batch_fast(texts)]
+        return [encoding.ids for encoding in self.codec.encode_batch_fast(texts)]
 
     def decode(self, ids: list[int]) -> str:
-        return self._codec.decode([i for i in ids if i not in (self.pad_id, self.eos_id)])
+        return self.codec.decode([i for i in ids if i not in (self.pad_id, self.eos_id)])
 
     def save(self, directory: str | os.PathLike) -> None:
         stored.write(directory, self._record)
@@ -75,13 +92,17 @@ class BPETokenizer:
 
     @property
     def _record(self) -> dict:
-        return {"kind": "bpe", "tokens": self.tokens, "merges": self.merges}
+        return {"kind": "bpe"} | dataclasses.asdict(self)
 
     @functools.cached_property
-    def _codec(self) -> tokenizers.Tokenizer:
-        # EOS and PAD are not made known as special tokens: text that spells them must stay text.
+    def codec(self) -> tokenizers.Tokenizer:
+        """What encodes. It does not know special tokens as such: text that spells them must stay text."""
         ids = {token: i for i, token in enumerate(self.tokens)}
-        return _byte_level(tokenizers.models.BPE(ids, [tuple(merge.split(" ")) for merge in self.merges]))
+        codec = _byte_level(tokenizers.models.BPE(ids, [tuple(merge.split(" ")) for merge in self.merges]))
+        if self.normalizer:
+            codec.normalizer = NORMALIZERS[self.normalizer]
+        codec.add_tokens([tokenizers.AddedToken(token, normalized=True) for token in self.added])
+        return codec
 
 
 def train(texts: Iterable[str], vocab_size: int) -> BPETokenizer:

@@ -1,25 +1,31 @@
-"""GPT-2's own vocabulary (Radford et al. 2019), from the two files it is published in; PAD is added, as id 50257."""
+"""GPT-2's kind of vocabulary (Radford et al. 2019) from files: byte-level BPE; PAD is added where it has none.
+
+GPT-2's own has 50257 tokens, so its PAD is id 50257.
+"""
 
 import os
 from pathlib import Path
 
 from rlhf_jax.errors import InputError
-from rlhf_jax.text import bpe, stored
+from rlhf_jax.text import bpe, hf, stored
 
 NAMES = (("encoder.json", "vocab.bpe"), ("vocab.json", "merges.txt"))  # as OpenAI and as Hugging Face name them
+FILES = ((hf.FILE,), *NAMES)  # any of these is enough
 
 
 def from_files(path: str | os.PathLike) -> bpe.BPETokenizer:
-    """Reads the object of token -> id and the list of merges in the folder `path`, under either pair of names."""
-    pairs = [(Path(path, tokens), Path(path, merges)) for tokens, merges in NAMES]
-    found = next((pair for pair in pairs if all(file.exists() for file in pair)), None)
+    """Reads a tokenizer.json, alone or in a folder, or a folder of token -> id and merges, under a pair of NAMES."""
+    path = Path(path)
+    if path.is_file() or (path / hf.FILE).exists():
+        return hf.read(path if path.is_file() else path / hf.FILE)
+    found = next((names for names in NAMES if all((path / name).exists() for name in names)), None)
     if found is None:
-        raise InputError(f"{path}: expected a folder with {' or '.join(' and '.join(pair) for pair in NAMES)}")
-    tokens, merges = _tokens(found[0]), _merges(found[1])
+        raise InputError(f"{path}: expected a folder with {', or '.join(' and '.join(names) for names in FILES)}")
+    tokens, merges = _tokens(path / found[0]), _merges(path / found[1])
     try:
         return bpe.BPETokenizer(tokens, merges)
     except InputError as error:
-        raise InputError(f"{found[0]} does not fit {found[1].name}: {error}") from None
+        raise InputError(f"{path / found[0]} does not fit {found[1]}: {error}") from None
 
 
 def _tokens(file: Path) -> tuple[str, ...]:

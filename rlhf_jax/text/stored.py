@@ -10,9 +10,9 @@ from rlhf_jax.errors import InputError
 FILE = "tokenizer.json"
 
 
-def write(directory: str | os.PathLike, record: dict) -> None:
+def write(directory: str | os.PathLike, record: dict, name: str = FILE) -> None:
     """Writes `record` whole or not at all: whoever is killed here leaves the old file or the new one."""
-    path = Path(directory, FILE)
+    path = Path(directory, name)
     path.parent.mkdir(parents=True, exist_ok=True)
     unfinished = path.with_suffix(".unfinished")
     unfinished.write_text(_canonical(record), encoding="utf-8")

@@ -1,6 +1,10 @@
 import dataclasses
+import io
+import json
 
 import numpy as np
+import pyarrow
+import pyarrow.parquet
 import pytest
 
 from rlhf_jax.data import corpus
@@ -62,3 +66,52 @@ def test_too_few_texts_to_hold_any_out_are_an_error(tmp_path):
     path.write_text("One.<|endoftext|>Two.")
     with pytest.raises(InputError, match="data.held_out: .*expected at least one row on each side"):
         corpus.load(corpus.Config(kind="stories", source="file", path=str(path), held_out=1e-6), seed=1)
+
+
+MOODS = ["negative", "neutral", "positive"]
+
+
+@pytest.fixture
+def published(hub_server, tmp_path):
+    """The sets that are read where none is named, in the files and columns that they have."""
+    labels = [{"id": str(i), "text": f"tweet {i}", "label": i % 3, "label_text": MOODS[i % 3]} for i in range(60)]
+    tweet_files = {"train.jsonl": labels, "test.jsonl": labels[:2]}
+    files = {name: "".join(json.dumps(row) + "\n" for row in rows) for name, rows in tweet_files.items()}
+    hub_server.add(corpus.tweets.HUB, files, kind="dataset")
+    files = {}
+    for split, count in [("train", 4), ("validation", 3)]:
+        file = io.BytesIO()
+        pyarrow.parquet.write_table(pyarrow.table({"text": [f" Story {i}. \n" for i in range(count)]}), file)
+        files[f"data/{split}-00000-of-00001-abc.parquet"] = file.getvalue()
+    hub_server.add(corpus.stories.HUB, files | {"TinyStories-train.txt": "no"}, kind="dataset")
+    return corpus.Config(source="hub", cache=str(tmp_path / "cache"))
+
+
+def test_the_published_tweets(published):
+    (train, held_out), skipped = corpus.load(published, seed=1)
+    expected = [{"text": f"tweet {i}", "sentiment": MOODS[i % 3]} for i in range(60)]
+    assert sorted(train + held_out, key=str) == sorted(expected, key=str) and skipped == []
+    numbers = dataclasses.replace(published, columns=corpus.Columns(sentiment="label"))
+    assert corpus.load(numbers, seed=1) == ((train, held_out), [])
+
+
+def test_the_published_stories_and_a_split_to_hold_out(published):
+    config = dataclasses.replace(published, kind="stories", split="validation", held_out_split="train")
+    (train, held_out), _ = corpus.load(config, seed=1)
+    assert [row["text"] for row in train] == ["Story 0.", "Story 1.", "Story 2."]
+    assert [row["text"] for row in held_out] == ["Story 0.", "Story 1.", "Story 2.", "Story 3."]
+
+
+def test_another_set_is_named_in_the_path_and_its_errors_name_it(published, hub_server):
+    rows = [{"tweet": f"tweet {i}", "label": i % 4} for i in range(60)]
+    hub_server.add("who/what", {"train.jsonl": "".join(json.dumps(row) + "\n" for row in rows)}, kind="dataset")
+    config = dataclasses.replace(published, path="who/what")
+    with pytest.raises(
+        InputError, match="^data.path: .*: expected columns 'text' and 'sentiment', or .* there is 'tweet'"
+    ):
+        corpus.load(config, seed=1)
+    config = dataclasses.replace(config, columns=corpus.Columns(text="tweet"))
+    with pytest.raises(InputError, match=r"^data.path: who/what/train:4: label: expected positive, .*; got 3$"):
+        corpus.load(config, seed=1)
+    (train, held_out), skipped = corpus.load(dataclasses.replace(config, skip_bad=True), seed=1)
+    assert (len(train + held_out), len(skipped)) == (45, 15)

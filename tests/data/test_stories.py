@@ -2,7 +2,7 @@ import re
 
 import pytest
 
-from rlhf_jax.data import hub, stories
+from rlhf_jax.data import corpus, files, stories
 from rlhf_jax.errors import InputError
 from rlhf_jax.rewards import sentiment
 
@@ -18,20 +18,24 @@ def test_a_seed_makes_the_same_stories_again_and_another_makes_others():
     assert stories.made(20, 3) == stories.made(20, 3) != stories.made(20, 4)
 
 
+def read(path, skipped=None, **columns):
+    return files.rows(stories.cells(path, corpus.Columns(**columns)), path, skipped, convert=stories.row)
+
+
 def test_stories_stand_between_separators(tmp_path):
     path = tmp_path / "s.txt"
     path.write_text("One day.\nIt rained.\n<|endoftext|>\nTwo.<|endoftext|>\n\n")
-    assert stories.read(path) == [{"text": "One day.\nIt rained."}, {"text": "Two."}]
+    assert read(path) == [{"text": "One day.\nIt rained."}, {"text": "Two."}]
 
 
 def test_an_empty_story_is_named_or_skipped_and_counted(tmp_path):
     path = tmp_path / "s.txt"
     path.write_text("One.<|endoftext|> \n<|endoftext|>Three.")
     with pytest.raises(InputError) as caught:
-        stories.read(path)
-    assert str(caught.value) == f"{path}: story 2: expected text, got none"
+        read(path)
+    assert str(caught.value) == f"{path}: story 2: text: expected text, got an empty one"
     skipped = []
-    assert [row["text"] for row in stories.read(path, skipped)] == ["One.", "Three."]
+    assert [row["text"] for row in read(path, skipped)] == ["One.", "Three."]
     assert len(skipped) == 1
 
 
@@ -39,10 +43,18 @@ def test_an_empty_story_is_named_or_skipped_and_counted(tmp_path):
 def test_a_file_without_stories_is_named(tmp_path, text):
     path = tmp_path / "s.txt"
     path.write_text(text)
-    with pytest.raises(InputError, match="expected at least one story|story 1: expected text"):
-        stories.read(path)
+    with pytest.raises(InputError, match="expected at least one row|story 1: text: expected text"):
+        read(path)
 
 
-def test_the_hubs_stories(monkeypatch):
-    monkeypatch.setattr(hub.tfds, "data_source", lambda name, split: [{"text": b"One."}, {"text": b""}])
-    assert stories.download() == [{"text": "One."}]
+def test_stories_can_be_a_column_of_a_table(tmp_path):
+    path = tmp_path / "s.jsonl"
+    path.write_text('{"story": " One.\\n", "id": 1}\n{"story": "Two."}\n')
+    assert read(path, text="story") == [{"text": "One."}, {"text": "Two."}]
+
+
+def test_a_story_that_is_no_text_is_named(tmp_path):
+    path = tmp_path / "s.jsonl"
+    path.write_text('{"text": 1}\n')
+    with pytest.raises(InputError, match="s.jsonl:1: text: expected text, got int"):
+        read(path)

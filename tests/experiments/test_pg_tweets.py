@@ -66,8 +66,8 @@ def test_a_flag_that_cannot_be_is_one_line(flags, words, forks, tmp_path):
     ("name", "words"),
     [
         ("bad.csv", "bad.csv:62: text: expected text, got an empty one"),
-        ("label.csv", "label.csv:62: sentiment: expected positive, neutral, negative; got 'mixed'"),
-        ("columns.csv", "columns.csv:1: expected a column 'text'"),
+        ("label.csv", "label.csv:62: sentiment: expected positive, neutral, negative (0 negative"),
+        ("columns.csv", "columns.csv:1: expected columns 'text' and 'sentiment', or 'text' and"),
     ],
 )
 def test_a_bad_row_is_named(name, words, forks, table, tmp_path):

@@ -85,7 +85,7 @@ def test_a_flag_that_cannot_be_is_one_line(flag, words, command, tmp_path):
         (["--config=configs/no.py"], ["configs/no.py"]),
         ([], ["--config: expected"]),
         (["--config=configs/ppo_summarize.py:files"], ["data.sft: expected a .jsonl, .csv or .parquet file"]),
-        (["--config=configs/ppo_summarize.py:gpt2"], ["missing files: model.init = ", "text.path = ", "data.sft = "]),
+        (["--config=configs/ppo_summarize.py:gpt2"], ["missing files: model.init = ", "data.sft = "]),
     ],
 )
 def test_a_config_that_cannot_be_is_one_line(flags, words, command, tmp_path):
@@ -140,12 +140,12 @@ def test_a_number_that_is_not_finite_ends_the_run(command, tmp_path):
 def stopped(small, tmp_path_factory):
     """Fine-tuning that was asked to stop after its first step: the command, its workdir and how it ended."""
     workdir = tmp_path_factory.mktemp("run")
-    line = [sys.executable, SFT, f"--workdir={workdir}", *small, "--config.sft.steps=40"]
+    line = [sys.executable, SFT, f"--workdir={workdir}", *small, "--config.sft.steps=400"]
     with subprocess.Popen(line, cwd=ROOT, text=True, stdout=subprocess.PIPE, stderr=subprocess.PIPE) as process:
         said = []
         for text in process.stdout:
             said.append(text)
-            if text.startswith("sft  1/40"):
+            if text.startswith("sft  40/400"):
                 process.terminate()
         err = process.stderr.read()
     return types.SimpleNamespace(line=line, workdir=workdir, code=process.returncode, out="".join(said), err=err)
@@ -153,7 +153,7 @@ def stopped(small, tmp_path_factory):
 
 def test_a_run_that_is_asked_to_stop_saves_and_says_so(stopped):
     assert stopped.code == 3
-    told = r"sft_summarize.py: stopped after step (\d+) of 40; the same command goes on from there\n"
+    told = r"sft_summarize.py: stopped after step (\d+) of 400; the same command goes on from there\n"
     assert re.fullmatch(told, stopped.err), stopped.err
 
 
@@ -163,8 +163,8 @@ def test_a_run_that_was_stopped_goes_on_to_the_end(stopped, command):
     again = subprocess.run(stopped.line, cwd=ROOT, text=True, capture_output=True)
     assert (again.returncode, again.stderr) == (0, "")
     assert f"sft: goes on after step {re.search('after step ([0-9]+)', stopped.err)[1]}\n" in again.stdout
-    assert command(workdir, "--config.sft.steps=40", script=REWARD).code == 0
-    result = command(workdir, "--config.sft.steps=40")
+    assert command(workdir, "--config.sft.steps=400", script=REWARD).code == 0
+    result = command(workdir, "--config.sft.steps=400")
     assert (result.code, result.err) == (0, "")
     assert "sft: finished with this config, skipped\nreward: finished with this config, skipped\n" in result.out
     assert "data.prompts, train: 40 rows, " in result.out and " cut prompts\n" in result.out

@@ -1,3 +1,7 @@
+import dataclasses
+import re
+import unicodedata
+
 import pytest
 from hypothesis import given
 from hypothesis import strategies as st
@@ -64,8 +68,52 @@ def test_the_vocabulary_has_room_for_all_bytes(vocab_size):
         ((*bpe.BYTES, bpe.EOS, bpe.EOS), (), "each once"),
         ((*bpe.BYTES, bpe.EOS, "abc"), ("ab c",), "expected two earlier tokens at rank 0, got 'ab c'"),
         ((*bpe.BYTES, bpe.EOS, "a"), ("a",), "expected two earlier tokens at rank 0, got 'a'"),
+        ((*bpe.BYTES, bpe.EOS), (f"< {bpe.EOS}",), "expected two earlier tokens at rank 0"),
     ],
 )
 def test_tokens_and_merges_must_fit_together(tokens, merges, message):
     with pytest.raises(InputError, match=message):
         bpe.BPETokenizer(tokens, merges)
+
+
+# GPT-NeoX's kind: EOS and PAD first, NFC, runs of spaces added. Ids: 0 EOS, 1 PAD, 256 bytes, "é" as its two bytes.
+NEOX = bpe.BPETokenizer(
+    tokens=(bpe.EOS, "<|padding|>", *bpe.BYTES, "Ã©", "  ", "    "),
+    merges=("Ã ©",),
+    added=("  ", "    "),
+    special=(bpe.EOS, "<|padding|>"),
+    pad="<|padding|>",
+    normalizer="NFC",
+)
+
+
+def test_added_tokens_and_normalization_by_hand():
+    a, space = 2 + bpe.BYTES.index("a"), 2 + bpe.BYTES.index("Ġ")
+    assert NEOX.encode("a      a") == [a, 260, 259, a]  # four spaces, then two: the longest first
+    assert NEOX.encode("a a") == [a, space, a]
+    assert NEOX.encode("e\N{COMBINING ACUTE ACCENT}") == NEOX.encode("é") == [258]
+    assert NEOX.decode([1, a, 260, 258, 0]) == "a    é"
+    assert (NEOX.eos_id, NEOX.pad_id, NEOX.vocab_size) == (0, 1, 261)
+
+
+@given(st.text(st.sampled_from("ab \n<|>é") | st.characters(codec="utf-8")) | st.sampled_from(NEOX.special))
+def test_no_text_has_special_tokens_of_another_kind_either(text):
+    ids = NEOX.encode(text)
+    assert {0, 1}.isdisjoint(ids)
+    assert NEOX.decode(ids) == unicodedata.normalize("NFC", text)
+
+
+@pytest.mark.parametrize(
+    ("change", "message"),
+    [
+        ({"pad": bpe.EOS}, "pad: expected another token than <|endoftext|>"),
+        ({"pad": "[PAD]"}, "special: expected <|endoftext|> and [PAD] that no merge makes, got ("),
+        ({"special": ("<|padding|>",)}, "special: expected <|endoftext|> and <|padding|> that no merge makes, got ("),
+        ({"special": (*NEOX.special, "Ã©")}, "special: expected <|endoftext|> and <|padding|> that no merge makes"),
+        ({"normalizer": "NFKC"}, "normalizer: expected none or NFC, got 'NFKC'"),
+        ({"added": ("  ", "x y")}, "tokens: expected the 261"),
+    ],
+)
+def test_special_tokens_and_normalizer_must_be_known(change, message):
+    with pytest.raises(InputError, match=f"^{re.escape(message)}"):
+        dataclasses.replace(NEOX, **change)

@@ -3,9 +3,10 @@ import os
 from pathlib import Path
 
 import pytest
+import tokenizers
 
 from rlhf_jax.errors import InputError
-from rlhf_jax.text import bpe, gpt2
+from rlhf_jax.text import bpe, gpt2, hf
 
 DATA = Path(os.environ.get("RLHF_JAX_DATA", Path(__file__).parents[3] / "shared" / "data"))
 
@@ -46,7 +47,9 @@ def test_ids_not_the_order_in_the_file_decide(tmp_path):
 
 def test_missing_files_are_named(tmp_path):
     (tmp_path / "encoder.json").write_text("{}")
-    with pytest.raises(InputError, match=f"{tmp_path}: .*encoder.json and vocab.bpe or vocab.json and merges.txt"):
+    with pytest.raises(
+        InputError, match=f"{tmp_path}: .*tokenizer.json, or encoder.json and vocab.bpe, or vocab.json and merges.txt"
+    ):
         gpt2.from_files(tmp_path)
 
 
@@ -81,6 +84,12 @@ def test_merges_that_are_not_utf8_are_named(tmp_path):
         gpt2.from_files(tmp_path)
 
 
+def test_a_tokenizer_json_comes_first_and_may_be_named_itself(folder):
+    wanted = bpe.train(["ab ab"], 300)
+    hf.export(wanted, folder)
+    assert gpt2.from_files(folder) == gpt2.from_files(folder / "tokenizer.json") == wanted
+
+
 def test_golden_ids():
     golden = DATA / "goldens" / "gpt2_bpe_ids.json"
     if not golden.exists():
@@ -92,3 +101,5 @@ def test_golden_ids():
     assert tokenizer.encode_batch([row["text"] for row in rows]) == [row["ids"] for row in rows]
     assert [i for i, row in enumerate(rows) if tokenizer.decode(row["ids"]) != row["text"]] == []
     assert (tokenizer.eos_id, tokenizer.pad_id, tokenizer.vocab_size) == (50256, 50257, 50258)
+    there = tokenizers.Tokenizer.from_str(json.dumps(hf.to_hf(tokenizer)["tokenizer.json"]))
+    assert [i for i, row in enumerate(rows) if there.encode(row["text"]).ids != row["ids"]] == []

@@ -9,10 +9,13 @@ from rlhf_jax.errors import InputError
 from rlhf_jax.text import bpe, char
 
 TEXTS = ["one one é 你 \n", 'two "two" two']
-TOKENIZERS = [char.train(TEXTS), bpe.train(TEXTS, 270)]
+NEOX = bpe.BPETokenizer(
+    (bpe.EOS, "<|padding|>", *bpe.BYTES, "  "), (), ("  ",), (bpe.EOS, "<|padding|>"), "<|padding|>", "NFC"
+)
+TOKENIZERS = [char.train(TEXTS), bpe.train(TEXTS, 270), NEOX]
 
 
-@pytest.fixture(params=TOKENIZERS, ids=["char", "bpe"])
+@pytest.fixture(params=TOKENIZERS, ids=["char", "bpe", "neox"])
 def tokenizer(request) -> text.Tokenizer:
     return request.param
 
@@ -42,7 +45,7 @@ def test_a_save_that_fails_keeps_the_old_file(tokenizer, tmp_path, monkeypatch):
 
 def test_fingerprints_tell_tokenizers_apart():
     others = [char.train(["one"]), bpe.train(TEXTS, 258)]
-    assert len({tokenizer.fingerprint() for tokenizer in TOKENIZERS + others}) == 4
+    assert len({tokenizer.fingerprint() for tokenizer in TOKENIZERS + others}) == 5
 
 
 def test_a_folder_without_a_tokenizer_is_named(tmp_path):
@@ -57,6 +60,7 @@ def test_a_folder_without_a_tokenizer_is_named(tmp_path):
         ("[]", "tokenizer.json: expected the fields of a tokenizer of kind char or bpe"),
         ('{"kind": "words"}', "tokenizer.json: expected the fields of a tokenizer of kind char or bpe"),
         ('{"kind": "bpe", "tokens": 3, "merges": []}', "tokenizer.json: expected the fields"),
+        ('{"kind": "bpe", "tokens": [], "merges": [], "more": 1}', "tokenizer.json: expected the fields"),
         ('{"kind": "bpe", "tokens": ["a"], "merges": []}', "tokenizer.json: tokens: expected the 257"),
         ('{"kind": "char"}', "tokenizer.json: expected the fields"),
         ('{"kind": "char", "characters": ""}', "tokenizer.json: characters: expected a string"),
@@ -67,6 +71,12 @@ def test_a_damaged_file_is_named(tmp_path, saved, message):
     (tmp_path / "tokenizer.json").write_text(saved)
     with pytest.raises(InputError, match=f"{tmp_path}/{message}"):
         text.load(tmp_path)
+
+
+def test_a_file_without_the_later_fields_is_read(tmp_path):
+    tokens = [*bpe.BYTES, "ab", bpe.EOS]
+    (tmp_path / "tokenizer.json").write_text(json.dumps({"kind": "bpe", "tokens": tokens, "merges": ["a b"]}))
+    assert text.load(tmp_path) == bpe.BPETokenizer(tuple(tokens), ("a b",))
 
 
 def test_the_file_is_json_with_its_kind(tmp_path):

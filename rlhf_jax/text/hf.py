@@ -1,0 +1,145 @@
+"""Hugging Face tokenizers <-> ours: reads their byte-level BPE, writes what transformers.AutoTokenizer loads.
+
+A text has the same ids on both sides, but for one thing: to theirs, the name of a special token in it is that token.
+"""
+
+import json
+import os
+from pathlib import Path
+
+import tokenizers
+
+from rlhf_jax.errors import InputError
+from rlhf_jax.text import bpe, char, stored
+
+FILE = "tokenizer.json"
+PADS = ("<|pad|>", "<|padding|>", "[PAD]", "<pad>")  # names that PAD has; the first is what we call it
+
+# What byte-level BPE has in the fields of a tokenizer.json; None: null, or not there.
+EXPECTED = {
+    "normalizer.type": (None, "NFC"),
+    "pre_tokenizer.type": ("ByteLevel",),
+    "pre_tokenizer.add_prefix_space": (False,),
+    "pre_tokenizer.use_regex": (None, True),
+    "post_processor.type": (None, "ByteLevel", "TemplateProcessing"),
+    "decoder.type": ("ByteLevel",),
+    "model.type": (None, "BPE"),
+    "model.dropout": (None, 0),
+    "model.continuing_subword_prefix": (None, ""),
+    "model.end_of_word_suffix": (None, ""),
+    "model.byte_fallback": (None, False),
+    "model.ignore_merges": (None, False),
+}
+# The same for a token that is found whole in a text.
+EXPECTED_OF_ADDED = {"single_word": (None, False), "lstrip": (None, False), "rstrip": (None, False)}
+
+
+def read(path: str | os.PathLike) -> bpe.BPETokenizer:
+    """The byte-level BPE in a tokenizer.json, such as GPT-2's or GPT-NeoX's. InputError names the field at fault."""
+    record = stored.read_json(Path(path))
+    try:
+        return from_hf(record)
+    except InputError as error:
+        raise InputError(f"{path}: {error}") from None
+
+
+def from_hf(record: dict) -> bpe.BPETokenizer:
+    """A parsed tokenizer.json. A special token with one of the names PADS is PAD; without one, PAD is a new id.
+
+    What the file says of truncation and padding is not read: that is for the batches.
+    """
+    _expect(EXPECTED, record)
+    steps = _get(record, "post_processor.single") or []
+    if any("Sequence" not in step for step in steps):
+        raise InputError(f"post_processor.single: expected the text alone, got {json.dumps(steps)}")
+    added = _added(record)
+    ids = _ids(record, added)
+    tokens = sorted(ids, key=ids.get)
+    special = [token for token in tokens if token == bpe.EOS or token in added and added[token].get("special")]
+    plain = [token for token in tokens if token in added and token not in special]
+    normalizer = _get(record, "normalizer.type") or ""
+    for token in plain:
+        expected = EXPECTED_OF_ADDED | ({"normalized": (True,)} if normalizer else {})
+        _expect(expected, added[token], f"added_tokens: {token!r}: ")
+    pad = next((name for name in PADS if name in special), "")
+    if pad == PADS[0] == tokens[-1]:  # the one that `to_hf` added
+        tokens.remove(pad)
+        special.remove(pad)
+        pad = ""
+    return bpe.BPETokenizer(tuple(tokens), _merges(record), tuple(plain), tuple(special), pad, normalizer)
+
+
+def to_hf(tokenizer: bpe.BPETokenizer | char.CharTokenizer) -> dict[str, dict]:
+    """The files that transformers.AutoTokenizer loads: {name: JSON value}. EOS and PAD are special tokens, and apart.
+
+    A text with no known character is all UNK to their character tokenizer, and an error to ours.
+    """
+    codec, special = _characters(tokenizer) if isinstance(tokenizer, char.CharTokenizer) else _byte_level(tokenizer)
+    codec.add_special_tokens([tokenizers.AddedToken(name, normalized=False) for name in special])
+    names = {"eos_token": codec.id_to_token(tokenizer.eos_id), "pad_token": codec.id_to_token(tokenizer.pad_id)}
+    config = {
+        "tokenizer_class": "PreTrainedTokenizerFast",  # takes tokenizer.json as it is
+        "add_prefix_space": False,
+        "clean_up_tokenization_spaces": False,
+        "padding_side": "left",
+    }
+    return {FILE: json.loads(codec.to_str()), "tokenizer_config.json": config | names, "special_tokens_map.json": names}
+
+
+def export(tokenizer: bpe.BPETokenizer | char.CharTokenizer, folder: str | os.PathLike) -> None:
+    """Writes the files of `to_hf` into the folder."""
+    for name, record in to_hf(tokenizer).items():
+        stored.write(folder, record, name)
+
+
+def _byte_level(tokenizer):
+    codec = tokenizers.Tokenizer.from_str(tokenizer.codec.to_str())
+    pad = tokenizer.pad or next(name for name in PADS if name not in tokenizer.tokens)
+    return codec, dict.fromkeys((*tokenizer.special, pad))  # the one that is new gets the next id
+
+
+def _characters(tokenizer):
+    unknown = char.UNKNOWN if char.UNKNOWN not in tokenizer.characters else "<|unk|>"
+    ids = {name: i for i, name in enumerate((*tokenizer.characters, unknown))}
+    codec = tokenizers.Tokenizer(tokenizers.models.WordLevel(ids, unk_token=unknown))
+    codec.pre_tokenizer = tokenizers.pre_tokenizers.Split(tokenizers.Regex(r"[\s\S]"), "isolated")
+    codec.decoder = tokenizers.decoders.Fuse()
+    return codec, (bpe.EOS, PADS[0])  # their ids are the next two
+
+
+def _expect(fields, record, where=""):
+    for field, values in fields.items():
+        if (value := _get(record, field)) not in values:
+            expected = " or ".join("none" if value is None else json.dumps(value) for value in values)
+            raise InputError(f"{where}{field}: expected {expected}, as in byte-level BPE, got {json.dumps(value)}")
+
+
+def _get(record, field):
+    """record["a"]["b"] for the field "a.b"; None if that is not there."""
+    for name in field.split("."):
+        record = record.get(name) if isinstance(record, dict) else None
+    return record
+
+
+def _added(record):
+    added = record.get("added_tokens") or []
+    if not isinstance(added, list) or not all(isinstance(_get(token, "content"), str) for token in added):
+        raise InputError("added_tokens: expected a list of objects with content and id")
+    return {token["content"]: token for token in added}
+
+
+def _ids(record, added):
+    ids = _get(record, "model.vocab")
+    if not isinstance(ids, dict):
+        raise InputError("model.vocab: expected an object of token -> id")
+    ids = ids | {name: token.get("id") for name, token in added.items()}
+    if not all(type(i) is int for i in ids.values()) or set(ids.values()) != set(range(len(ids))):
+        raise InputError(f"model.vocab and added_tokens: expected each of the ids 0 to {len(ids) - 1} once")
+    return ids
+
+
+def _merges(record):
+    merges = _get(record, "model.merges")
+    if not isinstance(merges, list):
+        raise InputError("model.merges: expected a list")
+    return tuple(merge if isinstance(merge, str) else " ".join(map(str, merge)) for merge in merges)
