@@ -1,7 +1,7 @@
 """Weights of Hugging Face's GPT-2 and GPT-NeoX <-> our parameter trees. Arrays only: no torch, no transformers.
 
-    params = hf.load("gpt2", config)                          # or hf.from_hf(hf.read(path), config), piece by piece
-    hf.save("policy", params, config, eos_id=..., pad_id=...)   # what transformers' from_pretrained reads
+    params = hf.load("gpt2", config)                           # or hf.from_hf(hf.read(path), config), piece by piece
+    hf.save("policy", params, config, eos_id=..., pad_id=...)  # what transformers' from_pretrained reads
 
 A reward model is their ...ForSequenceClassification with one label: scalar_from_hf, save_scalar.
 """

@@ -407,10 +407,10 @@ print(kilobytes("VmHWM") - before)
 @pytest.mark.parametrize("extra", [{}, gpt2.NEOX], ids=["gpt2", "neox"])
 def test_a_checkpoint_is_in_memory_once(extra, tmp_path):
     """Read, with a row added for PAD, every number used, put on the device: less than 1.3 times the file."""
-    config = gpt2.Config(layers=8, heads=4, head_size=64, width=256, vocab_size=10_000, **extra)
+    config = gpt2.Config(layers=8, heads=4, head_size=64, width=256, vocab_size=20_000, **extra)
     hf.save(tmp_path / "model", policy(config), config, **IDS)
     size = (tmp_path / "model" / "model.safetensors").stat().st_size
-    sizes = dataclasses.asdict(dataclasses.replace(config, vocab_size=10_001))
+    sizes = dataclasses.asdict(dataclasses.replace(config, vocab_size=20_001))
     command = [sys.executable, "-c", MEASURE, str(tmp_path / "model"), repr(sizes)]
     environment = os.environ | {"PYTHONPATH": str(Path(__file__).parents[2])}
     done = subprocess.run(command, capture_output=True, text=True, check=True, env=environment)
