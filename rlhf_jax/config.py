@@ -150,6 +150,11 @@ class _Checks:
         self.one_of("model.dtype", "float32", "bfloat16")
         for field in ("layers", "heads", "head_size", "width"):
             self.expect(getattr(model, field) > 0, f"model.{field}", "more than 0")
+        share = model.rotary_share
+        fine = share == 0 or (0 < share <= 1 and int(model.head_size * share) in range(2, model.head_size + 1, 2))
+        self.expect(fine, "model.rotary_share", "0, or a share of model.head_size that is an even number of entries")
+        for field in ("rotary_base", "norm_eps"):
+            self.expect(getattr(model, field) > 0, f"model.{field}", "more than 0")
         self.expect(0 <= config.seed < 2**32, "seed", "0 to 2^32 - 1")
         self.expect(0 <= model.dropout < 1, "model.dropout", "0 to less than 1")
         self.expect(0 < config.data.held_out < 1, "data.held_out", "a share between 0 and 1")

@@ -156,22 +156,14 @@ class Run:
         return rollout.Apply(heads.LanguageModel(config), heads.ScalarModel(config))
 
     def policy_init(self):
-        """The policy before fine-tuning: random, or the Hugging Face GPT-2 weights in the file model.init."""
+        """The policy before fine-tuning: random, or the Hugging Face weights in the file or folder model.init."""
         model = self.apply.policy
         if not self.config.model.init:
             return jax.jit(model.init)(self.key("policy init"))
-        arrays = hf.read(self.config.model.init)
-        ids = next((len(array) for name, array in arrays.items() if name.endswith("wte.weight")), 0)
-        if ids > model.config.vocab_size:
-            expected = f"at most the tokenizer's {model.config.vocab_size} ids"
-            raise InputError(f"model.init: expected {expected}, got a token embedding of {ids} rows")
-        params = hf.from_hf(arrays, dataclasses.replace(model.config, vocab_size=ids))
-        # PAD and what else the checkpoint has no row for starts as the mean row: a row of zeros would have logit 0,
-        # which is far above all others in GPT-2.
-        table_VD = params["wte"]["embedding"]
-        new = np.tile(table_VD.mean(axis=0), (model.config.vocab_size - ids, 1))
-        params["wte"]["embedding"] = np.concatenate([table_VD, new])
-        return params
+        try:
+            return hf.load(self.config.model.init, model.config)
+        except InputError as error:
+            raise InputError(f"model.init: {error}") from None
 
     def sampling(self, temperature):
         """How responses are drawn."""

@@ -89,6 +89,7 @@ def test_a_whole_number_does_for_a_float():
 # Checks
 
 
+NAN = float("nan")
 WORLD = {"data.source": "world", "text.kind": "bpe", "data.prompt_length": 64, "data.response_length": 22}
 
 
@@ -101,6 +102,7 @@ def check(devices=1, **changes):
     [
         {},
         {"model.context": 86},  # exactly prompt + response
+        {"model.rotary_share": 1.0},
         {"data.response_length": 2, "model.dropout": 0.0, "evaluation.temperature": 0.0, "evaluation.prompts": 2},
         {"ppo.gamma": 0.0, "ppo.lam": 0.0},
         {"ppo.gamma": 1.0, "ppo.lam": 1.0},
@@ -128,6 +130,12 @@ def test_the_edge_of_what_is_possible(changes):
         ("model.heads", 0, "more than 0, got 0"),
         ("model.head_size", -1, "more than 0, got -1"),
         ("model.width", 0, "more than 0, got 0"),
+        *(("model.rotary_share", share, "0, or a share of model.head_size ") for share in (-0.5, 0.02, 0.05, 1.1, NAN)),
+        *(
+            (f"model.{name}", value, "more than 0, got ")
+            for name in ("rotary_base", "norm_eps")
+            for value in (0.0, NAN)
+        ),
         ("model.dropout", 1.0, "0 to less than 1, got 1.0"),
         ("model.dropout", -0.1, "0 to less than 1, got -0.1"),
         ("model.context", 85, "at least data.prompt_length + data.response_length = 86, got 85"),
@@ -143,11 +151,7 @@ def test_the_edge_of_what_is_possible(changes):
             for stage in ("sft", "reward", "ppo")
             for name in ("steps", "batch", "microbatches")
         ),
-        *(
-            (f"{stage}.lr", lr, f"more than 0, got {lr}")
-            for stage in ("sft", "reward", "ppo")
-            for lr in (0.0, float("nan"))
-        ),
+        *((f"{stage}.lr", lr, f"more than 0, got {lr}") for stage in ("sft", "reward", "ppo") for lr in (0.0, NAN)),
         ("ppo.epochs", 0, "more than 0, got 0"),
         ("ppo.minibatches", 0, "more than 0, got 0"),
         ("ppo.temperature", 0.0, "more than 0, got 0.0"),

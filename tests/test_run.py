@@ -320,6 +320,26 @@ def test_pretrained_weights_with_ids_that_they_do_not_know(config, tmp_path):
     assert logits_V[97:].max() < logits_V[:97].max()  # ids that were never seen are not the most likely
 
 
+def test_pretrained_weights_of_gpt_neox(config, tmp_path):
+    """From a folder. Both tables of a token id get the rows that the checkpoint lacks."""
+    sizes = {"heads": 2, "head_size": 16, "width": 32, "init": str(PARITY.parents[1] / "neox_parity")}
+    sizes |= gpt2.NEOX | {"context": 32}
+    run = pretrained(config, tmp_path, characters=90, **sizes)
+    params = run.policy_init()
+    for name in "wte", "unembed":
+        table_VD = params[name]["embedding"]
+        assert table_VD.shape == (run.tokenizer.vocab_size, 32)
+        np.testing.assert_allclose(
+            table_VD[97:], np.tile(table_VD[:97].mean(axis=0), (len(table_VD) - 97, 1)), rtol=1e-6
+        )
+
+
+def test_pretrained_weights_of_other_sizes_are_refused(config, tmp_path):
+    run = pretrained(config, tmp_path, characters=90, heads=1, head_size=24)
+    expected = f"{PARITY.with_name('config.json')}: expected model.heads = 3 (not 1), model.head_size = 8 (not 24)"
+    assert error(run.policy_init) == f"model.init: {expected}"
+
+
 def test_pretrained_weights_of_a_larger_vocabulary_are_refused(config, tmp_path):
     run = pretrained(config, tmp_path, characters=50)
     assert "97" in error(run.policy_init)

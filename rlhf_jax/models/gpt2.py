@@ -2,6 +2,9 @@
 
 {"wte": {"embedding": [V, D]}, "wpe": {"embedding": [context, D]}, "ln_f": {"scale", "bias"},
  "h_0": {"ln_1", "attn": {"qkv": [D, 3HK], "out": [HK, D]}, "ln_2", "mlp": {"fc": [D, F], "proj": [F, D]}}, ...}
+
+GPT-NeoX (Black et al. 2022, arXiv 2204.06745; Pythia is one) is the same with some fields of the Config changed. It has
+no "wpe": its positions are angles, _J of them a token (rotary.py).
 """
 
 import dataclasses
@@ -11,10 +14,13 @@ import flax.linen as nn
 import jax
 import jax.numpy as jnp
 
+from rlhf_jax.models import rotary
+
 
 @dataclasses.dataclass(frozen=True)
 class Config:
-    """Sizes of a GPT-2. The head size is free: heads * head_size need not be the width."""
+    """Sizes of a GPT-2, and what a GPT-NeoX has otherwise. The head size is free: heads * head_size need not be the
+    width."""
 
     layers: int = 12
     heads: int = 12
@@ -22,11 +28,24 @@ class Config:
     width: int = 768
     context: int = 1024  # the most tokens a sequence can have, prompt and response together
     vocab_size: int = 0  # 0: the tokenizer's; larger than it: padded with ids that are never targets
+    rotary_share: float = 0.0  # of each head, turned by its position (GPT-NeoX: .25); 0: positions are learned
+    rotary_base: float = 10_000.0
+    parallel_residual: bool = False  # attention and feed-forward layer read the same sum (GPT-NeoX)
+    exact_gelu: bool = False  # x Phi(x) (GPT-NeoX), not the tanh form
+    tied: bool = True  # the token embedding is the projection on the vocabulary too; GPT-NeoX has one of its own
+    norm_eps: float = 1e-5
     init_std: float = 0.02  # of random weights; narrow models learn to copy much sooner from about 1 / sqrt(width)
     dropout: float = 0.0  # in supervised training only
     dtype: str = "float32"  # of the activations; parameters are float32
-    init: str = ""  # a model.safetensors to start from; empty: random weights
+    init: str = ""  # weights to start from, a model.safetensors or a folder of transformers'; empty: random
 
+    @property
+    def rotary_planes(self):
+        """Half the entries of a head that are turned."""
+        return int(self.head_size * self.rotary_share) // 2
+
+
+NEOX = {"context": 2048, "rotary_share": 0.25, "parallel_residual": True, "exact_gelu": True, "tied": False}
 
 PRESETS = {
     "nano": Config(layers=3, heads=3, head_size=16, width=48),
@@ -36,6 +55,9 @@ PRESETS = {
     "gpt2-medium": Config(layers=24, heads=16, width=1024),
     "gpt2-large": Config(layers=36, heads=20, width=1280),
     "gpt2-xl": Config(layers=48, heads=25, width=1600),
+    "pythia-160m": Config(layers=12, heads=12, width=768, **NEOX),
+    "pythia-410m": Config(layers=24, heads=16, width=1024, **NEOX),
+    "pythia-1b": Config(layers=16, heads=8, head_size=256, width=2048, **NEOX),
 }
 
 
@@ -70,13 +92,15 @@ class Attention(nn.Module):
     config: Config
 
     @nn.compact
-    def __call__(self, x_BTD, attend_BTS, past):
+    def __call__(self, x_BTD, attend_BTS, angles_BTJ, past):
         c = self.config
         B, T, D = x_BTD.shape
         qkv = jax.lax.optimization_barrier(_dense(c, 3 * c.heads * c.head_size, "qkv")(x_BTD))
         # Heads go next to the batch: as `bthk,bshk->bhts` the products are three times slower on a CPU.
         parts = (part.reshape(B, T, c.heads, c.head_size) for part in jnp.split(qkv, 3, axis=-1))
         q_BHTK, k_BHSK, v_BHSK = (jnp.moveaxis(part, 1, 2) for part in parts)
+        if angles_BTJ is not None:  # keys are cached as they were turned: their place does not change any more
+            q_BHTK, k_BHSK = (rotary.rotate(x_BHTK, angles_BTJ[:, None]) for x_BHTK in (q_BHTK, k_BHSK))
         if past is not None:
             keys, values, slot = past
             k_BHSK = jax.lax.dynamic_update_slice_in_dim(keys, k_BHSK, slot, axis=2)
@@ -92,28 +116,31 @@ class Attention(nn.Module):
 
 
 class MLP(nn.Module):
-    """The feed-forward layer: width -> 4 width -> width, GELU (tanh form) between."""
+    """The feed-forward layer: width -> 4 width -> width, GELU between."""
 
     config: Config
 
     @nn.compact
     def __call__(self, x_BTD):
-        h_BTF = jax.nn.gelu(_dense(self.config, 4 * self.config.width, "fc")(x_BTD), approximate=True)
-        return _dense(self.config, self.config.width, "proj", residual=True)(h_BTF)
+        c = self.config
+        h_BTF = jax.nn.gelu(_dense(c, 4 * c.width, "fc")(x_BTD), approximate=not c.exact_gelu)
+        return _dense(c, c.width, "proj", residual=True)(h_BTF)
 
 
 class Block(nn.Module):
-    """Attention, then the feed-forward layer, each normalized before and added after."""
+    """Attention, then the feed-forward layer, each normalized before and added after. Where they are parallel the
+    second does not see what the first added."""
 
     config: Config
 
     @nn.compact
-    def __call__(self, x_BTD, attend_BTS, past, *, deterministic):
+    def __call__(self, x_BTD, attend_BTS, angles_BTJ, past, *, deterministic):
         dropout = nn.Dropout(self.config.dropout, deterministic=deterministic, name="dropout")
         normed_BTD = _norm(self.config, "ln_1")(x_BTD)
-        mixed_BTD, kv = Attention(self.config, name="attn")(normed_BTD, attend_BTS, past)
-        x_BTD = x_BTD + dropout(mixed_BTD)
-        return x_BTD + dropout(MLP(self.config, name="mlp")(_norm(self.config, "ln_2")(x_BTD))), kv
+        mixed_BTD, kv = Attention(self.config, name="attn")(normed_BTD, attend_BTS, angles_BTJ, past)
+        sum_BTD = x_BTD + dropout(mixed_BTD)
+        seen_BTD = x_BTD if self.config.parallel_residual else sum_BTD
+        return sum_BTD + dropout(MLP(self.config, name="mlp")(_norm(self.config, "ln_2")(seen_BTD))), kv
 
 
 class GPT2(nn.Module):
@@ -139,12 +166,18 @@ class GPT2(nn.Module):
             valid_BS = jax.lax.dynamic_update_slice_in_dim(cache.valid_BS, mask_BT, cache.used, axis=1)
             slot_S = jnp.arange(valid_BS.shape[1])
             attend_BTS = (slot_S <= cache.used + jnp.arange(T)[:, None]) & valid_BS[:, None, :]
-        x_BTD = _embed(c, c.vocab_size, "wte")(tokens_BT) + _embed(c, c.context, "wpe")(jnp.maximum(seen - 1, 0))
+        x_BTD = _embed(c, c.vocab_size, "wte")(tokens_BT)
+        positions_BT = jnp.maximum(seen - 1, 0)
+        if c.rotary_share:
+            angles_BTJ = rotary.angles(positions_BT, c.rotary_planes, c.rotary_base)
+        else:
+            angles_BTJ = None
+            x_BTD = x_BTD + _embed(c, c.context, "wpe")(positions_BT)
         x_BTD = nn.Dropout(c.dropout, deterministic=deterministic, name="dropout")(x_BTD)
         layers = []
         for i in range(c.layers):
             past = None if cache is None else (cache.keys[i], cache.values[i], cache.used)
-            x_BTD, kv = Block(c, name=f"h_{i}")(x_BTD, attend_BTS, past, deterministic=deterministic)
+            x_BTD, kv = Block(c, name=f"h_{i}")(x_BTD, attend_BTS, angles_BTJ, past, deterministic=deterministic)
             layers.append(kv)
         x_BTD = _norm(c, "ln_f")(x_BTD)
         if cache is None:
@@ -166,4 +199,4 @@ def _embed(config, entries, name):
 
 
 def _norm(config, name):
-    return nn.LayerNorm(epsilon=1e-5, name=name, dtype=config.dtype)
+    return nn.LayerNorm(epsilon=config.norm_eps, name=name, dtype=config.dtype)

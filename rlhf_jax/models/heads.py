@@ -1,7 +1,8 @@
-"""What stands on the trunk: the tied language-model head (policy, reference) and a scalar head (value, reward).
+"""What stands on the trunk: the language-model head (policy, reference) and a scalar head (value, reward).
 
-Both are bundles of pure functions of a parameter pytree: what the algorithms are handed as `apply`. The reward
-and the value model share one class and one tree, {"trunk": GPT-2, "head": {"kernel" [D], "bias" []}}.
+Both are bundles of pure functions of a parameter pytree: what the algorithms are handed as `apply`. A language model's
+tree is the trunk's, with {"unembed": {"embedding": [V, D]}} beside it where the head is not tied. The reward and the
+value model share one class and one tree, {"trunk": GPT-2, "head": {"kernel" [D], "bias" []}}.
 """
 
 import dataclasses
@@ -15,15 +16,19 @@ from rlhf_jax.ops import kl, logprobs
 
 @dataclasses.dataclass(frozen=True)
 class LanguageModel:
-    """GPT-2 with its vocabulary projection tied to the token embedding. Parameters: the trunk's."""
+    """GPT-2 with its projection on the vocabulary: the token embedding where it is tied, or a table of its own."""
 
     config: gpt2.Config
     chunk: int = 2048  # tokens projected on the vocabulary at a time
 
     def init(self, key):
         """Random parameters."""
-        tokens_BT = jnp.zeros((1, 1), jnp.int32)
-        return gpt2.GPT2(self.config).init(key, tokens_BT, jnp.ones_like(tokens_BT))["params"]
+        c, tokens_BT = self.config, jnp.zeros((1, 1), jnp.int32)
+        trunk = gpt2.GPT2(c).init(key, tokens_BT, jnp.ones_like(tokens_BT))["params"]
+        if c.tied:
+            return trunk
+        table_VD = c.init_std * jax.random.normal(jax.random.fold_in(key, 0), (c.vocab_size, c.width))
+        return {**trunk, "unembed": {"embedding": table_VD}}
 
     def hidden(self, params, tokens_BT, mask_BT, dropout_key=None):
         """Last hidden states [B, T, D]; dropout only where a key is given."""
@@ -33,8 +38,8 @@ class LanguageModel:
 
     def logits(self, params, hidden):
         """hidden [..., D] -> logits [..., V] in float32."""
-        embedding_VD = params["wte"]["embedding"].astype(hidden.dtype)
-        return jnp.einsum("...d,vd->...v", hidden, embedding_VD, preferred_element_type=jnp.float32)
+        table_VD = params["wte" if self.config.tied else "unembed"]["embedding"].astype(hidden.dtype)
+        return jnp.einsum("...d,vd->...v", hidden, table_VD, preferred_element_type=jnp.float32)
 
     def prefill(self, params, tokens_BP, mask_BP, slots):
         """Reads the prompts: (hidden [B, D] of the last prompt token, cache with `slots` places)."""
@@ -79,15 +84,16 @@ class ScalarModel:
 
     config: gpt2.Config
 
-    def init(self, key, trunk):
-        """The trunk given, under a new head ~ N(0, 1/sqrt(D + 1)) with bias 0 (arXiv 2403.17031)."""
+    def init(self, key, policy):
+        """The trunk of the policy given, under a new head ~ N(0, 1/sqrt(D + 1)) with bias 0 (arXiv 2403.17031)."""
         width = self.config.width
         kernel_D = jax.random.normal(key, (width,)) / (width + 1) ** 0.5
-        return {"trunk": trunk, "head": {"kernel": kernel_D, "bias": jnp.zeros(())}}
+        return {"trunk": self._without_unembed(policy), "head": {"kernel": kernel_D, "bias": jnp.zeros(())}}
 
-    def zero_head(self, trunk):
-        """The trunk given, under a head that says 0 everywhere."""
-        return {"trunk": trunk, "head": {"kernel": jnp.zeros((self.config.width,)), "bias": jnp.zeros(())}}
+    def zero_head(self, policy):
+        """The trunk of the policy given, under a head that says 0 everywhere."""
+        head = {"kernel": jnp.zeros((self.config.width,)), "bias": jnp.zeros(())}
+        return {"trunk": self._without_unembed(policy), "head": head}
 
     def read(self, params, hidden):
         """hidden [..., D] -> [...] in float32."""
@@ -105,6 +111,10 @@ class ScalarModel:
         index_T = jnp.arange(tokens_BT.shape[1])
         last_B = jnp.max(jnp.where(mask_BT, index_T, 0), axis=1)
         return self.read(params, jnp.take_along_axis(hidden_BTD, last_B[:, None, None], axis=1)[:, 0])
+
+    def _without_unembed(self, policy):
+        # Nothing would read that table here, and it is as large as the token embedding.
+        return policy if self.config.tied else {name: leaf for name, leaf in policy.items() if name != "unembed"}
 
     @staticmethod
     def normalize(params, mean, std):

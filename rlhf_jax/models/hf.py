@@ -1,78 +1,173 @@
-"""Hugging Face GPT-2 weights <-> our parameter tree. Arrays only: neither torch nor transformers is needed.
+"""Weights of Hugging Face's GPT-2 and GPT-NeoX <-> our parameter trees. Arrays only: no torch, no transformers.
 
-GPT-2 stores its dense kernels as Flax does, [in, out] (transformers' Conv1D), with queries, keys and values side by
-side in one [D, 3HK]: names change, numbers do not.
+    params = hf.load("gpt2", config)                           # or hf.from_hf(hf.read(path), config), piece by piece
+    hf.save("policy", params, config, eos_id=..., pad_id=...)  # what transformers' from_pretrained reads
+
+A reward model is their ...ForSequenceClassification with one label: scalar_from_hf, save_scalar.
 """
 
-import re
+import json
+import math
+import os
+import shutil
+from pathlib import Path
 
 import jax
 import numpy as np
 from flax.traverse_util import flatten_dict, unflatten_dict
 from safetensors import SafetensorError
-from safetensors.numpy import load_file
+from safetensors.numpy import save_file
 
 from rlhf_jax.errors import InputError
+from rlhf_jax.models import hf_config, hf_layout
 from rlhf_jax.models.heads import LanguageModel
+from rlhf_jax.models.weights import FILE, read
 
-PREFIX = "transformer."  # what a language model saved by transformers calls its trunk; a bare trunk has no prefix
-HEAD = "lm_head.weight"  # absent, or a copy of the token embedding it is tied to
-CAUSAL_MASK = re.compile(r"h\.\d+\.attn\.(masked_)?bias")  # constants that old checkpoints carry
-
-OUR_WORD = {
-    "qkv": "c_attn",
-    "out": "c_proj",
-    "fc": "c_fc",
-    "proj": "c_proj",
-    "kernel": "weight",
-    "scale": "weight",
-    "embedding": "weight",
-}
+VOCABULARY = (("wte", "embedding"), ("unembed", "embedding"))  # tables with a row a token id
 
 
-def read(path):
-    """The arrays of a safetensors file, by name."""
+def load(path, config):
+    """A language model's parameters from a safetensors file or a folder of transformers'.
+
+    The sizes of config must be those of the config.json beside the weights. A folder must have one; a file that is
+    alone is taken at its shapes' word, which do not tell the number of heads.
+    """
+    path = Path(path)
+    arrays = read(path)
+    folder = path if path.is_dir() else path.parent
+    if path.is_dir() or (folder / hf_config.FILE).exists():
+        hf_config.compare(folder, config)
     try:
-        return load_file(path)
-    except (OSError, SafetensorError) as error:
-        raise InputError(f"{path}: expected a readable safetensors file: {error}") from error
+        return from_hf(arrays, config)
+    except InputError as error:
+        raise InputError(f"{path}: {error}") from None
 
 
 def from_hf(arrays, config):
-    """A checkpoint's arrays -> GPT-2 parameters of the config's sizes, as float32.
+    """A checkpoint's arrays by name -> parameters of a LanguageModel of the config, float32, in memory of their own.
+
+    The checkpoint may lack the rows of up to 255 ids, PAD's for one: these start as the mean row. (A row of zeros
+    would have logit 0, which is far above all others in GPT-2.)
 
     Missing, unexpected and misshapen arrays are one InputError that lists them all by the checkpoint's names.
     """
-    prefix = PREFIX if any(name.startswith(PREFIX) for name in arrays) else ""
-    init = LanguageModel(config).init
-    shapes = {path: leaf.shape for path, leaf in flatten_dict(jax.eval_shape(init, jax.random.key(0))).items()}
-    names = {path: prefix + _name(path) for path in shapes}
-    if problems := list(_problems(arrays, {names[path]: shape for path, shape in shapes.items()}, prefix)):
-        raise InputError(f"GPT-2 checkpoint: {'; '.join(problems)}")
-    return unflatten_dict({path: np.asarray(arrays[name], np.float32) for path, name in names.items()})
+    return _import(arrays, jax.eval_shape(LanguageModel(config).init, jax.random.key(0)), config)
 
 
-def to_hf(params):
-    """GPT-2 parameters (or their gradients) -> arrays by the names that transformers saves a language model under.
+def to_hf(params, config):
+    """A LanguageModel's parameters (or their gradients) -> arrays by the names of transformers.
 
     transformers can use them where heads * head_size is the width.
     """
-    return {PREFIX + _name(path): np.asarray(leaf) for path, leaf in flatten_dict(params).items()}
+    paths = flatten_dict(params).items()
+    return {hf_layout.name(path, config): hf_layout.to_theirs(path, np.asarray(leaf), config) for path, leaf in paths}
 
 
-def _name(path):
-    """("h_0", "attn", "qkv", "kernel") -> "h.0.attn.c_attn.weight"."""
-    return ".".join([path[0].replace("h_", "h."), *(OUR_WORD.get(word, word) for word in path[1:])])
+def scalar_from_hf(arrays, config):
+    """The arrays of a ...ForSequenceClassification with one label -> parameters of a ScalarModel."""
+    shapes = jax.eval_shape(LanguageModel(config).init, jax.random.key(0))
+    shapes.pop("unembed", None)
+    shapes["score"] = {"embedding": jax.ShapeDtypeStruct((1, config.width), np.float32)}
+    trunk = _import(arrays, shapes, config)
+    kernel_D = trunk.pop("score")["embedding"][0]
+    return {"trunk": trunk, "head": {"kernel": kernel_D, "bias": np.zeros((), np.float32)}}
 
 
-def _problems(arrays, expected_shapes, prefix):
-    for name, shape in expected_shapes.items():
+def scalar_to_hf(params, config):
+    """A ScalarModel's parameters -> the arrays of a ...ForSequenceClassification with one label.
+
+    Theirs has no bias. Ours moves into the bias of the last layer norm, which nothing but the head w reads:
+    w.(y + b w / w.w) = w.y + b: the same score, up to rounding. A bias of 0 changes no bit.
+    """
+    kernel_D, bias = (np.asarray(params["head"][name], np.float64) for name in ("kernel", "bias"))
+    trunk = {**params["trunk"], "score": {"embedding": kernel_D.astype(np.float32)[None]}}
+    if bias:
+        if not kernel_D.any():
+            raise InputError(f"reward head: expected weights to carry its bias of {bias}, which has no place in theirs")
+        norm = trunk["ln_f"]
+        moved_D = np.asarray(norm["bias"], np.float64) + bias * kernel_D / (kernel_D @ kernel_D)
+        trunk["ln_f"] = {**norm, "bias": moved_D.astype(np.float32)}
+    return to_hf(trunk, config)
+
+
+def save(folder, params, config, *, eos_id, pad_id):
+    """Writes a language model as transformers does: model.safetensors, config.json, generation_config.json.
+
+    All or nothing, in a folder that is new or empty; InputError otherwise. Padded ids are kept (see hf_config.py).
+    """
+    record = hf_config.language_model(config, eos_id=eos_id, pad_id=pad_id)
+    generation = {name: record[name] for name in ("bos_token_id", "eos_token_id", "pad_token_id")}
+    _write(folder, to_hf(params, config), {hf_config.FILE: record, "generation_config.json": generation})
+
+
+def save_scalar(folder, params, config, *, eos_id, pad_id):
+    """Writes a reward model as transformers does: model.safetensors, config.json. All or nothing, as save does."""
+    record = hf_config.scalar_model(config, eos_id=eos_id, pad_id=pad_id)
+    _write(folder, scalar_to_hf(params, config), {hf_config.FILE: record})
+
+
+def _import(arrays, shapes, config):
+    shapes = {path: leaf.shape for path, leaf in flatten_dict(shapes).items()}
+    prefix = hf_layout.PREFIX[hf_layout.model_type(config)]
+    bare = not any(name.startswith(prefix) for name in arrays)  # a trunk that was saved alone
+    names = {path: hf_layout.name(path, config).removeprefix(prefix if bare else "") for path in shapes}
+    if problems := list(_problems(arrays, names, shapes, "" if bare else prefix, config)):
+        raise InputError(f"{hf_layout.model_type(config)} checkpoint: {'; '.join(problems)}")
+    # The largest first: while an array is copied it is in memory twice.
+    paths = sorted(shapes, key=lambda path: -math.prod(shapes[path]))
+    leaves = {path: _copy(hf_layout.to_ours(path, arrays[names[path]], config), shapes[path]) for path in paths}
+    return unflatten_dict({path: leaves[path] for path in shapes})
+
+
+def _problems(arrays, names, shapes, prefix, config):
+    for path, name in names.items():
+        expected = hf_layout.shape(path, shapes[path], config)
         if name not in arrays:
             yield f"{name} is missing"
-        elif arrays[name].shape != shape:
-            yield f"{name} has shape {arrays[name].shape}, expected {shape}"
-    for name in arrays:
-        if name not in expected_shapes and name != HEAD and not CAUSAL_MASK.fullmatch(name.removeprefix(prefix)):
+            continue
+        array = arrays[name]
+        if not jax.numpy.issubdtype(array.dtype, np.floating):
+            yield f"{name} is of {array.dtype}, expected floating-point numbers"
+        if array.shape != expected and not (path in VOCABULARY and _lacks_rows(array.shape, expected)):
+            yield f"{name} has shape {array.shape}, expected {expected}"
+    head, embedding = hf_layout.name(("unembed", "embedding"), config), names["wte", "embedding"]
+    tied = {head} if config.tied else set()
+    for name in sorted(arrays.keys() - names.values() - tied):
+        if not hf_layout.BUFFER.fullmatch(name.removeprefix(prefix)):
             yield f"{name} is unexpected"
-    if HEAD in arrays and not np.array_equal(arrays[HEAD], arrays.get(f"{prefix}wte.weight")):
-        yield f"{HEAD} is not tied: expected it absent or equal to {prefix}wte.weight"
+    if tied & arrays.keys() and not np.array_equal(arrays[head], arrays.get(embedding)):
+        yield f"{head} is not tied: expected it absent or equal to {embedding}"
+
+
+def _lacks_rows(shape, expected):
+    return shape[1:] == expected[1:] and shape != () and 0 < expected[0] - shape[0] < hf_config.PADDING
+
+
+def _copy(array, shape):
+    """float32 in memory of its own, at an address that JAX takes over on a CPU: there is no second copy of it. Rows
+    that the array lacks are its mean row."""
+    size = 4 * math.prod(shape)
+    memory = np.empty(size + 64, np.uint8)
+    start = -memory.ctypes.data % 64
+    copy = memory[start : start + size].view(np.float32).reshape(shape)
+    copy[: len(array)] = array
+    if len(array) < len(copy):
+        copy[len(array) :] = copy[: len(array)].mean(axis=0)
+    return copy
+
+
+def _write(folder, arrays, records):
+    folder = Path(folder).absolute()
+    if folder.exists() and (not folder.is_dir() or any(folder.iterdir())):
+        raise InputError(f"{folder}: expected a new or an empty folder to write to")
+    unfinished = folder.with_name(f".{folder.name}.unfinished")
+    try:
+        shutil.rmtree(unfinished, ignore_errors=True)  # of an export that was killed
+        unfinished.mkdir(parents=True)
+        save_file(arrays, unfinished / FILE, metadata={"format": "pt"})
+        for name, record in records.items():
+            (unfinished / name).write_text(json.dumps(record, indent=2, sort_keys=True) + "\n", encoding="utf-8")
+        os.replace(unfinished, folder)
+    except (OSError, SafetensorError) as error:
+        shutil.rmtree(unfinished, ignore_errors=True)
+        raise InputError(f"{folder}: cannot be written ({error})") from error

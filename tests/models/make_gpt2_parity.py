@@ -6,35 +6,43 @@
 A tiny GPT-2 with random weights (seed 0) goes to model.safetensors and config.json, as transformers saves them;
 what transformers computes with it goes to expected.npz. It computes in float64 (its loss alone rounds the logits to
 float32), so that the rounding the tests measure is ours, and stores float32. Running this again writes the same bytes.
+make_neox_parity.py does the same for GPT-NeoX, with the functions of this file.
 """
 
 from pathlib import Path
 
 import numpy as np
 import torch
-from transformers import GPT2Config, GPT2LMHeadModel
+from transformers import AutoModelForSequenceClassification, GPT2Config, GPT2LMHeadModel
 
 FOLDER = Path(__file__).with_name("gpt2_parity")
 LENGTHS = [16, 11, 5, 2]  # real tokens a row, at the right end of 16 columns
 NEW_TOKENS = 12
+VOCABULARY = 97
+PAD = 0  # of the scored rows, which are padded on the right
+OF_BOTH = dict(vocab_size=VOCABULARY, bos_token_id=None, eos_token_id=None)
 
 
 def tiny_gpt2():
     """Two layers of width 24 with weights ten times the usual size, so that logits spread and greedy ids differ."""
-    sizes = dict(vocab_size=97, n_positions=32, n_embd=24, n_layer=2, n_head=3, bos_token_id=None, eos_token_id=None)
-    model = GPT2LMHeadModel(GPT2Config(**sizes, attn_implementation="eager")).eval()  # eval: no dropout
-    random = torch.Generator().manual_seed(0)
+    config = GPT2Config(**OF_BOTH, n_positions=32, n_embd=24, n_layer=2, n_head=3, attn_implementation="eager")
+    return spread(GPT2LMHeadModel(config))
+
+
+def spread(model, seed=0):
+    """The model with other random weights, and without dropout."""
+    random = torch.Generator().manual_seed(seed)
     for name, parameter in model.named_parameters():
         # Gains and biases are drawn too: at their usual 1 and 0 a test could not tell them apart, or see them lost.
-        centre = 1.0 if ".ln_" in name and name.endswith("weight") else 0.0
+        centre = 1.0 if (".ln_" in name or "norm" in name) and name.endswith("weight") else 0.0
         parameter.data = centre + 0.2 * torch.randn(parameter.shape, generator=random)
-    return model
+    return model.eval()
 
 
 def batch():
     """(tokens, mask, positions), each [B, T]. Padding on the left holds random tokens: nothing may read them."""
     width = max(LENGTHS)
-    tokens_BT = torch.randint(97, (len(LENGTHS), width), generator=torch.Generator().manual_seed(1))
+    tokens_BT = torch.randint(VOCABULARY, (len(LENGTHS), width), generator=torch.Generator().manual_seed(1))
     mask_BT = (torch.arange(width) >= width - torch.tensor(LENGTHS)[:, None]).long()
     return tokens_BT, mask_BT, (mask_BT.cumsum(1) - 1).clamp(min=0)
 
@@ -56,8 +64,24 @@ def expected(model):
         "loss": out.loss,  # cross-entropy in nats, mean over every real token that a real token stands before
         "greedy_BR": greedy(model, tokens_BT, mask_BT),
     }
-    gradients = {f"gradient/{name}": parameter.grad for name, parameter in model.named_parameters()}
-    return {name: to_numpy(x) for name, x in (answers | gradients).items()}
+    # transformers 5 calls GPT-NeoX's head lm_head in memory and embed_out in files.
+    name_of = {"lm_head.weight": "embed_out.weight"} if model.config.model_type == "gpt_neox" else {}
+    gradients = {f"gradient/{name_of.get(name, name)}": p.grad for name, p in model.named_parameters()}
+    return {name: to_numpy(x) for name, x in (answers | gradients | scored(model, tokens_BT)).items()}
+
+
+def scored(model, tokens_BT):
+    """A reward model on the same trunk, read at the last token that is not PAD: its weight, rows, their scores."""
+    model.config.num_labels, model.config.pad_token_id = 1, PAD
+    reward = AutoModelForSequenceClassification.from_config(model.config).eval().to(model.dtype)
+    reward.base_model.load_state_dict(model.base_model.state_dict())
+    weight = reward.score.weight
+    weight.data = torch.randn(weight.shape, generator=torch.Generator().manual_seed(2)).to(weight.dtype)
+    columns = torch.arange(tokens_BT.shape[1])
+    real_BT = columns < torch.tensor(LENGTHS)[:, None]
+    rows_BT = torch.where(real_BT, tokens_BT.clamp(min=1), PAD)
+    scores_B = reward(rows_BT, attention_mask=real_BT.long()).logits[:, 0]
+    return {"score.weight": weight, "scored_BT": rows_BT, "score_B": scores_B}
 
 
 def greedy(model, tokens_BT, mask_BT):
@@ -81,8 +105,12 @@ def to_numpy(x):
     return x.detach().numpy().astype(np.float32 if x.is_floating_point() else np.int32)
 
 
+def write(model, folder):
+    """The model as transformers saves it, and what is expected of it."""
+    model.save_pretrained(folder)
+    (folder / "generation_config.json").unlink()
+    np.savez(folder / "expected.npz", **expected(model.double()))
+
+
 if __name__ == "__main__":
-    model = tiny_gpt2()
-    model.save_pretrained(FOLDER)
-    (FOLDER / "generation_config.json").unlink()
-    np.savez(FOLDER / "expected.npz", **expected(model.double()))
+    write(tiny_gpt2(), FOLDER)

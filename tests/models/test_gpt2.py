@@ -6,24 +6,43 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
+from rlhf_jax import generate
 from rlhf_jax.models import gpt2
 from rlhf_jax.models.heads import LanguageModel
 
 PAD = 0
 
 
+@pytest.fixture(scope="module", params=["gpt2", "neox"])
+def model(request, apply):
+    """The tiny GPT-2 of all tests, and one layer of a GPT-NeoX that turns 4 of the 7 entries of a head."""
+    if request.param == "gpt2":
+        return apply.policy
+    neox = gpt2.NEOX | {"context": 40, "rotary_share": 0.6, "layers": 1}
+    return LanguageModel(dataclasses.replace(apply.policy.config, **neox))
+
+
 @pytest.fixture(scope="module")
-def sequences(apply):
+def params(model, apply, policy):
+    """Parameters far from their small start, where all tokens are about as likely."""
+    if model is apply.policy:
+        return policy
+    draw, shapes = np.random.default_rng(0), jax.eval_shape(model.init, jax.random.key(0))
+    return jax.tree.map(lambda x: draw.normal(0, 0.5, x.shape).astype(np.float32), shapes)
+
+
+@pytest.fixture(scope="module")
+def sequences():
     """Rows of 1, 4 and 7 real tokens, left-padded: (tokens_BT, mask_BT)."""
-    tokens_BT = jax.random.randint(jax.random.key(0), (3, 7), 1, apply.policy.config.vocab_size)
+    tokens_BT = jax.random.randint(jax.random.key(0), (3, 7), 1, 29)
     mask_BT = jnp.arange(7) >= jnp.array([[6], [3], [0]])
     return jnp.where(mask_BT, tokens_BT, PAD), mask_BT
 
 
 @pytest.fixture(scope="module")
-def logits(apply, policy):
+def logits(model, params):
     """(tokens_BT, mask_BT) -> logits_BTV."""
-    return jax.jit(lambda tokens, mask: apply.policy.logits(policy, apply.policy.hidden(policy, tokens, mask)))
+    return jax.jit(lambda tokens, mask: model.logits(params, model.hidden(params, tokens, mask)))
 
 
 def left(x_BT, columns, fill):
@@ -62,10 +81,10 @@ def test_right_padding_changes_no_logits(logits, sequences):
     np.testing.assert_allclose(logits(*wide)[:, :7][mask_BT], logits(tokens_BT, mask_BT)[mask_BT], rtol=0, atol=1e-5)
 
 
-def test_columns_may_exceed_the_context_when_tokens_do_not(apply, policy, logits, sequences):
+def test_columns_may_exceed_the_context_when_tokens_do_not(model, params, logits, sequences):
     """invariant 1"""
     tokens_BT, mask_BT = sequences
-    columns = apply.policy.config.context
+    columns = model.config.context
     actual = logits(left(tokens_BT, columns, PAD), left(mask_BT, columns, 0))[:, columns:][mask_BT]
     np.testing.assert_allclose(actual, logits(tokens_BT, mask_BT)[mask_BT], rtol=0, atol=1e-5)
 
@@ -79,40 +98,55 @@ def test_no_token_sees_a_later_one(place, logits, sequences):
     assert (jnp.abs(before - after)[place:].max(axis=-1) > 1e-3).all()
 
 
-def test_a_row_of_padding_alone_is_finite(apply, policy):
+def test_a_row_of_padding_alone_is_finite(model, params):
     """Nothing to attend to gives no NaN, forward or back."""
     tokens_BT, mask_BT = jnp.zeros((2, 3), int), jnp.array([[0, 0, 0], [0, 1, 1]])
 
     def total(params):
-        return apply.policy.logits(params, apply.policy.hidden(params, tokens_BT, mask_BT)).sum()
+        return model.logits(params, model.hidden(params, tokens_BT, mask_BT)).sum()
 
-    value, gradient = jax.jit(jax.value_and_grad(total))(policy)
+    value, gradient = jax.jit(jax.value_and_grad(total))(params)
     assert np.isfinite(value) and all(np.isfinite(x).all() for x in jax.tree.leaves(gradient))
 
 
 @pytest.mark.parametrize("parts", [(7,), (1, 1, 1, 1, 1, 1, 1), (2, 1, 4)])
-def test_a_cache_changes_nothing(parts, apply, policy, sequences):
+def test_a_cache_changes_nothing(parts, model, params, sequences):
     """invariant 4: read in parts, padding and all, the tokens have the hidden states they have when read whole."""
     tokens_BT, mask_BT = sequences
-    model, config = gpt2.GPT2(apply.policy.config), apply.policy.config
-    read = jax.jit(lambda tokens, mask, cache: model.apply({"params": policy}, tokens, mask, cache))
+    trunk, config = gpt2.GPT2(model.config), model.config
+    read = jax.jit(lambda tokens, mask, cache: trunk.apply({"params": params}, tokens, mask, cache))
     cache, states, start = gpt2.empty_cache(config, batch=3, slots=9), [], 0
     for length in parts:
         columns = slice(start, start + length)
         hidden, cache = read(tokens_BT[:, columns], mask_BT[:, columns], cache)
         states.append(hidden)
         start += length
-    whole_BTD = jax.jit(apply.policy.hidden)(policy, tokens_BT, mask_BT)
+    whole_BTD = jax.jit(model.hidden)(params, tokens_BT, mask_BT)
     np.testing.assert_allclose(jnp.concatenate(states, axis=1)[mask_BT], whole_BTD[mask_BT], rtol=0, atol=1e-5)
     assert cache.used == 7
     np.testing.assert_array_equal(cache.valid_BS, jnp.pad(mask_BT, ((0, 0), (0, 2))))
 
 
-def test_a_cache_with_a_gap_changes_nothing(apply, policy):
+@pytest.mark.parametrize("model", ["neox"], indirect=True)  # test_rollout.py has it of GPT-2
+def test_what_is_drawn_has_the_log_probs_that_are_learned_from(model, params, prompts):
+    """invariant 4: token by token with a cache, and whole."""
+    prompt_BP, mask_BP = prompts
+    config = generate.Sampling(max_tokens=5, eos_id=1, pad_id=PAD, temperature=0.7)
+    draw, read = (
+        jax.jit(generate.generate, static_argnums=(0, 5)),
+        jax.jit(LanguageModel.logprobs, static_argnums=(0, 4)),
+    )
+    drawn = draw(model, params, prompt_BP, mask_BP, jax.random.split(jax.random.key(0), len(prompt_BP)), config)
+    tokens_BT = jnp.concatenate([prompt_BP, drawn.response_BR], axis=1)
+    logp_BR = read(model, params, tokens_BT, jnp.concatenate([mask_BP, drawn.mask_BR], axis=1), 5, temperature=0.7)
+    np.testing.assert_allclose(jnp.where(drawn.mask_BR, logp_BR, 0), drawn.logp_BR, rtol=0, atol=1e-4)
+
+
+def test_a_cache_with_a_gap_changes_nothing(model, params):
     """invariants 1 and 4: a token that was read with mask 0 is not seen, and takes no position."""
-    model = gpt2.GPT2(apply.policy.config)
-    cache = gpt2.empty_cache(apply.policy.config, batch=1, slots=4)
-    read = jax.jit(lambda *args: model.apply({"params": policy}, *args)[0])
+    trunk = gpt2.GPT2(model.config)
+    cache = gpt2.empty_cache(model.config, batch=1, slots=4)
+    read = jax.jit(lambda *args: trunk.apply({"params": params}, *args)[0])
     hidden = read(jnp.array([[5, 6, 17, 7]]), jnp.array([[1, 1, 0, 1]]), cache)
     alone = read(jnp.array([[5, 6, 7]]), jnp.ones((1, 3)))
     np.testing.assert_allclose(hidden[0, 3], alone[0, 2], rtol=0, atol=1e-5)
@@ -127,6 +161,18 @@ def test_presets_have_the_published_number_of_parameters(name, parameters):
     shapes = jax.eval_shape(model.init, jax.random.key(0))
     assert sum(x.size for x in jax.tree.leaves(shapes)) == parameters
     assert model.config.context == 1024
+
+
+@pytest.mark.parametrize(
+    "name, parameters",
+    [("pythia-160m", 162_322_944), ("pythia-410m", 405_334_016), ("pythia-1b", 1_011_781_632)],
+)
+def test_presets_of_pythia_too(name, parameters):
+    model = LanguageModel(gpt2.preset(name, vocab_size=50_304))
+    shapes = jax.eval_shape(model.init, jax.random.key(0))
+    assert sum(x.size for x in jax.tree.leaves(shapes)) == parameters
+    assert model.config.heads * model.config.head_size == model.config.width
+    assert "wpe" not in shapes and shapes["unembed"]["embedding"].shape == (50_304, model.config.width)
 
 
 def test_micro_is_the_articles():
@@ -151,12 +197,25 @@ def test_initial_parameters():
         assert not layer["bias"].any()
 
 
-def test_dropout_only_where_a_key_is_given(apply, policy, sequences):
+def test_parallel_layers_read_the_same_sum(model, params, sequences):
+    """With nothing added by attention the two orders agree; with it they do not."""
+    tokens_BT, mask_BT = sequences
+    silent = jax.tree.map(lambda x: x, params)
+    for i in range(model.config.layers):
+        silent[f"h_{i}"]["attn"]["out"] = jax.tree.map(jnp.zeros_like, params[f"h_{i}"]["attn"]["out"])
+    other = dataclasses.replace(model.config, parallel_residual=not model.config.parallel_residual)
+    ours, theirs = (jax.jit(m.hidden) for m in (model, LanguageModel(other)))
+    np.testing.assert_array_equal(ours(silent, tokens_BT, mask_BT), theirs(silent, tokens_BT, mask_BT))
+    assert jnp.abs(ours(params, tokens_BT, mask_BT) - theirs(params, tokens_BT, mask_BT))[mask_BT].max() > 0.1
+
+
+@pytest.mark.parametrize("model", ["gpt2"], indirect=True)
+def test_dropout_only_where_a_key_is_given(model, params, sequences):
     """invariant 10: what calls without a key, as reward and RL stages do, has no dropout at any rate."""
     tokens_BT, mask_BT = sequences
-    noisy = LanguageModel(dataclasses.replace(apply.policy.config, dropout=0.5))
-    hidden = partial(jax.jit(noisy.hidden), policy, tokens_BT, mask_BT)
-    np.testing.assert_array_equal(hidden(), jax.jit(apply.policy.hidden)(policy, tokens_BT, mask_BT))
+    noisy = LanguageModel(dataclasses.replace(model.config, dropout=0.5))
+    hidden = partial(jax.jit(noisy.hidden), params, tokens_BT, mask_BT)
+    np.testing.assert_array_equal(hidden(), jax.jit(model.hidden)(params, tokens_BT, mask_BT))
     one, two = hidden(jax.random.key(0)), hidden(jax.random.key(1))
     assert jnp.abs(one - hidden()).max() > 0.1
     assert jnp.abs(one - two).max() > 0.1  # another key, another noise
@@ -164,14 +223,14 @@ def test_dropout_only_where_a_key_is_given(apply, policy, sequences):
     assert jnp.abs(one[0, 6] - one[0, 5]).max() > 0  # not one noise for all places
 
 
-def test_half_precision(apply, policy, logits, sequences):
+def test_half_precision(model, params, logits, sequences):
     """bfloat16 activations keep float32 parameters and give float32 logits, near the exact ones."""
     tokens_BT, mask_BT = sequences
-    half = LanguageModel(dataclasses.replace(apply.policy.config, dtype="bfloat16"))
+    half = LanguageModel(dataclasses.replace(model.config, dtype="bfloat16"))
     assert {x.dtype.name for x in jax.tree.leaves(jax.eval_shape(half.init, jax.random.key(0)))} == {"float32"}
-    hidden_BTD = jax.jit(half.hidden)(policy, tokens_BT, mask_BT)
+    hidden_BTD = jax.jit(half.hidden)(params, tokens_BT, mask_BT)
     assert hidden_BTD.dtype == jnp.bfloat16
-    logits_BTV = half.logits(policy, hidden_BTD)
+    logits_BTV = half.logits(params, hidden_BTD)
     assert logits_BTV.dtype == jnp.float32
     exact_BTV = logits(tokens_BT, mask_BT)
     assert jnp.abs(logits_BTV - exact_BTV)[mask_BT].max() < 0.1 * exact_BTV.std()

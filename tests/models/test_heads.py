@@ -1,3 +1,4 @@
+import dataclasses
 from functools import partial
 
 import jax
@@ -35,6 +36,28 @@ def test_the_head_is_the_token_embedding(apply, policy):
     hidden = jax.random.normal(jax.random.key(0), (2, 3, 16))
     expected = np.asarray(hidden, np.float64) @ np.asarray(policy["wte"]["embedding"], np.float64).T
     np.testing.assert_allclose(apply.policy.logits(policy, hidden), expected, atol=1e-5)
+
+
+@pytest.fixture(scope="module")
+def untied(apply):
+    return LanguageModel(dataclasses.replace(apply.policy.config, layers=1, tied=False))
+
+
+def test_an_untied_head_is_a_table_of_its_own(untied):
+    params = jax.jit(untied.init)(jax.random.key(0))
+    hidden = jax.random.normal(jax.random.key(1), (2, 3, 16))
+    expected = np.asarray(hidden, np.float64) @ np.asarray(params["unembed"]["embedding"], np.float64).T
+    np.testing.assert_allclose(untied.logits(params, hidden), expected, atol=1e-5)
+    assert not np.allclose(params["unembed"]["embedding"], params["wte"]["embedding"])
+    np.testing.assert_allclose(params["unembed"]["embedding"].std(), untied.config.init_std, rtol=0.1)
+
+
+def test_a_scalar_model_leaves_the_untied_head_behind(untied):
+    """Nothing reads it there."""
+    params, scalar = jax.jit(untied.init)(jax.random.key(0)), ScalarModel(untied.config)
+    for tree in scalar.init(jax.random.key(1), params), scalar.zero_head(params):
+        assert tree["trunk"].keys() == params.keys() - {"unembed"}
+        assert tree["trunk"]["wte"] is params["wte"]
 
 
 @pytest.mark.parametrize("count, temperature", [(1, 0.7), (5, 0.7), (5, 1.0), (10, 1.0)])

@@ -1,6 +1,5 @@
-"""Our GPT-2 against transformers' on a tiny random checkpoint. make_gpt2_parity.py, beside this file, made it."""
+"""Our models against transformers' on tiny random checkpoints. make_*_parity.py, beside this file, made them."""
 
-import json
 from pathlib import Path
 
 import jax
@@ -9,48 +8,44 @@ import numpy as np
 import pytest
 
 from rlhf_jax import generate
-from rlhf_jax.models import gpt2, hf
-from rlhf_jax.models.heads import LanguageModel
+from rlhf_jax.models import hf, hf_config
+from rlhf_jax.models.heads import LanguageModel, ScalarModel
 from rlhf_jax.ops import logprobs, losses
 
-FOLDER = Path(__file__).with_name("gpt2_parity")
+HERE = Path(__file__).parent
 PAD = 0
 
 
+@pytest.fixture(scope="module", params=["gpt2_parity", "neox_parity", "neox_sequential_parity"])
+def folder(request):
+    return HERE / request.param
+
+
 @pytest.fixture(scope="module")
-def expected():
-    with np.load(FOLDER / "expected.npz", allow_pickle=False) as arrays:
+def expected(folder):
+    with np.load(folder / "expected.npz", allow_pickle=False) as arrays:
         return dict(arrays)
 
 
 @pytest.fixture(scope="module")
-def model():
-    sizes = json.loads((FOLDER / "config.json").read_text())
-    config = gpt2.Config(
-        layers=sizes["n_layer"],
-        heads=sizes["n_head"],
-        head_size=sizes["n_embd"] // sizes["n_head"],
-        width=sizes["n_embd"],
-        context=sizes["n_positions"],
-        vocab_size=sizes["vocab_size"],
-    )
-    return LanguageModel(config)
+def model(folder):
+    return LanguageModel(hf_config.read(folder))
 
 
 @pytest.fixture(scope="module")
-def params(model):
-    return hf.from_hf(hf.read(FOLDER / "model.safetensors"), model.config)
+def params(folder, model):
+    return hf.load(folder, model.config)
 
 
 def more_padding(array_BT, columns, fill):
     return np.pad(array_BT, ((0, 0), (columns, 0)), constant_values=fill)
 
 
-@pytest.mark.parametrize("columns", [0, 1, 20])  # 16 + 20 columns are more than the context of 32; tokens are not
+@pytest.mark.parametrize("columns", [0, 20])  # 16 + 20 columns are more than the context of 32; tokens are not
 def test_hidden_states_and_logits(columns, model, params, expected):
     tokens_BT = more_padding(expected["tokens_BT"], columns, PAD)
     mask_BT = more_padding(expected["mask_BT"], columns, 0)
-    hidden_BTD = model.hidden(params, tokens_BT, mask_BT)[:, columns:]
+    hidden_BTD = jax.jit(model.hidden)(params, tokens_BT, mask_BT)[:, columns:]
     real_BT = expected["mask_BT"].astype(bool)
     np.testing.assert_allclose(hidden_BTD[real_BT], expected["hidden_BTD"][real_BT], rtol=0, atol=1e-4)
     logits_BTV = model.logits(params, hidden_BTD)
@@ -68,10 +63,9 @@ def test_greedy_continuations(columns, model, params, expected):
     np.testing.assert_array_equal(drawn.response_BR, expected["greedy_BR"])
 
 
-@pytest.mark.parametrize("columns", [0, 5])
-def test_loss_and_its_gradient_by_every_parameter(columns, model, params, expected):
-    tokens_BT = more_padding(expected["tokens_BT"], columns, PAD)
-    mask_BT = jnp.array(more_padding(expected["mask_BT"], columns, 0))
+def test_loss_and_its_gradient_by_every_parameter(model, params, expected):
+    tokens_BT = more_padding(expected["tokens_BT"], 5, PAD)
+    mask_BT = jnp.array(more_padding(expected["mask_BT"], 5, 0))
     count = tokens_BT.shape[1] - 1
     target_mask = mask_BT[:, 1:] * logprobs.before(mask_BT, count)  # the first real token has nothing before it
 
@@ -80,16 +74,36 @@ def test_loss_and_its_gradient_by_every_parameter(columns, model, params, expect
 
     loss, gradient = jax.jit(jax.value_and_grad(cross_entropy))(params)
     np.testing.assert_allclose(loss, expected["loss"], rtol=0, atol=1e-5)
-    gradient = {f"gradient/{name}": x for name, x in hf.to_hf(gradient).items()}
+    gradient = {f"gradient/{name}": x for name, x in hf.to_hf(gradient, model.config).items()}
     assert gradient.keys() == {name for name in expected if name.startswith("gradient/")}
     for name, x in gradient.items():
         np.testing.assert_allclose(x, expected[name], rtol=0, atol=1e-4, err_msg=name)
 
 
-def test_round_trip_is_bit_exact(params):
-    saved = hf.read(FOLDER / "model.safetensors")
-    arrays = hf.to_hf(params)
+def test_scores_of_a_reward_model(folder, model, expected):
+    arrays = {**hf.read(folder), "score.weight": expected["score.weight"]}
+    arrays.pop("embed_out.weight", None)
+    scalar = ScalarModel(model.config)
+    tokens_BT = more_padding(expected["scored_BT"], 5, PAD)
+    score_B = jax.jit(scalar.score)(hf.scalar_from_hf(arrays, model.config), tokens_BT, tokens_BT != PAD)
+    np.testing.assert_allclose(score_B, expected["score_B"], rtol=0, atol=1e-4)
+
+
+def test_round_trip_is_bit_exact(folder, model, params):
+    saved = hf.read(folder / "model.safetensors")
+    arrays = hf.to_hf(params, model.config)
     assert arrays.keys() == saved.keys()
     for name, x in arrays.items():
         assert x.dtype == np.float32
         np.testing.assert_array_equal(x.view(np.uint32), saved[name].view(np.uint32))
+
+
+def test_the_architectures_are_told_apart(folder, model):
+    """The config.json of each fixture says what its name says."""
+    c = model.config
+    settings = {
+        "gpt2_parity": (0, 10_000, False, False, True, 1e-5),
+        "neox_parity": (0.25, 10_000, True, True, False, 1e-5),
+        "neox_sequential_parity": (0.5, 100, False, False, True, 1e-3),
+    }[folder.name]
+    assert (c.rotary_share, c.rotary_base, c.parallel_residual, c.exact_gelu, c.tied, c.norm_eps) == settings

@@ -1,0 +1,70 @@
+"""What transformers calls the arrays of our tree, and how it lays them out.
+
+GPT-2 stores its dense kernels as Flax does, [in, out] (transformers' Conv1D), with queries, keys and values side by
+side in one [D, 3HK]: names change, numbers do not. GPT-NeoX stores them [out, in] (PyTorch's Linear), and queries,
+keys and values by head: of the 3HK outputs the first 3K are head 0's.
+"""
+
+import re
+
+import numpy as np
+
+GPT2 = {"h": "h", "qkv": "c_attn", "out": "c_proj", "fc": "c_fc", "proj": "c_proj", "unembed": "lm_head"}
+NEOX = {
+    "wte": "embed_in",
+    "h": "layers",
+    "ln_1": "input_layernorm",
+    "attn": "attention",
+    "qkv": "query_key_value",
+    "out": "dense",
+    "ln_2": "post_attention_layernorm",
+    "fc": "dense_h_to_4h",
+    "proj": "dense_4h_to_h",
+    "ln_f": "final_layer_norm",
+    "unembed": "embed_out",
+}
+WORDS = {"gpt2": GPT2, "gpt_neox": NEOX}
+PREFIX = {"gpt2": "transformer.", "gpt_neox": "gpt_neox."}  # of the trunk, where a head stands on it
+HEADS = ("unembed", "score")  # what is outside the trunk
+
+# Constants that old checkpoints carry: the causal mask, and the angles of rotary positions.
+BUFFER = re.compile(r"(h|layers)\.\d+\.(attn|attention)\.((masked_)?bias|rotary_emb\.inv_freq)")
+
+
+def model_type(config):
+    """What transformers calls the architecture: gpt2, or gpt_neox where positions are rotary."""
+    return "gpt_neox" if config.rotary_share else "gpt2"
+
+
+def name(path, config):
+    """("h_0", "attn", "qkv", "kernel") -> "transformer.h.0.attn.c_attn.weight"."""
+    words = WORDS[model_type(config)] | dict.fromkeys(("kernel", "scale", "embedding"), "weight")
+    prefix = "" if path[0] in HEADS else PREFIX[model_type(config)]
+    layer, *number = path[0].split("_") if path[0].startswith("h_") else [path[0]]
+    return prefix + ".".join(words.get(word, word) for word in (layer, *number, *path[1:]))
+
+
+def shape(path, ours, config):
+    """Their shape of an array that is of the shape `ours` in our tree."""
+    return ours[::-1] if path[-1] == "kernel" and model_type(config) == "gpt_neox" else ours
+
+
+def to_ours(path, array, config):
+    """Their array in our layout; a view where that can be."""
+    if model_type(config) == "gpt2":
+        return array
+    if path[-2] == "qkv":
+        array = array.reshape(config.heads, 3, config.head_size, *array.shape[1:]).swapaxes(0, 1)
+        array = array.reshape(-1, *array.shape[3:])
+    return array.T if path[-1] == "kernel" else array
+
+
+def to_theirs(path, array, config):
+    """Our array in their layout: what to_ours turns back."""
+    if model_type(config) == "gpt2":
+        return array
+    array = array.T if path[-1] == "kernel" else array
+    if path[-2] == "qkv":
+        array = array.reshape(3, config.heads, config.head_size, *array.shape[1:]).swapaxes(0, 1)
+        array = array.reshape(-1, *array.shape[3:])
+    return np.ascontiguousarray(array)  # safetensors writes the memory as it lies

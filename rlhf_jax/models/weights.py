@@ -1,0 +1,109 @@
+"""The arrays of a safetensors checkpoint: one file, or a folder with one file or with shards and their index."""
+
+import json
+from collections.abc import Mapping
+from pathlib import Path
+from typing import NamedTuple
+
+import jax.numpy as jnp
+import numpy as np
+from safetensors import SafetensorError, safe_open
+
+from rlhf_jax.errors import InputError
+
+FILE = "model.safetensors"
+INDEX = "model.safetensors.index.json"
+PICKLES = (".bin", ".pt", ".pth", ".ckpt", ".pkl", ".pickle")
+
+TYPES = {"F64": "<f8", "F32": "<f4", "F16": "<f2", "BF16": jnp.bfloat16, "BOOL": "?"}
+TYPES |= {"I64": "<i8", "I32": "<i4", "I16": "<i2", "I8": "<i1", "U8": "<u1"}
+
+
+class Place(NamedTuple):
+    """Where an array is."""
+
+    file: Path
+    dtype: np.dtype
+    shape: tuple
+    offset: int  # in bytes, from the beginning of the file
+
+
+class Arrays(Mapping):
+    """name -> array, read-only. An array is mapped from its file when it is asked for, and takes no memory when
+    nobody holds it any more: a checkpoint can be gone through in the memory of its largest array."""
+
+    def __init__(self, places):
+        self._places = places
+
+    def __getitem__(self, name):
+        file, dtype, shape, offset = self._places[name]
+        return np.memmap(file, dtype, mode="r", offset=offset, shape=shape)
+
+    def __iter__(self):
+        return iter(self._places)
+
+    def __len__(self):
+        return len(self._places)
+
+
+def read(path):
+    """The Arrays of a safetensors file, or of a folder as transformers saves one.
+
+    InputError names the file that is missing, damaged or no safetensors, and what was expected of it.
+    """
+    path = Path(path)
+    if not path.is_dir():
+        return Arrays(_places(path))
+    if (path / FILE).exists():
+        return Arrays(_places(path / FILE))
+    if (path / INDEX).exists():
+        return Arrays(_shards(path / INDEX))
+    if pickles := sorted(file for file in path.iterdir() if file.suffix in PICKLES):
+        _places(pickles[0])
+    raise InputError(f"{path}: expected {FILE} or {INDEX} in this folder")
+
+
+def _places(file):
+    """{name: Place} of one file."""
+    if file.suffix in PICKLES:
+        raise InputError(
+            f"{file}: expected safetensors; loading a pickle can run any code, so it is not done here: "
+            "convert it where you trust it (save_pretrained of transformers writes safetensors)"
+        )
+    try:
+        with safe_open(file, framework="np"):  # its header fits its length, and the arrays do not overlap
+            pass
+        with open(file, "rb") as opened:
+            length = int.from_bytes(opened.read(8), "little")
+            header = json.loads(opened.read(length))
+    except (OSError, SafetensorError) as error:
+        raise InputError(f"{file}: expected a readable safetensors file: {error}") from error
+    header.pop("__metadata__", None)
+    if strange := [f"{name} of {entry['dtype']}" for name, entry in header.items() if entry["dtype"] not in TYPES]:
+        raise InputError(f"{file}: expected arrays of {', '.join(TYPES)}, got {', '.join(strange)}")
+    return {
+        name: Place(file, np.dtype(TYPES[entry["dtype"]]), tuple(entry["shape"]), 8 + length + entry["data_offsets"][0])
+        for name, entry in header.items()
+    }
+
+
+def _shards(index):
+    """{name: Place} of the shards that an index names; each holds what the index says, and nothing else."""
+    try:
+        file_of = json.loads(index.read_text(encoding="utf-8"))["weight_map"]
+        files = {name: index.with_name(name) for name in sorted(set(file_of.values()))}
+    except (OSError, ValueError, KeyError, TypeError, AttributeError) as error:
+        raise InputError(f"{index}: expected JSON with weight_map, an object of array -> file name") from error
+    if absent := [name for name, file in files.items() if not file.is_file()]:
+        raise InputError(f"{index}: expected these files beside it: {', '.join(absent)}")
+    shards = {name: _places(file) for name, file in files.items()}
+    problems = [f"{array} is not in {file}" for array, file in file_of.items() if array not in shards[file]]
+    problems += [
+        f"{array} of {file} is not in the index"
+        for file, places in shards.items()
+        for array in places
+        if file_of.get(array) != file
+    ]
+    if problems:
+        raise InputError(f"{index}: expected what is in the files: {'; '.join(problems)}")
+    return {array: shards[file][array] for array, file in file_of.items()}
