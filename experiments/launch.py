@@ -55,7 +55,7 @@ def _run(job, kind):
     cache = Path(os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache", "rlhf_jax", "xla")
     jax.config.update("jax_compilation_cache_dir", str(cache))
     jax.config.update("jax_persistent_cache_min_compile_time_secs", 0)
-    logging.set_verbosity(logging.WARNING)  # Orbax tells of every file it touches otherwise
+    logging.set_verbosity(logging.FATAL)  # Orbax tells of every file it touches; its errors are raised as well
     try:
         with loop.stop_signal() as stop, stop.at_once(), Reporter() as reporter:
             config = configs.parse(CONFIG.value.to_dict(), kind.CONFIG)

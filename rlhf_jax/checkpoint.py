@@ -17,7 +17,9 @@ import dataclasses
 import gc
 import io
 import json
+import logging
 import math
+import shutil
 import sys
 import traceback
 import zlib
@@ -58,10 +60,10 @@ class Checkpoints:
 
     `best` names the number by which checkpoints are compared and whether its least or its most is wanted:
     ("sft/eval_loss", min). Use it as a context manager: leaving it waits for the writes under way, which Orbax would
-    lose. Raises InputError where the folder cannot be written.
+    lose. Raises InputError where the folder cannot be written, or is too small for what shall be saved.
     """
 
-    def __init__(self, directory, config=Config(), best=("", max)):
+    def __init__(self, directory, config=Config(), best=("", max), *, read_only=False):
         self.directory = Path(directory).absolute()
         self._metric, self._better = best
         last = ocp.checkpoint_managers.LatestN(config.last)
@@ -71,7 +73,9 @@ class Checkpoints:
         options = ocp.CheckpointManagerOptions(
             preservation_policy=ocp.checkpoint_managers.AnyPreservationPolicy([last, most]),
             best_fn=self._rank,
-            cleanup_tmp_directories=True,
+            cleanup_tmp_directories=not read_only,
+            read_only=read_only,
+            create=not read_only,
         )
         self._keeps_best = config.best > 0 and bool(self._metric)
         handlers = {"state": ocp.PyTreeCheckpointHandler(), "data": ocp.JsonCheckpointHandler()}
@@ -112,8 +116,11 @@ class Checkpoints:
         metrics = {} if value is None else {"best": value}
         self._ranks.append(self._rank(metrics))
         with self._errors():
+            self._manager.wait_until_finished()
+            size = sum(leaf.nbytes for leaf in jax.tree.leaves(tree))
+            if size > (free := shutil.disk_usage(self.directory).free):  # Orbax would say so from its threads
+                raise InputError(f"{self.directory}: expected room for {size:,} bytes, there are {free:,}")
             if step in self.steps:  # a result again, of a run that was killed before its summary
-                self._manager.wait_until_finished()
                 self._manager.delete(step)
             self._manager.save(step, args=args, metrics=metrics, force=True)
 
@@ -188,6 +195,8 @@ class Checkpoints:
         """A folder that cannot be written or a disk that is full, as one line."""
         try:
             yield
+        except InputError:
+            raise
         except (OSError, ValueError) as error:
             told = getattr(error, "strerror", None) or _first_line(error)
             raise InputError(f"{self.directory}: cannot write the checkpoint ({told})") from error
@@ -267,7 +276,7 @@ def load(path, step=None):
     or is damaged.
     """
     folder, step = _find(path, step)
-    with Checkpoints(folder) as checkpoints:
+    with Checkpoints(folder, read_only=True) as checkpoints:
         return checkpoints.read(step)[0]
 
 
@@ -325,7 +334,7 @@ def _part(arrays, part, where):
 def _list(asked, reporter):
     rows = []
     for folder, step in found(asked.path):
-        with Checkpoints(folder) as checkpoints:
+        with Checkpoints(folder, read_only=True) as checkpoints:
             try:
                 arrays, _, numbers = checkpoints.describe(step)
                 size = sum(math.prod(leaf.shape) * np.dtype(leaf.dtype).itemsize for leaf in arrays.values())
@@ -337,7 +346,7 @@ def _list(asked, reporter):
 
 def _describe(asked, reporter):
     folder, step = _find(asked.path, asked.step)
-    with Checkpoints(folder) as checkpoints:
+    with Checkpoints(folder, read_only=True) as checkpoints:
         try:
             arrays, _, numbers = checkpoints.describe(step)
         except _Damage as error:
@@ -351,7 +360,7 @@ def _describe(asked, reporter):
 
 def _load(asked, reporter):
     folder, step = _find(asked.path, asked.step)
-    with Checkpoints(folder) as checkpoints:
+    with Checkpoints(folder, read_only=True) as checkpoints:
         arrays = checkpoints.read(step)[0]
     chosen = _part(_by_name(arrays), asked.part, folder / str(step))
     numbers = sum(array.size for array in chosen.values())
@@ -364,6 +373,7 @@ def _load(asked, reporter):
 
 
 if __name__ == "__main__":
+    logging.getLogger("absl").setLevel(logging.CRITICAL)  # Orbax's: its errors are raised as well
     with Reporter() as reporter:
         try:
             main(sys.argv[1:], reporter)
