@@ -21,6 +21,7 @@ import logging
 import math
 import shutil
 import sys
+import time
 import traceback
 import zlib
 from pathlib import Path
@@ -218,6 +219,7 @@ def _reading():
             except Exception as error:  # Orbax and TensorStore raise any kind, down to Exception itself
                 told = _first_line(error)
                 traceback.clear_frames(error.__traceback__)
+            time.sleep(0.3)  # reads that are still under way complain too
             gc.collect()
     finally:
         sys.unraisablehook = hook

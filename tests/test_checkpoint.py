@@ -121,6 +121,9 @@ def test_leaving_waits_for_the_writes_under_way(error, tmp_path):
 
 # Damage
 
+# Of Orbax's tasks, whose event loop is gone when they end.
+NOISE = pytest.mark.filterwarnings("ignore::pytest.PytestUnraisableExceptionWarning")
+
 
 @pytest.fixture(scope="module")
 def two(tmp_path_factory):
@@ -175,6 +178,7 @@ DAMAGES = [
 ]
 
 
+@NOISE
 @pytest.mark.parametrize("damage", DAMAGES)
 def test_a_damaged_checkpoint_is_named_and_the_one_before_it_is_used(damage, two, tmp_path, capfd):
     folder = shutil.copytree(two, tmp_path / "checkpoints")
@@ -198,6 +202,7 @@ def test_a_damaged_checkpoint_is_named_and_the_one_before_it_is_used(damage, two
     assert capfd.readouterr().err == ""
 
 
+@NOISE
 def test_where_all_are_damaged_each_is_named(two, tmp_path):
     folder = shutil.copytree(two, tmp_path / "checkpoints")
     for step in "1", "2":
@@ -206,6 +211,7 @@ def test_where_all_are_damaged_each_is_named(two, tmp_path):
         checkpoints.restore({"policy": {"x": jnp.zeros(50_000)}, "step": jnp.int32(0)})
 
 
+@NOISE
 def test_a_state_of_other_shapes_is_not_read_as_if_it_fitted(two, tmp_path):
     folder = shutil.copytree(two, tmp_path / "checkpoints")
     with Checkpoints(folder) as checkpoints, pytest.raises(InputError, match="no sound checkpoint"):

@@ -487,6 +487,7 @@ def test_two_processes_do_not_write_to_one_workdir(config, tmp_path):
     Summarization(config, tmp_path).open("sft")  # killed, it holds nothing
 
 
+@pytest.mark.filterwarnings("ignore::pytest.PytestUnraisableExceptionWarning")  # of Orbax's tasks
 def test_a_damaged_checkpoint_is_told_and_put_aside_and_the_run_ends_as_ever(whole, tmp_path):
     run = branch(whole.run, tmp_path, "sft", "reward")
     (tmp_path / "reward" / "summary.json").unlink()
