@@ -39,7 +39,7 @@ def tweets():
         text=Text(kind="char"),
         data=corpus.Config(kind="tweets", source="file", length=32),
         model=gpt2.preset("micro", heads=4, head_size=32, context=32, init_std=0.08),
-        pretrain=supervised.Config(**adam, lr=1e-3, steps=1_200, batch=64, eval_every=300),
+        pretrain=supervised.Config(**adam, lr=1e-3, steps=1_000, batch=64, eval_every=250),
         sft=supervised.Config(**adam, lr=5e-4, steps=500, batch=64, eval_every=100),
         policy_gradient=policy_gradient.Config(
             lr=5e-5, schedule="linear", steps=400, batch=32, kl_coef=0.03, eval_every=20

@@ -148,10 +148,19 @@ def test_every_stage_leaves_its_files(whole):
 def test_samples_of_three_stages_stand_side_by_side(whole):
     rows = samples(whole.workdir, "rl")
     assert len(rows) == 12 and set(rows[0]) == {"pretrain", "sft", "rl", "reward_sft", "reward_rl"}
-    for stage in ("pretrain", "sft"):
-        assert [row[stage] for row in rows] == [row["completion"] for row in samples(whole.workdir, stage)]
-    assert np.mean([row["reward_sft"] for row in rows]) == pytest.approx(whole.summary["rl/reward_before"], abs=1e-6)
-    assert whole.summary["rl/reward_before"] == pytest.approx(whole.summary["sft/reward"], abs=1e-6)
+    assert [row["pretrain"] for row in rows] == [row["completion"] for row in samples(whole.workdir, "pretrain")]
+    for side in ("before", "after"):
+        mean = np.mean([row["reward_sft" if side == "before" else "reward_rl"] for row in rows])
+        seeds = whole.summary["rl/seeds"]["reward"]
+        expected = whole.summary["rl/reward_before"] if side == "before" else seeds[0]
+        assert mean == pytest.approx(expected, abs=1e-6)
+
+
+def test_what_the_policy_is_worth_is_told_by_samples_that_it_was_not_chosen_on(whole):
+    fresh = [row["sft"] for row in samples(whole.workdir, "rl")]
+    assert set(fresh).isdisjoint(row["completion"] for row in samples(whole.workdir, "sft"))
+    last = logged(whole.workdir, "rl")[-1]
+    assert last["rl/eval_length"] != whole.summary["rl/length_after"]
 
 
 def test_each_iteration_logs_reward_and_collapse_with_its_interval(whole):

@@ -180,6 +180,7 @@ def write_summary(run, folder, seconds, numbers):
     return summary
 
 
-def row_keys(run, batch):
-    """A key for each held-out row, the same in every evaluation and in any batch."""
-    return jax.vmap(jax.random.fold_in, (None, 0))(run.key("evaluation"), batch["index_B"])
+def row_keys(run, batch, key=None):
+    """A key for each held-out row, the same in every evaluation and in any batch; or others, from another key."""
+    key = run.key("evaluation") if key is None else key
+    return jax.vmap(jax.random.fold_in, (None, 0))(key, batch["index_B"])

@@ -28,17 +28,23 @@ AXES = TrainState(
 def rl(run):
     """Policy gradient (or PPO) of the fine-tuned policy against run.reward: its summary, which compares it with SFT."""
     began = common.began(run, "rl")
-    training = prepare(run, "rl")
-    before, rows_before = training.before
-    state, _, (after, texts_after, rows_after) = common.train(run, training)
+    learner = Learner(run)
+    state, _, _ = common.train(run, prepare(run, "rl", learner))
+    # The policy was chosen on the samples of its evaluations: what it is worth is told by others.
+    fresh = jax.random.fold_in(run.key("evaluation"), 1)
+    before, texts_before, rows_before = learner.measure(jax.tree.map(lambda x: x[None], learner.reference), fresh)
+    before = {name: float(value_K[0]) for name, value_K in before.items()}
+    after, texts_after, rows_after = learner.measure(state.policy, fresh)
     reward_N = rows_before["reward"][0]
     numbers = _compare(before, after, reward_N, rows_after) | {"rl/best_step": np.mean(state.best["step"])}
-    earlier = {name: _completions(run, name) for name in ("pretrain", "sft")}
-    samples = [
-        {name: texts[i] for name, texts in earlier.items()}
-        | {"rl": texts_after[0][i], "reward_sft": reward_N[i], "reward_rl": rows_after["reward"][0][i]}
-        for i in range(len(reward_N))
-    ]
+    columns = {
+        "pretrain": _completions(run, "pretrain"),
+        "sft": texts_before[0],
+        "rl": texts_after[0],
+        "reward_sft": reward_N.tolist(),
+        "reward_rl": rows_after["reward"][0].tolist(),
+    }
+    samples = [dict(zip(columns, row, strict=True)) for row in zip(*columns.values(), strict=True)]
 
     def draw(rows, folder):
         plots.rl(rows, folder, best_of_n=best_of_n.curve(reward_N))
@@ -46,16 +52,16 @@ def rl(run):
         path = folder / "before_after.png"
         plots.before_after(reward_N, rows_after["reward"][0], path, name="reward", win_rate=rate, learner="RL")
 
-    summary = common.finish(run, "rl", began, numbers, jax.tree.map(_plain, samples), draw)
+    summary = common.finish(run, "rl", began, numbers, samples, draw)
     run.reporter.before_after(_table(before, after, numbers))
     return summary
 
 
-def prepare(run, name):
+def prepare(run, name, learner=None):
     """What the stage trains."""
-    learner = Learner(run)
+    learner = learner or Learner(run)
     policy = learner.reference
-    before, texts_before, rows_before = learner.measure(jax.tree.map(lambda x: x[None], policy))
+    before, texts_before, _ = learner.measure(jax.tree.map(lambda x: x[None], policy))
     before = {name: float(value_K[0]) for name, value_K in before.items()}
     # Distinct-2 falls with the number of samples: what is watched during training is compared at a rollout's.
     watched = before | {"distinct2": _mean_distinct(texts_before[0], learner.config.batch)}
@@ -69,6 +75,7 @@ def prepare(run, name):
         judged = learner.judge(texts)
         state, numbers = learner.learn(state, compared, judged["reward"])
         numbers = {f"rl/{name.split('/')[1]}": value for name, value in numbers.items()}
+        numbers.pop("rl/score")  # it is the reward, told below with its components
         spoken = {name: values_KB.mean(axis=1) for name, values_KB in judged.items()} | learner.diversity(texts)
         state, rung = learner.listen(state, spoken | jax.tree.map(np.asarray, heard), watched)
         for name in rung:
@@ -104,7 +111,6 @@ def prepare(run, name):
         result=("policy",),
         complete=complete,
         keep=keep,
-        before=(before, rows_before),
     )
 
 
@@ -186,13 +192,13 @@ class Learner:
         learned, numbers = _per_seed(one, (AXES, 0, 0, 0), (AXES, 0))(state, compared, reward_KB, rung_K)
         return learned, over_seeds(numbers)
 
-    def _measure(self, policy, reference, batch):
+    def _measure(self, policy, reference, batch, key):
         run = self.run
         prompts = (batch["prompt_BP"], batch["prompt_mask_BP"])
         sampling = run.sampling(run.config.evaluation.temperature)
 
         def one(policy):
-            drawn = rollout.sample(run.apply, policy, reference, *prompts, common.row_keys(run, batch), sampling)
+            drawn = rollout.sample(run.apply, policy, reference, *prompts, common.row_keys(run, batch, key), sampling)
             return {
                 "response": drawn.response_BR,
                 "mask": drawn.mask_BR,
@@ -205,11 +211,14 @@ class Learner:
 
         return _per_seed(one, (0,), 1)(policy)  # rows first, as run.over joins them
 
-    def measure(self, policy):
-        """({name: [K] mean}, K lists of texts, {name: [K, N]}) of the held-out samples of K policies."""
+    def measure(self, policy, key=None):
+        """({name: [K] mean}, K lists of texts, {name: [K, N]}) of the held-out samples of K policies.
+
+        The samples are those of all evaluations, or others, from another key.
+        """
         run = self.run
-        reference = self.reference
-        rows = run.over(run.arrays("prompts")[1], lambda batch: self._measure_jit(policy, reference, batch))
+        key = run.key("evaluation") if key is None else key
+        rows = run.over(run.arrays("prompts")[1], lambda batch: self._measure_jit(policy, self.reference, batch, key))
         rows = {name: np.moveaxis(values, 1, 0) for name, values in rows.items()}
         texts = [run.decode(*pair) for pair in zip(rows.pop("response"), rows.pop("mask"), strict=True)]
         rows |= self.judge(texts)
@@ -340,7 +349,3 @@ def _table(before, after, numbers):
 def _completions(run, stage):
     with open(run.workdir / stage / "samples.jsonl", encoding="utf-8") as file:
         return [json.loads(line)["completion"] for line in file]
-
-
-def _plain(value):
-    return value.item() if hasattr(value, "item") else value
