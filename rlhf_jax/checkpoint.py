@@ -82,9 +82,10 @@ class Checkpoints:
         handlers = {"state": ocp.PyTreeCheckpointHandler(), "data": ocp.JsonCheckpointHandler()}
         with self._errors():
             self._manager = ocp.CheckpointManager(self.directory, options=options, item_handlers=handlers)
-        with contextlib.suppress(_Damage), _reading():
-            self._ranks = []  # of all that were saved: Orbax tells them only of those it has written
-            self._ranks += [self._rank(self._manager.metrics(step)) for step in self.steps]
+        self._ranks = {}  # by step; Orbax tells them of those alone that it has written
+        for step in self.steps:
+            with contextlib.suppress(_Damage), _reading():
+                self._ranks[step] = self._rank(self._manager.metrics(step))
 
     def __enter__(self):
         return self
@@ -102,7 +103,7 @@ class Checkpoints:
         """True where these numbers are better than those of every checkpoint, if the best shall be kept."""
         if not self._keeps_best or self._metric not in numbers:
             return False
-        return self._rank({"best": numbers[self._metric]}) > max(self._ranks, default=-math.inf)
+        return self._rank({"best": numbers[self._metric]}) > max(self._ranks.values(), default=-math.inf)
 
     def save(self, step, tree, notes, numbers=None):
         """Saves arrays (None where there are none) and JSON notes under this step, in the background.
@@ -115,7 +116,7 @@ class Checkpoints:
         args = ocp.args.Composite(state=ocp.args.PyTreeSave(tree), data=ocp.args.JsonSave(notes))
         value = (numbers or {}).get(self._metric)
         metrics = {} if value is None else {"best": value}
-        self._ranks.append(self._rank(metrics))
+        self._ranks[step] = self._rank(metrics)
         with self._errors():
             self._manager.wait_until_finished()
             size = sum(leaf.nbytes for leaf in jax.tree.leaves(tree))
@@ -149,6 +150,7 @@ class Checkpoints:
         place = next(path for i in range(1_000) if not (path := folder / f"{step}-{i}").exists())
         (self.directory / str(step)).rename(place)
         self._manager.reload()
+        self._ranks.pop(step, None)
         return place
 
     def read(self, step):
