@@ -24,9 +24,8 @@ class Columns:
 class Config:
     """The data of a run and the sizes it is brought to."""
 
-    source: str = (
-        "world"  # world: generated here; files: the paths below; hub: data sets, as OWNER/NAME/SUBSET@REVISION
-    )
+    # world: generated here; files: the paths below; hub: data sets, as OWNER/NAME/SUBSET@REVISION
+    source: str = "world"
     sft: str = ""  # rows {"prompt", "label"}: JSONL, CSV or Parquet, by suffix
     preferences: str = ""  # rows {"prompt", "chosen", "rejected"}, or OpenAI's comparisons
     prompts: str = ""  # rows {"prompt"}; empty: the prompts of the SFT rows
