@@ -42,7 +42,14 @@ def tweets():
         pretrain=supervised.Config(**adam, lr=1e-3, steps=1_000, batch=64, eval_every=250),
         sft=supervised.Config(**adam, lr=5e-4, steps=500, batch=64, eval_every=100),
         policy_gradient=policy_gradient.Config(
-            lr=5e-5, schedule="linear", steps=400, batch=32, kl_coef=0.03, eval_every=20
+            lr=5e-5,
+            schedule="linear",
+            steps=400,
+            batch=32,
+            kl_coef=0.06,
+            kl_target=4.5,  # adaptive: all of the reward that 5 nats buy, and not more
+            kl_horizon=1_000,
+            eval_every=20,
         ),
         ppo=ppo.Config(
             lr=1e-4,
