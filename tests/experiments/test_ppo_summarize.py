@@ -173,6 +173,11 @@ def test_a_run_that_was_stopped_goes_on_to_the_end(stopped, command):
     assert {"seconds", "seed", "sft/gold", "reward/accuracy", "ppo/gold_ci95", "ppo/win_rate"} <= summary.keys()
     before = on_disk(stopped.workdir)
     assert_refused(command(workdir, "--config.sft.lr=0.5"), "workdir: ", "was made with sft.lr = 0.002, not 0.5")
+    for out, code, told in (("new", 0, ""), ("new", 2, "export_hf.py: .*: expected a new or an empty folder.*\n")):
+        line = [sys.executable, "experiments/export_hf.py", workdir, f"--out={stopped.workdir.parent / out}"]
+        exported = subprocess.run(line, cwd=ROOT, text=True, capture_output=True)
+        assert exported.returncode == code and re.fullmatch(told, exported.stderr), exported.stderr
+    assert (stopped.workdir.parent / "new" / "README.md").exists()
     assert on_disk(stopped.workdir) == before
 
 
