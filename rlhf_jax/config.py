@@ -136,9 +136,10 @@ class _Checks:
         writing = isinstance(self.config, Writing)
         files = ("data.path",) if writing else ("data.sft", "data.preferences", "data.prompts")
         paths = {field: self.get(field) for field in ("model.init", "text.path", *files)}
-        # What is not here may be on the hub.
-        if hub.is_name(paths["text.path"]):
-            del paths["text.path"]
+        # What is not here may be on the hub, but for what has the name of a file.
+        for field in ("model.init", "text.path"):
+            if hub.is_name(paths[field]) and Path(paths[field]).suffix not in (".safetensors", ".json"):
+                del paths[field]
         if self.config.data.source == "hub":
             paths = {field: path for field, path in paths.items() if field not in files}
         if missing := [f"{field} = {path!r}" for field, path in paths.items() if path and not Path(path).exists()]:

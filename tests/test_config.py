@@ -186,16 +186,21 @@ def test_a_batch_that_cannot_be_divided_is_refused(changes, devices, message):
 
 def test_all_files_that_are_missing_are_named_at_once(tmp_path):
     (tmp_path / "there.jsonl").touch()
-    message = error(check, **{"data.sft": str(tmp_path / "there.jsonl"), "data.prompts": "no.csv", "model.init": "no"})
+    paths = {"data.sft": str(tmp_path / "there.jsonl"), "data.prompts": "no.csv", "model.init": "no/such/x"}
+    message = error(check, **paths)
     assert "data.sft" not in message
-    assert message.startswith("missing files: model.init = 'no', data.prompts = 'no.csv'; give each as --config.FIELD=")
+    told = "missing files: model.init = 'no/such/x', data.prompts = 'no.csv'; give each as --config.FIELD="
+    assert message.startswith(told)
 
 
 def test_what_may_be_on_the_hub_is_not_missing():
     check(
         **{"data.source": "hub", "data.sft": "who/what", "data.preferences": "who/what/pairs@v1", "text.path": "gpt2"}
     )
-    assert error(check, **{"text.path": "no/such/folder"}).startswith("missing files: text.path = 'no/such/folder';")
+    check(**{"model.init": "openai-community/gpt2@607a30d"})
+    for field in "text.path", "model.init":
+        for path in "no/such/folder", "gpt2/model.safetensors", "gpt2/tokenizer.json":
+            assert error(check, **{field: path}).startswith(f"missing files: {field} = '{path}';")
 
 
 def fields():

@@ -21,7 +21,10 @@ from safetensors.numpy import save_file
 from rlhf_jax.errors import InputError
 from rlhf_jax.models import hf_config, hf_layout
 from rlhf_jax.models.heads import LanguageModel
-from rlhf_jax.models.weights import FILE, read
+from rlhf_jax.models.weights import FILE, INDEX, read
+
+# What a folder of theirs has, on the hub too: any of these is enough.
+FILES = ((hf_config.FILE, FILE), (hf_config.FILE, INDEX, "model-*.safetensors"))
 
 VOCABULARY = (("wte", "embedding"), ("unembed", "embedding"))  # tables with a row a token id
 
