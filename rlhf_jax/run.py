@@ -243,7 +243,7 @@ class Summarization(Run):
         data = self.config.data
         encode, lengths = {
             "sft": (batches.encode_sft, {"response_length": data.response_length}),
-            "preferences": (batches.encode_pairs, {"response_length": data.response_length}),
+            "preferences": (batches.encode_pairs, {"response_length": data.pair_length or data.response_length}),
             "prompts": (batches.encode_prompts, {}),
         }[kind]
         sides = []

@@ -255,6 +255,16 @@ def test_a_row_without_known_characters_is_named_as_it_is_in_its_file(config, tm
     assert f"{preferences}:17: rejected: " in message and "no known characters" in message
 
 
+def test_pairs_may_be_longer_than_responses(config, tmp_path):
+    """Else those that are would be skipped."""
+    longer = changed(config, data={"response_length": 40, "pair_length": 75})
+    run = Summarization(longer, tmp_path / "longer")
+    widths = {side[name].shape[1] for side in run.arrays("preferences") for name in ("chosen_NR", "rejected_NR")}
+    assert widths == {75} and run.arrays("prompts") and run.response_length == 40
+    same = Summarization(changed(config, data={"response_length": 75}), tmp_path / "same")
+    assert same.arrays("preferences")[0]["chosen_NR"].shape == run.arrays("preferences")[0]["chosen_NR"].shape
+
+
 def test_policies_are_compared_on_the_first_held_out_rows_that_could_be_encoded(config, tmp_path):
     run = Summarization(changed(config, data={"response_length": 60}, evaluation={"prompts": 3}), tmp_path)
     held_out = run.arrays("sft")[1]

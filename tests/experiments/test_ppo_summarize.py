@@ -81,11 +81,14 @@ def test_a_flag_that_cannot_be_is_one_line(flag, words, command, tmp_path):
 @pytest.mark.parametrize(
     ("flags", "words"),
     [
-        (["--config=configs/ppo_summarize.py:tinny"], ["tinny: expected tiny, files, gpt2"]),
+        (["--config=configs/ppo_summarize.py:tinny"], ["tinny: expected tiny, files, gpt2, "]),
         (["--config=configs/no.py"], ["configs/no.py"]),
         ([], ["--config: expected"]),
         (["--config=configs/ppo_summarize.py:files"], ["data.sft: expected a .jsonl, .csv or .parquet file"]),
-        (["--config=configs/ppo_summarize.py:gpt2"], ["missing files: model.init = ", "data.sft = "]),
+        (
+            ["--config=configs/ppo_summarize.py:gpt2", "--config.model.init=no/such/folder"],
+            ["missing files: model.init = 'no/such/folder'"],
+        ),
     ],
 )
 def test_a_config_that_cannot_be_is_one_line(flags, words, command, tmp_path):
