@@ -9,7 +9,12 @@
                      to download it; the rows, too, can be downloaded: --config.data.source=hub
                      --config.data.sft=trl-lib/tldr --config.data.columns.label=completion
                      --config.data.preferences=openai/summarize_from_feedback/comparisons --config.data.skip_bad=true
-:gpt2                the published recipe of GPT-2 124M on Reddit TL;DR (arXiv 2403.17031), from local files
+:gpt2, :gpt2-medium  the published recipe on Reddit TL;DR (arXiv 2403.17031; see `published`), weights, tokenizer and
+                     posts from the hub, or --config.model.init=FOLDER --config.text.path=FOLDER
+:gpt2-2019           the same with the controls of the first recipe (arXiv 1909.08593; see `first`)
+:pythia-160m         the model of the published recipe itself. Its first update at --config.ppo.lr=1e-5 had approx KL
+                     1.6e-7, .0029, .0056, .0081 and clip fraction 0, .025, .051, .073 there, means over the epochs so
+                     far: compare ppo/..._first_update in ppo/summary.json
 
 Every field is a flag: --config.ppo.kl_coef=0.1
 """
@@ -24,10 +29,24 @@ from rlhf_jax.data import sources
 from rlhf_jax.errors import InputError
 from rlhf_jax.models import gpt2
 
+POSTS, PAIRS, EPISODES = 116_722, 92_800, 1_000_000  # one epoch each of the first two
+
+GPT2_LENGTHS = dict(response_length=48, pair_length=153)  # the published ones, counted in GPT-2's tokens
+PYTHIA_LENGTHS = dict(response_length=53, pair_length=169)
+
 
 def get_config(arg="tiny"):
     """The config of an argument, with every field in it."""
-    arguments = {"tiny": tiny, "files": files, "gpt2": recipe}
+    arguments = {
+        "tiny": tiny,
+        "files": files,
+        "gpt2": lambda: published("openai-community/gpt2", gpt2.preset("gpt2"), **GPT2_LENGTHS),
+        "gpt2-medium": lambda: published("openai-community/gpt2-medium", gpt2.preset("gpt2-medium"), **GPT2_LENGTHS),
+        "gpt2-2019": lambda: first("openai-community/gpt2", gpt2.preset("gpt2"), **GPT2_LENGTHS),
+        "pythia-160m": lambda: published(
+            "EleutherAI/pythia-160m", gpt2.preset("pythia-160m", vocab_size=50_304), **PYTHIA_LENGTHS
+        ),
+    }
     if arg not in arguments:
         raise InputError(f"--config=...:{arg}: expected {', '.join(arguments)}")
     return ConfigDict(dataclasses.asdict(arguments[arg]()))
@@ -63,10 +82,69 @@ def files():
     )
 
 
-def recipe():
-    """GPT-2 124M: every default is the recipe's; only the model and the places of the files are named."""
+def published(place, model, *, response_length, pair_length):
+    """Summarize from TL;DR with PPO, arXiv 2403.17031, from the weights and the tokenizer at a place on the hub.
+
+    Posts are cut at their last newline, PAD is not EOS, a summary is a space, its text and EOS; the reward head starts
+    as N(0, 1 / sqrt(D + 1)) and references score 0 in the end. Weight decay is AdamW's default there, and gradients are
+    not clipped. What the paper does not have is that references score standard deviation 1, too.
+    """
+    adam = dict(lr=3e-6, adam_eps=1e-5, weight_decay=0.01, max_grad_norm=0.0)
     return Config(
-        text=Text(path="gpt2"),
-        data=sources.Config(source="files", sft="tldr/sft.jsonl", preferences="tldr/preferences.jsonl"),
-        model=gpt2.preset("gpt2", init="gpt2/model.safetensors"),
+        text=Text(path=place),
+        data=sources.Config(
+            source="hub",
+            sft="trl-lib/tldr",
+            columns=sources.Columns(label="completion"),
+            preferences="openai/summarize_from_feedback/comparisons",
+            held_out_split="validation",
+            skip_bad=True,
+            prompt_length=512,
+            response_length=response_length,
+            pair_length=pair_length,
+        ),
+        model=dataclasses.replace(model, init=place),
+        sft=supervised.Config(
+            **adam, schedule="cosine", steps=POSTS // 128, batch=128, loss_on="all", eval_every=300, microbatches=8
+        ),
+        reward=preference.Config(
+            **adam, schedule="cosine", steps=PAIRS // 64, batch=64, eval_every=0, microbatches=8
+        ),  # evaluated once, for there are as many held-out pairs as others
+        ppo=ppo.Config(
+            **adam,
+            schedule="linear",
+            steps=EPISODES // 512,
+            batch=512,
+            epochs=4,
+            minibatches=1,
+            microbatches=32,
+            temperature=0.7,
+            kl_coef=0.05,
+            gamma=1.0,
+            lam=0.95,
+            clip=0.2,
+            value_clip=0.2,
+            value_coef=0.1,
+            value_init="reward",
+            missing_eos="replace",
+            missing_eos_penalty=1.0,
+            whiten_rewards=False,
+            whiten_advantages=True,
+            trace_epochs=True,
+        ),
+        evaluation=Evaluation(temperature=0.01),
+    )
+
+
+def first(place, model, **lengths):
+    """The same with what lm-human-preferences (arXiv 1909.08593) has otherwise in its main experiments: an adaptive KL
+    coefficient, rewards whitened, values from a zero head, and the reward model normalized before its training too, on
+    references (there on samples of the policy). Sizes and learning rates stay those of `published`.
+    """
+    config = published(place, model, **lengths)
+    control = dict(kl_coef=0.15, kl_target=6.0, kl_horizon=10_000, value_init="zero", whiten_rewards=True)
+    return dataclasses.replace(
+        config,
+        reward=dataclasses.replace(config.reward, normalize_before=True),
+        ppo=dataclasses.replace(config.ppo, **control),
     )

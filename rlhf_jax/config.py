@@ -136,9 +136,10 @@ class _Checks:
         writing = isinstance(self.config, Writing)
         files = ("data.path",) if writing else ("data.sft", "data.preferences", "data.prompts")
         paths = {field: self.get(field) for field in ("model.init", "text.path", *files)}
-        # What is not here may be on the hub.
-        if hub.is_name(paths["text.path"]):
-            del paths["text.path"]
+        # What is not here may be on the hub, but for what has the name of a file.
+        for field in ("model.init", "text.path"):
+            if hub.is_name(paths[field]) and Path(paths[field]).suffix not in (".safetensors", ".json"):
+                del paths[field]
         if self.config.data.source == "hub":
             paths = {field: path for field, path in paths.items() if field not in files}
         if missing := [f"{field} = {path!r}" for field, path in paths.items() if path and not Path(path).exists()]:
@@ -175,9 +176,11 @@ class _Checks:
             self.expect(getattr(data, field) > 0, f"data.{field}", "at least 1 row")
         self.expect(data.prompt_length > 0, "data.prompt_length", "more than 0")
         self.expect(data.response_length > 1, "data.response_length", "at least 2, EOS included")
-        longest = data.prompt_length + data.response_length
-        expected = f"at least data.prompt_length + data.response_length = {longest}"
-        self.expect(model.context >= longest, "model.context", expected)
+        self.expect(data.pair_length == 0 or data.pair_length > 1, "data.pair_length", "0, or at least 2, EOS included")
+        for name in ("response_length", "pair_length"):
+            longest = data.prompt_length + getattr(data, name)
+            expected = f"at least data.prompt_length + data.{name} = {longest}"
+            self.expect(model.context >= longest, "model.context", expected)
         for name in ("sft", "reward", "ppo"):
             self.stage(name)
 

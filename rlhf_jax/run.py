@@ -155,13 +155,24 @@ class Run:
         config = dataclasses.replace(config, vocab_size=config.vocab_size or ids)
         return rollout.Apply(heads.LanguageModel(config), heads.ScalarModel(config))
 
+    @functools.cache  # noqa: B019
+    def weights(self):
+        """The file or folder that model.init stands for, downloaded where it is a name on the hub; None: random."""
+        init = self.config.model.init
+        if not init:
+            return None
+        try:
+            return Path(init) if Path(init).exists() else hub.folder(init, *hf.FILES)
+        except InputError as error:
+            raise InputError(f"model.init: {error}") from None
+
     def policy_init(self):
-        """The policy before fine-tuning: random, or the Hugging Face weights in the file or folder model.init."""
+        """The policy before fine-tuning: random, or the Hugging Face weights of model.init."""
         model = self.apply.policy
-        if not self.config.model.init:
+        if self.weights() is None:
             return jax.jit(model.init)(self.key("policy init"))
         try:
-            return hf.load(self.config.model.init, model.config)
+            return hf.load(self.weights(), model.config)
         except InputError as error:
             raise InputError(f"model.init: {error}") from None
 
@@ -232,7 +243,7 @@ class Summarization(Run):
         data = self.config.data
         encode, lengths = {
             "sft": (batches.encode_sft, {"response_length": data.response_length}),
-            "preferences": (batches.encode_pairs, {"response_length": data.response_length}),
+            "preferences": (batches.encode_pairs, {"response_length": data.pair_length or data.response_length}),
             "prompts": (batches.encode_prompts, {}),
         }[kind]
         sides = []

@@ -143,6 +143,8 @@ def test_the_edge_of_what_is_possible(changes):
         ("data.held_out", 1.0, "a share between 0 and 1, got 1.0"),
         ("data.prompt_length", 0, "more than 0, got 0"),
         ("data.response_length", 1, "at least 2, EOS included, got 1"),
+        ("data.pair_length", 1, "0, or at least 2, EOS included, got 1"),
+        ("data.pair_length", -3, "0, or at least 2, EOS included, got -3"),
         ("evaluation.prompts", 1, "at least 2, for an interval, got 1"),
         ("evaluation.batch", 0, "more than 0, got 0"),
         ("evaluation.temperature", -0.1, "0 or more, got -0.1"),
@@ -184,18 +186,29 @@ def test_a_batch_that_cannot_be_divided_is_refused(changes, devices, message):
     assert error(check, devices, **changes) == message.format("minibatches x microbatches x devices")
 
 
+def test_pairs_that_may_be_longer_need_a_longer_context():
+    assert error(check, **{"data.prompt_length": 80, "data.response_length": 6, "data.pair_length": 945}) == (
+        "model.context: expected at least data.prompt_length + data.pair_length = 1025, got 1024"
+    )
+
+
 def test_all_files_that_are_missing_are_named_at_once(tmp_path):
     (tmp_path / "there.jsonl").touch()
-    message = error(check, **{"data.sft": str(tmp_path / "there.jsonl"), "data.prompts": "no.csv", "model.init": "no"})
+    paths = {"data.sft": str(tmp_path / "there.jsonl"), "data.prompts": "no.csv", "model.init": "no/such/x"}
+    message = error(check, **paths)
     assert "data.sft" not in message
-    assert message.startswith("missing files: model.init = 'no', data.prompts = 'no.csv'; give each as --config.FIELD=")
+    told = "missing files: model.init = 'no/such/x', data.prompts = 'no.csv'; give each as --config.FIELD="
+    assert message.startswith(told)
 
 
 def test_what_may_be_on_the_hub_is_not_missing():
     check(
         **{"data.source": "hub", "data.sft": "who/what", "data.preferences": "who/what/pairs@v1", "text.path": "gpt2"}
     )
-    assert error(check, **{"text.path": "no/such/folder"}).startswith("missing files: text.path = 'no/such/folder';")
+    check(**{"model.init": "openai-community/gpt2@607a30d"})
+    for field in "text.path", "model.init":
+        for path in "no/such/folder", "gpt2/model.safetensors", "gpt2/tokenizer.json":
+            assert error(check, **{field: path}).startswith(f"missing files: {field} = '{path}';")
 
 
 def fields():
@@ -220,17 +233,12 @@ def get_config():
     return runpy.run_path(str(ROOT / "configs" / "ppo_summarize.py"))["get_config"]
 
 
-@pytest.mark.parametrize("arg", ["tiny", "files", "gpt2"])
-def test_every_argument_gives_a_whole_config(arg, get_config):
-    config = configs.parse(get_config(arg).to_dict())
-    no_paths = dataclasses.replace(config.data, sft="", preferences="")
-    no_paths = dataclasses.replace(
-        config,
-        data=no_paths,
-        text=dataclasses.replace(config.text, path=""),
-        model=dataclasses.replace(config.model, init=""),
-    )
-    configs.check(no_paths)
+ARGUMENTS = ("tiny", "files", "gpt2", "gpt2-medium", "gpt2-2019", "pythia-160m")
+
+
+@pytest.mark.parametrize("arg", ARGUMENTS)
+def test_every_argument_gives_a_whole_config_that_needs_no_file(arg, get_config):
+    configs.check(configs.parse(get_config(arg).to_dict()))
 
 
 def test_the_default_is_the_embedded_task_and_needs_no_file(get_config):
@@ -240,24 +248,72 @@ def test_the_default_is_the_embedded_task_and_needs_no_file(get_config):
 
 
 def test_an_unknown_argument_is_one_line(get_config):
-    assert error(get_config, "tinny") == "--config=...:tinny: expected tiny, files, gpt2"
+    assert error(get_config, "tinny") == f"--config=...:tinny: expected {', '.join(ARGUMENTS)}"
 
 
-def test_gpt2_is_the_published_recipe(get_config):
-    """Summarize from TL;DR with PPO, arXiv 2403.17031."""
-    config = configs.parse(get_config("gpt2").to_dict())
-    sft, reward, ppo = config.sft, config.reward, config.ppo
-    assert (config.data.prompt_length, config.data.response_length) == (512, 53)
-    assert (config.model.layers, config.model.heads, config.model.width, config.model.context) == (12, 12, 768, 1024)
-    for stage in sft, reward, ppo:
-        assert (stage.lr, stage.adam_eps, stage.end_lr, stage.warmup) == (3e-6, 1e-5, 0, 0)
-    assert config.model.dropout == 0
-    assert (sft.batch, sft.steps, sft.schedule, sft.loss_on) == (128, 116_722 // 128, "cosine", "all")
-    assert (reward.batch, reward.steps) == (64, 92_800 // 64)
-    assert (ppo.batch, ppo.steps, ppo.schedule) == (512, 1_000_000 // 512, "linear")
-    assert (ppo.epochs, ppo.minibatches, ppo.temperature, ppo.value_init) == (4, 1, 0.7, "reward")
-    assert (ppo.kl_coef, ppo.kl_target, ppo.gamma, ppo.lam) == (0.05, 0, 1, 0.95)
-    assert (ppo.clip, ppo.value_clip, ppo.value_coef) == (0.2, 0.2, 0.1)
-    assert (ppo.missing_eos, ppo.missing_eos_penalty) == ("replace", 1)  # no EOS: the score is -1
-    assert (ppo.whiten_rewards, ppo.whiten_advantages) == (False, True)
-    assert config.evaluation.temperature == 0.01
+# Number by number: arXiv 2403.17031 on TL;DR, and what arXiv 1909.08593 has otherwise.
+PUBLISHED = {
+    **{f"{stage}.lr": 3e-6 for stage in ("sft", "reward", "ppo")},
+    **{f"{stage}.adam_eps": 1e-5 for stage in ("sft", "reward", "ppo")},
+    **{f"{stage}.warmup": 0 for stage in ("sft", "reward", "ppo")},
+    **{f"{stage}.end_lr": 0 for stage in ("sft", "reward", "ppo")},
+    **{f"{stage}.max_grad_norm": 0 for stage in ("sft", "reward", "ppo")},
+    "model.dropout": 0,
+    "model.dtype": "float32",
+    "data.prompt_length": 512,
+    "sft.steps": 911,  # 116,722 examples / 128
+    "sft.batch": 128,
+    "sft.schedule": "cosine",
+    "sft.loss_on": "all",
+    "reward.steps": 1_450,  # 92,800 pairs / 64
+    "reward.batch": 64,
+    "reward.schedule": "cosine",
+    "reward.normalize_before": False,
+    "ppo.steps": 1_953,  # 1,000,000 episodes / 512
+    "ppo.batch": 512,
+    "ppo.schedule": "linear",
+    "ppo.epochs": 4,
+    "ppo.minibatches": 1,
+    "ppo.temperature": 0.7,
+    "ppo.kl_coef": 0.05,
+    "ppo.kl_target": 0,
+    "ppo.gamma": 1,
+    "ppo.lam": 0.95,
+    "ppo.clip": 0.2,
+    "ppo.value_clip": 0.2,
+    "ppo.value_coef": 0.1,
+    "ppo.value_init": "reward",
+    "ppo.missing_eos": "replace",
+    "ppo.missing_eos_penalty": 1,  # the score becomes -1
+    "ppo.whiten_rewards": False,
+    "ppo.whiten_advantages": True,
+    "ppo.trace_epochs": True,
+    "evaluation.temperature": 0.01,
+}
+GPT2 = {"data.response_length": 48, "data.pair_length": 153, "model.layers": 12, "model.heads": 12, "model.width": 768}
+GPT2 |= {"model.context": 1024, "model.init": "openai-community/gpt2", "text.path": "openai-community/gpt2"}
+MEDIUM = {"model.layers": 24, "model.heads": 16, "model.width": 1024, "model.init": "openai-community/gpt2-medium"}
+PYTHIA = {
+    "data.response_length": 53,
+    "data.pair_length": 169,
+    "model.layers": 12,
+    "model.heads": 12,
+    "model.width": 768,
+}
+PYTHIA |= {"model.vocab_size": 50_304, "model.rotary_share": 0.25, "model.tied": False}
+PYTHIA |= {"model.init": "EleutherAI/pythia-160m", "text.path": "EleutherAI/pythia-160m"}
+FIRST = {"ppo.kl_coef": 0.15, "ppo.kl_target": 6, "ppo.kl_horizon": 10_000, "ppo.value_init": "zero"}
+FIRST |= {"ppo.whiten_rewards": True, "reward.normalize_before": True}
+RECIPES = {
+    "gpt2": PUBLISHED | GPT2,
+    "gpt2-medium": PUBLISHED | GPT2 | MEDIUM | {"text.path": "openai-community/gpt2-medium"},
+    "gpt2-2019": PUBLISHED | GPT2 | FIRST,
+    "pythia-160m": PUBLISHED | PYTHIA,
+}
+
+
+@pytest.mark.parametrize("arg", RECIPES)
+def test_the_published_recipes(arg, get_config):
+    config = configs.parse(get_config(arg).to_dict())
+    fields = RECIPES[arg]
+    assert {field: functools.reduce(getattr, field.split("."), config) for field in fields} == fields

@@ -3,6 +3,7 @@ import dataclasses
 import json
 from pathlib import Path
 
+import httpx2
 import jax
 import numpy as np
 import pyarrow
@@ -10,6 +11,7 @@ import pyarrow.parquet
 import pytest
 
 from rlhf_jax import config as configs
+from rlhf_jax import stages
 from rlhf_jax.console import Silent
 from rlhf_jax.data import sources
 from rlhf_jax.data.tldr import format_query
@@ -253,6 +255,16 @@ def test_a_row_without_known_characters_is_named_as_it_is_in_its_file(config, tm
     assert f"{preferences}:17: rejected: " in message and "no known characters" in message
 
 
+def test_pairs_may_be_longer_than_responses(config, tmp_path):
+    """Else those that are would be skipped."""
+    longer = changed(config, data={"response_length": 40, "pair_length": 75})
+    run = Summarization(longer, tmp_path / "longer")
+    widths = {side[name].shape[1] for side in run.arrays("preferences") for name in ("chosen_NR", "rejected_NR")}
+    assert widths == {75} and run.arrays("prompts") and run.response_length == 40
+    same = Summarization(changed(config, data={"response_length": 75}), tmp_path / "same")
+    assert same.arrays("preferences")[0]["chosen_NR"].shape == run.arrays("preferences")[0]["chosen_NR"].shape
+
+
 def test_policies_are_compared_on_the_first_held_out_rows_that_could_be_encoded(config, tmp_path):
     run = Summarization(changed(config, data={"response_length": 60}, evaluation={"prompts": 3}), tmp_path)
     held_out = run.arrays("sft")[1]
@@ -318,6 +330,48 @@ def test_pretrained_weights_with_ids_that_they_do_not_know(config, tmp_path):
         0, -1
     ]
     assert logits_V[97:].max() < logits_V[:97].max()  # ids that were never seen are not the most likely
+
+
+WEIGHTS = {name: PARITY.with_name(name).read_bytes() for name in ("config.json", "model.safetensors")}
+
+
+def test_pretrained_weights_can_come_from_the_hub(config, tmp_path, hub_server):
+    """The revision that is asked for, and from then on without a look at the network."""
+    commit = hub_server.add("who/what", WEIGHTS, revision="v1")
+    hub_server.add("who/what", {"config.json": "{}", "model.safetensors": b""})
+    expected = pretrained(config, tmp_path, characters=95).policy_init()
+    for revision in "v1", commit:
+        run = pretrained(config, tmp_path, characters=95, init=f"who/what@{revision}")
+        jax.tree.map(np.testing.assert_array_equal, run.policy_init(), expected)
+    asked = len(hub_server.asked)
+    run = pretrained(config, tmp_path, characters=95, init="who/what@v1")
+    assert run.policy_init() and len(hub_server.asked) == asked
+
+
+def test_weights_that_cannot_be_downloaded_are_told_before_the_data_are_read(config, tmp_path, hub_server):
+    """In one line: what to download and where to put it."""
+    run = pretrained(config, tmp_path, characters=95, init="who/what@v1")
+    Path(run.config.data.sft).unlink()
+    hub_server.down = httpx2.ConnectError("no network")
+    message = error(stages.summarize, run)
+    assert message.startswith("model.init: who/what@v1: no such file or folder, not downloaded before, and the hub ")
+    assert message.endswith(
+        "download config.json and model.safetensors, or config.json and model.safetensors.index.json and "
+        "model-*.safetensors of https://huggingface.co/who/what (v1) into a folder and give its path"
+    )
+    assert not (tmp_path / "run").exists()
+
+
+def test_weights_that_are_a_pickle_are_not_taken(config, tmp_path, hub_server):
+    hub_server.add("who/what", {"config.json": "{}", "pytorch_model.bin": b"never read"})
+    message = error(pretrained(config, tmp_path, characters=95, init="who/what").policy_init)
+    assert message.startswith("model.init: who/what: expected config.json and model.safetensors, or ")
+    assert message.endswith("on the hub, there is config.json, pytorch_model.bin")
+    assert not [path for path in hub_server.asked if path.endswith(".bin")]
+    (tmp_path / "model").mkdir()
+    (tmp_path / "model" / "pytorch_model.bin").touch()
+    message = error(pretrained(config, tmp_path, characters=95, init=str(tmp_path / "model")).policy_init)
+    assert "loading a pickle can run any code" in message
 
 
 def test_pretrained_weights_of_gpt_neox(config, tmp_path):

@@ -46,7 +46,9 @@ def config(tmp_path_factory):
         model=gpt2.Config(layers=1, heads=2, head_size=7, width=16, context=96, init_std=0.2),
         sft=supervised.Config(**often, lr=1e-2),
         reward=preference.Config(**often, lr=1e-2, microbatches=2),
-        ppo=ppo.Config(**often, lr=3e-2, epochs=3, minibatches=2, temperature=0.9, kl_target=0.1, kl_horizon=50),
+        ppo=ppo.Config(
+            **often, lr=3e-2, epochs=3, minibatches=2, temperature=0.9, kl_target=0.1, kl_horizon=50, trace_epochs=True
+        ),
         evaluation=configs.Evaluation(prompts=12, batch=8, temperature=0.7, samples=2),
     )
 
@@ -262,6 +264,13 @@ def test_reference_summaries_score_mean_0_and_standard_deviation_1(whole):
     assert abs(whole.summary["reward/reference_std"] - 1) > 0.01
 
 
+def test_references_may_score_mean_0_and_standard_deviation_1_before_training_too(whole, tmp_path):
+    """A reward model that does not learn, as the references score it before the normalization that comes last."""
+    run = branch(whole.run, tmp_path, "sft", reward={"lr": 1e-30, "steps": 1, "normalize_before": True})
+    summary = stages.reward(run)
+    assert abs(summary["reward/reference_mean"]) < 1e-5 and abs(summary["reward/reference_std"] - 1) < 1e-5
+
+
 def test_ppo_is_compared_with_its_start_on_the_same_held_out_prompts(whole):
     run, summary = whole.run, whole.summary
     rows, asked = samples(whole.workdir, "ppo"), run.asked("prompts")
@@ -283,6 +292,15 @@ def test_ppo_is_compared_with_its_start_on_the_same_held_out_prompts(whole):
     assert summary["ppo/win_rate"] == np.mean((gains > 0) + (gains == 0) / 2)
     assert summary["ppo/win_rate_ci95"][0] < summary["ppo/win_rate"] < summary["ppo/win_rate_ci95"][1]
     assert summary["ppo/clip_fraction"] == logged(whole.workdir, "ppo")[5]["ppo/clip_fraction"]
+
+
+def test_the_first_update_is_told_epoch_by_epoch(whole):
+    """As running means, so that the last is what is logged of the whole update."""
+    first, second, *_ = logged(whole.workdir, "ppo")
+    for name in "ppo/approx_kl", "ppo/clip_fraction":
+        told = whole.summary[f"{name}_first_update"]
+        assert told == [first[f"{name}_epoch_{epoch}"] for epoch in (1, 2, 3)] == sorted(told)
+        assert told[-1] == pytest.approx(first[name], rel=1e-6) and told[-1] != second[name]
 
 
 def test_ppo_starts_where_fine_tuning_ended(whole):

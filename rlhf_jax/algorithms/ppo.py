@@ -39,6 +39,7 @@ class Config(optim.Config):
     missing_eos_penalty: float = 1.0  # replace: the score becomes -penalty; subtract: score - penalty
     whiten_rewards: bool = False
     whiten_advantages: bool = True
+    trace_epochs: bool = False  # log approx KL and clip fraction after each epoch too, to compare with a published run
     eval_every: int = 50
     save_every: int = 100
 
@@ -150,9 +151,24 @@ def step(state, rollout, *, config, apply, tx):
     control = {"target": config.kl_target, "horizon": config.kl_horizon, "episodes": rollout.mask_BR.shape[0]}
     state = state.replace(kl_coef=kl.adapt(state.kl_coef, numbers["ppo/kl"], **control))
     aux["ppo/ess"] = jnp.square(aux["ppo/ratio"]) / aux.pop("ppo/ratio_square")
+    if config.trace_epochs:
+        numbers |= trace(aux)
     numbers |= {name: jnp.mean(value) for name, value in aux.items()}
     numbers |= {f"{name}_last": aux[name][-1, -1] for name in ("ppo/approx_kl", "ppo/ess")}
     return state, numbers
+
+
+def trace(aux):
+    """How far the policy has moved after each epoch of an update: means over the epochs so far, counted from 1.
+
+    aux is that of `update`. Of one minibatch an epoch the first entries are 0: nothing has moved when it is measured.
+    """
+    numbers = {}
+    for name in ("ppo/approx_kl", "ppo/clip_fraction"):
+        mean_E = jnp.mean(aux[name], axis=1)
+        running_E = jnp.cumsum(mean_E) / jnp.arange(1, len(mean_E) + 1)
+        numbers |= {f"{name}_epoch_{epoch}": running for epoch, running in enumerate(running_E, start=1)}
+    return numbers
 
 
 def metrics(rollout, *, kl_coef, config):

@@ -17,6 +17,7 @@ class Config(optim.Config):
     steps: int = 1_450
     batch: int = 64  # pairs
     microbatches: int = 1
+    normalize_before: bool = False  # references score mean 0, std 1 before training too, not only after it
     eval_every: int = 100
     save_every: int = 500
 

@@ -42,6 +42,7 @@ class Config:
     cache: str = ""  # where what is generated or converted is kept; empty: the user's cache folder
     prompt_length: int = 512  # P, tokens
     response_length: int = 53  # R, tokens, EOS included
+    pair_length: int = 0  # R of preference pairs, whose responses may be longer; 0: response_length
 
 
 def load(kind, config, seed):

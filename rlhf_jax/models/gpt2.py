@@ -37,7 +37,8 @@ class Config:
     init_std: float = 0.02  # of random weights; narrow models learn to copy much sooner from about 1 / sqrt(width)
     dropout: float = 0.0  # in supervised training only
     dtype: str = "float32"  # of the activations; parameters are float32
-    init: str = ""  # weights to start from, a model.safetensors or a folder of transformers'; empty: random
+    init: str = ""  # weights to start from: a model.safetensors, a folder of transformers', or NAME or NAME@REVISION on
+    # the hub; empty: random
 
     @property
     def rotary_planes(self):

@@ -21,7 +21,10 @@ from safetensors.numpy import save_file
 from rlhf_jax.errors import InputError
 from rlhf_jax.models import hf_config, hf_layout
 from rlhf_jax.models.heads import LanguageModel
-from rlhf_jax.models.weights import FILE, read
+from rlhf_jax.models.weights import FILE, INDEX, read
+
+# What a folder of theirs has, on the hub too: any of these is enough.
+FILES = ((hf_config.FILE, FILE), (hf_config.FILE, INDEX, "model-*.safetensors"))
 
 VOCABULARY = (("wte", "embedding"), ("unembed", "embedding"))  # tables with a row a token id
 
@@ -90,20 +93,22 @@ def scalar_to_hf(params, config):
     return to_hf(trunk, config)
 
 
-def save(folder, params, config, *, eos_id, pad_id):
+def save(folder, params, config, *, eos_id, pad_id, generation=None, beside=None):
     """Writes a language model as transformers does: model.safetensors, config.json, generation_config.json.
 
-    All or nothing, in a folder that is new or empty; InputError otherwise. Padded ids are kept (see hf_config.py).
+    generation is what else `generate` takes for granted; beside, {name: text or JSON value}, are more files. All or
+    nothing, in a folder that is new or empty; InputError otherwise. Padded ids are kept (see hf_config.py).
     """
     record = hf_config.language_model(config, eos_id=eos_id, pad_id=pad_id)
-    generation = {name: record[name] for name in ("bos_token_id", "eos_token_id", "pad_token_id")}
-    _write(folder, to_hf(params, config), {hf_config.FILE: record, "generation_config.json": generation})
+    ids = {name: record[name] for name in ("bos_token_id", "eos_token_id", "pad_token_id")}
+    records = {hf_config.FILE: record, "generation_config.json": ids | (generation or {})}
+    _write(folder, to_hf(params, config), records | (beside or {}))
 
 
-def save_scalar(folder, params, config, *, eos_id, pad_id):
+def save_scalar(folder, params, config, *, eos_id, pad_id, beside=None):
     """Writes a reward model as transformers does: model.safetensors, config.json. All or nothing, as save does."""
     record = hf_config.scalar_model(config, eos_id=eos_id, pad_id=pad_id)
-    _write(folder, scalar_to_hf(params, config), {hf_config.FILE: record})
+    _write(folder, scalar_to_hf(params, config), {hf_config.FILE: record} | (beside or {}))
 
 
 def _import(arrays, shapes, config):
@@ -166,7 +171,8 @@ def _write(folder, arrays, records):
         unfinished.mkdir(parents=True)
         save_file(arrays, unfinished / FILE, metadata={"format": "pt"})
         for name, record in records.items():
-            (unfinished / name).write_text(json.dumps(record, indent=2, sort_keys=True) + "\n", encoding="utf-8")
+            text = record if isinstance(record, str) else json.dumps(record, indent=2, sort_keys=True) + "\n"
+            (unfinished / name).write_text(text, encoding="utf-8")
         os.replace(unfinished, folder)
     except (OSError, SafetensorError) as error:
         shutil.rmtree(unfinished, ignore_errors=True)

@@ -47,6 +47,8 @@ def write(run):
 
 def _job(run, stages, draw):
     todo = [name for name in stages if not run.finished(name)]
+    if next(iter(stages)) in todo:
+        run.weights()  # what cannot be downloaded is told before hours of tokens
     for name in todo:  # what is wrong with the data is found now, not when its stage begins
         common.check_batch(run, name)
     for name, stage in stages.items():

@@ -31,6 +31,7 @@ def ppo(run):
 
     def draw(rows, folder):
         numbers["ppo/clip_fraction"] = metrics.series(rows, "ppo/clip_fraction")[1][-1]  # of the last update
+        numbers.update(_first_update(rows, run.config.ppo))
         plots.ppo(rows, folder)
         truth = "gold" if "gold" in after else "score"
         rate = win_rate.win_rate(after[truth], before[truth])
@@ -129,6 +130,15 @@ def _measurement(run):
         return rows | run.judge(asked, texts), texts
 
     return measure
+
+
+def _first_update(rows, config):
+    """{name: [its running mean after each epoch]} of the first update, where it was traced."""
+    if not config.trace_epochs:
+        return {}
+    epochs = range(1, config.epochs + 1)
+    names = ("ppo/approx_kl", "ppo/clip_fraction")
+    return {f"{name}_first_update": [rows[0][f"{name}_epoch_{epoch}"] for epoch in epochs] for name in names}
 
 
 def _compare(before, after):

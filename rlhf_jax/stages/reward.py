@@ -4,7 +4,7 @@ import functools
 
 import numpy as np
 
-from rlhf_jax import guard, optim, plots
+from rlhf_jax import guard, optim, plots, sharding
 from rlhf_jax.algorithms import preference, supervised
 from rlhf_jax.evaluate import accuracy
 from rlhf_jax.stages import common
@@ -55,9 +55,12 @@ def prepare(run, name):
         loss = float(np.mean(np.logaddexp(0, rejected_N - chosen_N)))
         return {"reward/eval_accuracy": rate, "reward/eval_loss": loss}, (ci95, samples)
 
+    state = preference.init(apply.scalar.init(run.key("reward head"), policy), run.key(name), tx=tx)
+    if config.normalize_before:
+        state, _ = normalize(sharding.replicate(state, run.mesh))
     return common.Training(
         name=name,
-        state=preference.init(apply.scalar.init(run.key("reward head"), policy), run.key(name), tx=tx),
+        state=state,
         step=run.jit(guard.guarded(step, run.config.guard), donate_argnums=0),
         evaluate=evaluate,
         best=("reward/eval_accuracy", max),

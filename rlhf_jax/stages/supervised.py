@@ -24,9 +24,9 @@ def sft(run):
 def prepare(run, name):
     """What the stage trains."""
     config, apply = run.section(name), run.apply
+    policy = run.policy_init()
     _, held_out = run.arrays(run.KINDS[name])
     starts, asked = run.questions()
-    policy = run.policy_init()
     if name == "sft" and "pretrain" in run.STAGES:
         policy = run.parameters("pretrain", "policy", policy)
     tx = optim.adamw(config, config.steps)

@@ -82,6 +82,7 @@ def to_hf(tokenizer: bpe.BPETokenizer | char.CharTokenizer) -> dict[str, dict]:
         "add_prefix_space": False,
         "clean_up_tokenization_spaces": False,
         "padding_side": "left",
+        "model_input_names": ["input_ids", "attention_mask"],  # no token types, which GPT-2 would add
     }
     return {FILE: json.loads(codec.to_str()), "tokenizer_config.json": config | names, "special_tokens_map.json": names}
 

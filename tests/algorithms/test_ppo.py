@@ -395,6 +395,31 @@ def test_the_first_step_starts_at_no_kl_and_ratio_one(apply, models, drawn):
     assert aux["ppo/clip_fraction"][-1].max() > 0 and aux["ppo/approx_kl"][-1].min() > 1e-4
 
 
+def test_the_trace_of_an_update_by_hand():
+    """Means over all minibatches so far: (0 + 2) / 2, then (0 + 2 + 3 + 5) / 4."""
+    aux = {
+        "ppo/approx_kl": jnp.array([[0.0, 2.0], [3.0, 5.0]]),
+        "ppo/clip_fraction": jnp.array([[0.0, 0.0], [0.5, 1.0]]),
+    }
+    assert {name: float(value) for name, value in ppo.trace(aux).items()} == {
+        "ppo/approx_kl_epoch_1": 1.0,
+        "ppo/approx_kl_epoch_2": 2.5,
+        "ppo/clip_fraction_epoch_1": 0.0,
+        "ppo/clip_fraction_epoch_2": 0.375,
+    }
+
+
+def test_the_first_update_of_the_published_kind_can_be_traced(apply, models, drawn):
+    """One minibatch, four epochs: the first is 0 up to rounding, the others rise, and the last is the mean of all."""
+    config = dataclasses.replace(CONFIG, epochs=4, minibatches=1, trace_epochs=True)
+    learn = jax.jit(partial(ppo.step, config=config, apply=apply, tx=ADAM))
+    _, numbers = learn(begin(models), drawn.replace(advantages_BR=None, returns_BR=None))
+    for name, first in ("ppo/approx_kl", 1e-6), ("ppo/clip_fraction", 0.0):
+        traced = [float(numbers[f"{name}_epoch_{epoch}"]) for epoch in (1, 2, 3, 4)]
+        assert 0 <= traced[0] <= first and traced == sorted(set(traced))
+        assert traced[-1] == pytest.approx(float(numbers[name]), rel=1e-6)
+
+
 @pytest.mark.parametrize("fill", [PAD, 17])
 def test_padding_changes_no_metric(fill, apply, models, drawn):
     """invariant 1: columns more to the left of the prompt and to the right of the response, whatever is in them."""

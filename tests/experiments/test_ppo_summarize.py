@@ -81,11 +81,14 @@ def test_a_flag_that_cannot_be_is_one_line(flag, words, command, tmp_path):
 @pytest.mark.parametrize(
     ("flags", "words"),
     [
-        (["--config=configs/ppo_summarize.py:tinny"], ["tinny: expected tiny, files, gpt2"]),
+        (["--config=configs/ppo_summarize.py:tinny"], ["tinny: expected tiny, files, gpt2, "]),
         (["--config=configs/no.py"], ["configs/no.py"]),
         ([], ["--config: expected"]),
         (["--config=configs/ppo_summarize.py:files"], ["data.sft: expected a .jsonl, .csv or .parquet file"]),
-        (["--config=configs/ppo_summarize.py:gpt2"], ["missing files: model.init = ", "data.sft = "]),
+        (
+            ["--config=configs/ppo_summarize.py:gpt2", "--config.model.init=no/such/folder"],
+            ["missing files: model.init = 'no/such/folder'"],
+        ),
     ],
 )
 def test_a_config_that_cannot_be_is_one_line(flags, words, command, tmp_path):
@@ -173,6 +176,11 @@ def test_a_run_that_was_stopped_goes_on_to_the_end(stopped, command):
     assert {"seconds", "seed", "sft/gold", "reward/accuracy", "ppo/gold_ci95", "ppo/win_rate"} <= summary.keys()
     before = on_disk(stopped.workdir)
     assert_refused(command(workdir, "--config.sft.lr=0.5"), "workdir: ", "was made with sft.lr = 0.002, not 0.5")
+    for out, code, told in (("new", 0, ""), ("new", 2, "export_hf.py: .*: expected a new or an empty folder.*\n")):
+        line = [sys.executable, "experiments/export_hf.py", workdir, f"--out={stopped.workdir.parent / out}"]
+        exported = subprocess.run(line, cwd=ROOT, text=True, capture_output=True)
+        assert exported.returncode == code and re.fullmatch(told, exported.stderr), exported.stderr
+    assert (stopped.workdir.parent / "new" / "README.md").exists()
     assert on_disk(stopped.workdir) == before
 
 

@@ -1,0 +1,48 @@
+"""A finished stage of a run as a folder that transformers loads: weights, tokenizer, model card.
+
+    python experiments/export_hf.py --workdir=runs/demo --out=exported/policy
+    python experiments/export_hf.py --workdir=runs/demo --out=exported/reward --stage=reward
+
+The stage is by default the last one that is finished and has a policy. The folder must be new or empty.
+"""
+
+import sys
+
+from absl import app, flags, logging
+
+from rlhf_jax.console import Reporter
+from rlhf_jax.errors import InputError
+from rlhf_jax.export import export
+
+WORKDIR = flags.DEFINE_string("workdir", None, "Folder of the run.", required=True)
+OUT = flags.DEFINE_string("out", None, "Folder to write, new or empty.", required=True)
+STAGE = flags.DEFINE_string("stage", "", "ppo, sft, reward, rl or pretrain.")
+
+
+def main(_):
+    logging.set_verbosity(logging.FATAL)  # Orbax tells of every file it reads; its errors are raised as well
+    try:
+        stage = export(WORKDIR.value, OUT.value, STAGE.value)
+    except InputError as error:
+        leave(error)
+    with Reporter() as reporter:
+        reporter.note(f"{stage}: written to {OUT.value}")
+
+
+def parse(argv):
+    try:
+        rest = flags.FLAGS(argv)
+        if rest[1:]:
+            raise InputError(f"{rest[1]}: expected only --flags")
+        return rest
+    except (flags.Error, InputError) as error:
+        leave(error)
+
+
+def leave(error):
+    print(f"export_hf.py: {' '.join(str(error).split())}", file=sys.stderr)
+    sys.exit(2)
+
+
+if __name__ == "__main__":
+    app.run(main, flags_parser=parse)

@@ -1,0 +1,144 @@
+"""The README.md of an exported model: what it is, how it was made, what was measured. Names of data, never rows."""
+
+import dataclasses
+from pathlib import Path
+
+from rlhf_jax import hub
+from rlhf_jax.data.tldr import format_query
+from rlhf_jax.run import Writing
+from rlhf_jax.text import bpe
+
+WHAT = {
+    "pretrain": "a language model, pretrained",
+    "sft": "a policy after supervised fine-tuning",
+    "reward": "a reward model, trained on preference pairs",
+    "ppo": "a policy after PPO against a learned reward",
+    "rl": "a policy after reinforcement learning against a reward that is computed",
+}
+# Of the config: where and how fast a run went, not what it computed; and what `Data` says.
+QUIET = ("eval_every", "save_every", "microbatches", "remat", "top_k", "top_p", "init", "path")
+
+POLICY = """\
+from transformers import AutoModelForCausalLM, AutoTokenizer
+
+tokenizer = AutoTokenizer.from_pretrained(FOLDER)
+model = AutoModelForCausalLM.from_pretrained(FOLDER)
+inputs = tokenizer({prompt!r}, return_tensors="pt")
+written = model.generate(**inputs)[0, inputs["input_ids"].shape[1] :]
+print(tokenizer.decode(written, skip_special_tokens=True))
+"""
+REWARD = """\
+from transformers import AutoModelForSequenceClassification, AutoTokenizer
+
+tokenizer = AutoTokenizer.from_pretrained(FOLDER)
+model = AutoModelForSequenceClassification.from_pretrained(FOLDER)
+text = {prompt!r} + " a summary" + tokenizer.eos_token
+print(model(**tokenizer(text, return_tensors="pt")).logits[0, 0])
+"""
+
+
+def card(kind, config, stage, summary):
+    """The text of the card of a run's finished stage; summary is what its summary.json holds."""
+    use = REWARD if stage == "reward" else POLICY
+    prompt = bpe.EOS if kind is Writing else format_query("...", "...", "...")
+    measured = [(f"`{name}`", _number(value)) for name, value in summary.items() if name.startswith(f"{stage}/")]
+    versions = ", ".join(f"{name} {version}" for name, version in summary["versions"].items())
+    machine = summary["machine"]
+    return "\n".join(
+        [
+            *_header(config, stage),
+            f"# {WHAT[stage][0].upper()}{WHAT[stage][1:]}",
+            "",
+            "Made with rlhf_jax. `FOLDER` is the folder of this file:",
+            "",
+            "```python",
+            use.format(prompt=prompt) + "```",
+            "",
+            _reading(kind, stage),
+            "",
+            "## Recipe",
+            "",
+            *_table(("config", "value"), _recipe(kind, config, stage)),
+            "",
+            "## Data",
+            "",
+            *(f"- {name}: {value}" for name, value in _data(config)),
+            "",
+            "## Measured",
+            "",
+            "On held-out rows (`summary.json` of the stage).",
+            "",
+            *_table(("number", "value"), [row for row in measured if row[1]]),
+            "",
+            f"{summary['seconds']} seconds on {machine['devices']} x {machine['device_kind']}; {versions}.",
+            "",
+        ]
+    )
+
+
+def _recipe(kind, config, stage):
+    """What the stage's result depends on, a section of the config a row."""
+    for name in kind.STAGES[stage]:
+        value = getattr(config, name)
+        if name == "data" or (name in ("policy_gradient", "ppo") and name != getattr(config, "algorithm", name)):
+            continue
+        if dataclasses.is_dataclass(value):
+            fields = {field: told for field, told in dataclasses.asdict(value).items() if field not in QUIET}
+            told = ", ".join(f"{field} {value}" for field, value in fields.items())
+        else:
+            told = Path(str(value)).name + (", this is the first" if name == "seeds" and value > 1 else "")
+        yield f"`{name}`", told
+
+
+def _header(config, stage):
+    """What the hub reads."""
+    tag = "text-classification" if stage == "reward" else "text-generation"
+    lines = ["---", "library_name: transformers", f"pipeline_tag: {tag}", f"tags: [rlhf_jax, {stage}]"]
+    if _on_hub(config.model.init):
+        lines.append(f"base_model: {config.model.init.partition('@')[0]}")
+    return [*lines, "---"]
+
+
+def _reading(kind, stage):
+    told = "PAD is a token of its own, apart from EOS. "
+    if stage == "reward":
+        return told + "Scores are read at EOS, the last token; pad on the right. References score 0 on average."
+    begins = "EOS alone" if kind is Writing else "the prompt, padded on the left; a summary begins with a space"
+    return f"{told}A text begins with {begins}, and ends with EOS."
+
+
+def _data(config):
+    data = config.data
+    if isinstance(config, Writing.CONFIG):
+        made = {"made": f"{data.made} {data.kind}, written by rlhf_jax (seed {data.made_seed})"}
+        yield "texts", made.get(data.source) or f"{data.kind}, {_name(data.path) or 'the published set'}"
+    elif data.source == "world":
+        yield "posts, summaries and preferences", f"generated by rlhf_jax (seed {data.world_seed})"
+    else:
+        prompts = data.prompts or data.sft
+        rows = (("summaries", data.sft), ("preferences", data.preferences), ("prompts", prompts))
+        yield from ((name, _name(value)) for name, value in rows if value)
+    if config.model.init:
+        yield "weights to start from", _name(config.model.init)
+    if config.text.path:
+        yield "tokenizer", _name(config.text.path)
+
+
+def _name(place):
+    """A name on the hub as it is; of a path its last part, for nobody else has the rest."""
+    return place if not place or _on_hub(place) else Path(place).name
+
+
+def _on_hub(place):
+    return bool(place) and not Path(place).exists() and hub.is_name("/".join(place.partition("@")[0].split("/")[:2]))
+
+
+def _number(value):
+    """Empty for what is no number and no list of numbers."""
+    if isinstance(value, list):
+        return ", ".join(map(_number, value))
+    return f"{value:.4g}" if isinstance(value, int | float) else ""
+
+
+def _table(head, rows):
+    return [f"| {a} | {b} |" for a, b in (head, ("---", "---"), *rows)]
