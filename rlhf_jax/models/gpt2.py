@@ -37,6 +37,7 @@ class Config:
     init_std: float = 0.02  # of random weights; narrow models learn to copy much sooner from about 1 / sqrt(width)
     dropout: float = 0.0  # in supervised training only
     dtype: str = "float32"  # of the activations; parameters are float32
+    remat: bool = False  # layers are computed again for their gradients: less memory (not on a CPU), a third more work
     init: str = ""  # weights to start from: a model.safetensors, a folder of transformers', or NAME or NAME@REVISION on
     # the hub; empty: random
 
@@ -133,10 +134,11 @@ class Block(nn.Module):
     second does not see what the first added."""
 
     config: Config
+    deterministic: bool
 
     @nn.compact
-    def __call__(self, x_BTD, attend_BTS, angles_BTJ, past, *, deterministic):
-        dropout = nn.Dropout(self.config.dropout, deterministic=deterministic, name="dropout")
+    def __call__(self, x_BTD, attend_BTS, angles_BTJ, past):
+        dropout = nn.Dropout(self.config.dropout, deterministic=self.deterministic, name="dropout")
         normed_BTD = _norm(self.config, "ln_1")(x_BTD)
         mixed_BTD, kv = Attention(self.config, name="attn")(normed_BTD, attend_BTS, angles_BTJ, past)
         sum_BTD = x_BTD + dropout(mixed_BTD)
@@ -175,10 +177,12 @@ class GPT2(nn.Module):
             angles_BTJ = None
             x_BTD = x_BTD + _embed(c, c.context, "wpe")(positions_BT)
         x_BTD = nn.Dropout(c.dropout, deterministic=deterministic, name="dropout")(x_BTD)
+        # Gradients then need what goes into a layer, and compute what is in it a second time.
+        block = nn.remat(Block) if c.remat and cache is None else Block
         layers = []
         for i in range(c.layers):
             past = None if cache is None else (cache.keys[i], cache.values[i], cache.used)
-            x_BTD, kv = Block(c, name=f"h_{i}")(x_BTD, attend_BTS, angles_BTJ, past, deterministic=deterministic)
+            x_BTD, kv = block(c, deterministic, name=f"h_{i}")(x_BTD, attend_BTS, angles_BTJ, past)
             layers.append(kv)
         x_BTD = _norm(c, "ln_f")(x_BTD)
         if cache is None:

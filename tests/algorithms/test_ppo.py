@@ -469,6 +469,25 @@ def test_the_same_seed_is_the_same_run(apply, models, prompts):
     assert (first != runs[2][2][0]).any()
 
 
+def test_half_precision_is_of_the_activations_alone(apply, models, prompts):
+    """Log-probs of sampler and learner are near each other, and all that is kept is float32."""
+    config = dataclasses.replace(apply.policy.config, dtype="bfloat16", remat=True)
+    half = Apply(LanguageModel(config), ScalarModel(config))
+    drawn = collector(half)(begin(models), *prompts)
+    logp_BR = jax.jit(half.policy.logprobs, static_argnums=3, static_argnames="temperature")(
+        models.policy, drawn.tokens_BT, drawn.attend_BT, 8, temperature=CONFIG.temperature
+    )
+    np.testing.assert_allclose(jnp.where(drawn.mask_BR, logp_BR, 0), drawn.logp_BR, rtol=0, atol=0.02)
+    exact_BR = apply.policy.logprobs(models.policy, drawn.tokens_BT, drawn.attend_BT, 8, temperature=CONFIG.temperature)
+    assert 1e-3 < jnp.abs(jnp.where(drawn.mask_BR, exact_BR - logp_BR, 0)).max() < 0.2
+    assert {x.dtype.name for x in (drawn.logp_BR, logp_BR, drawn.values_BR, drawn.score_B)} == {"float32"}
+    state, numbers = jax.jit(partial(ppo.step, config=CONFIG, apply=half, tx=ADAM))(begin(models), drawn)
+    assert all(np.isfinite(value) for value in numbers.values())
+    kept = jax.tree.leaves((state.policy, state.value, state.optimizer))
+    assert {x.dtype.name for x in kept} == {"float32", "int32"} and all(np.isfinite(x).all() for x in kept)
+    assert numbers["ppo/policy_grad_norm"] > 0 and numbers["ppo/value_grad_norm"] > 0
+
+
 def test_it_compiles_once_and_may_be_donated(apply, models, prompts):
     """Sampling, too; and init copies, so that the trees it was given outlive the donated state."""
     shared = SimpleNamespace(policy=models.policy, value=models.value, reward=models.value)

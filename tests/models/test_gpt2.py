@@ -209,6 +209,35 @@ def test_parallel_layers_read_the_same_sum(model, params, sequences):
     assert jnp.abs(ours(params, tokens_BT, mask_BT) - theirs(params, tokens_BT, mask_BT))[mask_BT].max() > 0.1
 
 
+@pytest.mark.parametrize(("model", "dropout"), [("gpt2", 0.5), ("neox", 0.0)], indirect=["model"])
+def test_layers_that_are_computed_again_have_the_same_gradients(dropout, model, params, sequences):
+    """And their noise is the same the second time."""
+    key = jax.random.key(3) if dropout else None
+    both = []
+    for remat in False, True:
+        again = LanguageModel(dataclasses.replace(model.config, remat=remat, dropout=dropout))
+        both.append(jax.jit(jax.value_and_grad(lambda p, m=again: m.logprobs(p, *sequences, 6, dropout_key=key).sum())))
+    (ours, our_grads), (theirs, their_grads) = (function(params) for function in both)
+    np.testing.assert_allclose(ours, theirs, rtol=1e-6)
+    jax.tree.map(
+        lambda x, y: np.testing.assert_allclose(x, y, rtol=0, atol=1e-5 * abs(y).max()), our_grads, their_grads
+    )
+
+
+def test_layers_that_are_computed_again_take_less_memory():
+    """What XLA sets aside for the gradients of eight layers of 256 tokens."""
+    tokens_BT = jax.ShapeDtypeStruct((4, 64), jnp.int32)
+    bytes_needed = []
+    for remat in False, True:
+        model = LanguageModel(gpt2.Config(layers=8, heads=2, head_size=16, width=32, vocab_size=50, remat=remat))
+        grads = jax.jit(jax.grad(lambda p, t, m=model: m.logprobs(p, t, jnp.ones_like(t), 63).sum()))
+        shapes = jax.eval_shape(model.init, jax.random.key(0))
+        # XLA on a CPU merges equal computations, these too, unless it is told to leave them apart.
+        program = grads.lower(shapes, tokens_BT).compile({"xla_disable_hlo_passes": "cse_barrier_expander"})
+        bytes_needed.append(program.memory_analysis().temp_size_in_bytes)
+    assert bytes_needed[1] < 0.6 * bytes_needed[0]
+
+
 @pytest.mark.parametrize("model", ["gpt2"], indirect=True)
 def test_dropout_only_where_a_key_is_given(model, params, sequences):
     """invariant 10: what calls without a key, as reward and RL stages do, has no dropout at any rate."""
