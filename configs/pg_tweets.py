@@ -82,8 +82,8 @@ def made():
 def article():
     """The article's policy gradient: every token answers for the score and its own KL alone, and nothing is watched.
 
-    Its KL coefficient of .1 weighs the mean over the 31 tokens; here KL is a sum, so it is .1 / 31. With .1 on the sum
-    the policy is held and does not collapse.
+    Its KL coefficient of .1 is taken as the weight of the mean over the 31 tokens, as only that collapses like its own
+    code; here KL is a sum, so it is .1 / 31.
     """
     config = tweets()
     return dataclasses.replace(
