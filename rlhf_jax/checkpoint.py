@@ -155,17 +155,24 @@ class Checkpoints:
 
     def read(self, step):
         """(nested dicts of NumPy arrays, notes) of a step. Raises InputError where it is damaged."""
-        try:
+        with self._named(step):
             return self._read(step, None)
-        except _Damage as error:
-            raise InputError(f"{self.directory / str(step)}: {error}") from error
 
     def describe(self, step):
-        """({array: (shape, type)}, notes, {name: number} it was compared by) of a step, without reading the arrays."""
-        with _reading():
+        """({array: what has its shape and dtype}, the number it was compared by or None) of a step, without its arrays.
+
+        Raises InputError where it is damaged.
+        """
+        with self._named(step), _reading():
             arrays = self._manager.item_metadata(step).state.tree
-            notes = self._manager.restore(step, args=ocp.args.Composite(data=ocp.args.JsonRestore())).data
-        return _by_name(arrays), notes["notes"], self._manager.metrics(step) or {}
+            return _by_name(arrays), (self._manager.metrics(step) or {}).get("best")
+
+    @contextlib.contextmanager
+    def _named(self, step):
+        try:
+            yield
+        except _Damage as error:
+            raise InputError(f"{self.directory / str(step)}: {error}") from error
 
     def _read(self, step, like):
         with _reading():
@@ -336,27 +343,27 @@ def _part(arrays, part, where):
 
 
 def _list(asked, reporter):
-    rows = []
+    rows, damaged = [], []
     for folder, step in found(asked.path):
         with Checkpoints(folder, read_only=True) as checkpoints:
             try:
-                arrays, _, numbers = checkpoints.describe(step)
+                arrays, best = checkpoints.describe(step)
                 size = sum(math.prod(leaf.shape) * np.dtype(leaf.dtype).itemsize for leaf in arrays.values())
-                rows.append((str(folder), str(step), str(len(arrays)), size / 2**20, numbers.get("best")))
-            except _Damage as error:
-                rows.append((f"{folder}: {error}", str(step), None, None, None))
+                rows.append((str(folder), str(step), str(len(arrays)), size / 2**20, best))
+            except InputError as error:
+                rows.append((str(folder), str(step), "damaged", None, None))
+                damaged.append(str(error))
     reporter.table(("checkpoints", "step", "arrays", "MiB", "evaluation"), rows)
+    for told in damaged:
+        reporter.note(told)
 
 
 def _describe(asked, reporter):
     folder, step = _find(asked.path, asked.step)
     with Checkpoints(folder, read_only=True) as checkpoints:
-        try:
-            arrays, _, numbers = checkpoints.describe(step)
-        except _Damage as error:
-            raise InputError(f"{folder / str(step)}: {error}") from None
+        arrays, best = checkpoints.describe(step)
     chosen = _part(arrays, asked.part, folder / str(step))
-    told = f", evaluation {numbers['best']}" if "best" in numbers else ""
+    told = "" if best is None else f", evaluation {best}"
     reporter.note(f"{folder / str(step)}: {len(chosen)} arrays{told}")
     rows = [(name, "x".join(map(str, leaf.shape)) or "1", str(np.dtype(leaf.dtype))) for name, leaf in chosen.items()]
     reporter.table(("array", "shape", "type"), rows)

@@ -164,7 +164,7 @@ class _Checks:
         self.expect(config.evaluation.temperature >= 0, "evaluation.temperature", "0 or more")
         self.expect(config.keep.last > 0, "keep.last", "at least 1 checkpoint, to go on from")
         self.expect(config.keep.best >= 0, "keep.best", "0 or more checkpoints")
-        self.one_of("guard.policy", "stop", "skip")
+        self.one_of("guard.action", "stop", "skip")
         self.expect(config.guard.limit >= 0, "guard.limit", "0 or more updates")
         self.ppo()
 

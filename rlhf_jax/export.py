@@ -38,7 +38,7 @@ def export(workdir, out, stage=""):
         beside["tokenizer_config.json"] |= {"padding_side": "right"}
         hf.save_scalar(out, params, model, **ids, beside=beside)
     else:
-        hf.save(out, params, model, **ids, generation=_generation(kind, config), beside=beside)
+        hf.save(out, params, model, **ids, generation=_generation(config), beside=beside)
     return stage
 
 
@@ -69,10 +69,9 @@ def _stage(workdir, kind, asked):
     return asked or policies[-1]
 
 
-def _generation(kind, config):
+def _generation(config):
     """How the run's evaluation draws its samples, so that `generate` does the same."""
     temperature = config.evaluation.temperature
     # transformers takes the 50 likeliest tokens unless it is told.
     drawn = {"do_sample": True, "temperature": temperature, "top_k": 0} if temperature else {"do_sample": False}
-    longest = config.data.length - 1 if kind is Writing else config.data.response_length
-    return drawn | {"max_new_tokens": longest}
+    return drawn | {"max_new_tokens": config.data.response_length}

@@ -27,7 +27,7 @@ class NonFinite(ArithmeticError):
 class Config:
     """What to do about an update that is not finite."""
 
-    policy: str = "stop"  # stop: the run ends, exit code 4; skip: it goes on with the next batch, and waits for each
+    action: str = "stop"  # stop: the run ends, exit code 4; skip: it goes on with the next batch, and waits for each
     limit: int = 10  # updates that may be skipped
 
 
@@ -41,10 +41,12 @@ def guarded(step, config):
 
     def guarded_update(state, *args):
         new, numbers = step(state, *args)
-        finite = _finite((args, numbers, new))
-        take = finite if config.policy == "skip" else finite & (state.skipped == 0)
+        # What passes through, as the reference does, is neither read nor copied.
+        changed = jax.tree.map(lambda old, now: None if now is old else now, state, new)
+        finite = _finite((args, numbers, changed))
+        take = finite if config.action == "skip" else finite & (state.skipped == 0)
         kept = jax.tree.map(lambda old, now: now if now is old else jnp.where(take, now, old), state, new)
-        if config.policy == "skip":
+        if config.action == "skip":
             kept = kept.replace(step=new.step)
         kept = kept.replace(skipped=state.skipped + ~take)
         return kept, numbers | {f"{next(iter(numbers)).split('/')[0]}/skipped": kept.skipped}
@@ -55,6 +57,11 @@ def guarded(step, config):
 def _finite(tree):
     leaves = [leaf for leaf in jax.tree.leaves(tree) if jnp.issubdtype(leaf.dtype, jnp.floating)]
     return jnp.all(jnp.stack([jnp.all(jnp.isfinite(leaf)) for leaf in leaves]))
+
+
+def told(names):
+    """The names of what was not finite, for a line; without any it was what the update would have written."""
+    return ", ".join(names) or "the new parameters"
 
 
 @dataclasses.dataclass(frozen=True)
@@ -76,9 +83,9 @@ def write(workdir, incident):
     with Checkpoints(folder / "checkpoints") as checkpoints:
         checkpoints.save(incident.step, incident.state, {})
     np.savez(folder / "batch.npz", **jax.device_get(incident.batch))
-    told = {name: getattr(incident, name) for name in ("stage", "step", "names", "kind", "config")}
-    key = np.asarray(jax.random.key_data(incident.state.key))
-    metrics.summarize(folder / "incident.json", told | {"key": key} | metrics.environment())  # last: it is whole
+    record = {name: getattr(incident, name) for name in ("stage", "step", "names", "kind", "config")}
+    record["key"] = np.asarray(jax.random.key_data(incident.state.key))
+    metrics.summarize(folder / "incident.json", record | metrics.environment())  # last: it is whole
     return folder
 
 

@@ -12,6 +12,7 @@ import sys
 from pathlib import Path
 
 import jax
+import jax.extend.core
 import numpy as np
 
 from rlhf_jax import config as configs
@@ -20,7 +21,6 @@ from rlhf_jax.console import Reporter
 from rlhf_jax.errors import InputError
 
 PACKAGE = Path(__file__).parent
-NEW = "the new parameters"
 
 
 def replay(folder, reporter):
@@ -37,13 +37,13 @@ def replay(folder, reporter):
     training = stages.prepare(again, told["stage"])
     state, batch = guard.read_arrays(folder, sharding.replicate(training.state, again.mesh))
     batch = sharding.shard(batch, again.mesh)
-    reported = ", ".join(told["names"]) or NEW
+    reported = guard.told(told["names"])
     reporter.note(f"{told['stage']} step {told['step']}: {reported} not finite, as it was reported")
     place = watch.first(training.step, state, batch)  # before the compiled step, which takes the state's buffers
     numbers = loop.floats(training.step(state, batch)[1])
     names = loop.not_finite(numbers)
     taken = not any(value for name, value in numbers.items() if name.endswith("/skipped"))
-    reporter.note("made again: " + ("all finite" if taken else f"{', '.join(names) or NEW} not finite"))
+    reporter.note("made again: " + ("all finite" if taken else f"{guard.told(names)} not finite"))
     reporter.note(place or "operation by operation all is finite: it comes from how the program was compiled")
     return names, place
 

@@ -26,8 +26,8 @@ MAY_CHANGE = ("steps", "eval_every", "save_every")  # of a stage's own section, 
 
 
 class Run:
-    """What the stages share. A stage's folder is its proof: config.json says what it was asked, checkpoints/ holds
-    the result, and summary.json, written last, says that it is finished.
+    """What the stages share. A stage's folder is its proof: config.json says what it was asked, result/ holds what
+    it is for, checkpoints/ what it goes on from, and summary.json, written last, says that it is finished.
 
     Raises InputError, before anything is written, for an impossible config or a workdir of another config; once it
     writes, for a workdir that another process writes to. `stop` is a loop.Stop for all of the run, where there is one.
@@ -94,14 +94,16 @@ class Run:
         if self._lock_file:
             return
         path = self.workdir / "lock"
-        self._lock_file = os.open(path, os.O_RDWR | os.O_CREAT)  # stays open: closing it would give up the lock
+        file = os.open(path, os.O_RDWR | os.O_CREAT)
         try:
-            fcntl.lockf(self._lock_file, fcntl.LOCK_EX | fcntl.LOCK_NB)
+            fcntl.lockf(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
         except BlockingIOError:
+            os.close(file)
             told = f"{self.workdir} is in use by process {path.read_text() or 'unknown'}"
             raise InputError(f"workdir: {told}; choose another --workdir") from None
+        self._lock_file = file  # stays open: closing it would give up the lock
         os.truncate(path, 0)
-        os.write(self._lock_file, str(os.getpid()).encode())
+        os.write(file, str(os.getpid()).encode())
 
     def finished(self, stage):
         """True where all the steps that are asked for are done."""
@@ -179,7 +181,7 @@ class Run:
     def sampling(self, temperature):
         """How responses are drawn."""
         return generate.Sampling(
-            max_tokens=self.response_length,
+            max_tokens=self.config.data.response_length,
             eos_id=self.tokenizer.eos_id,
             pad_id=self.tokenizer.pad_id,
             temperature=temperature,
@@ -219,11 +221,6 @@ class Summarization(Run):
         "ppo": ("seed", "text", "data", "model", "evaluation", "sft", "reward", "ppo"),
     }
     KINDS = {"sft": "sft", "reward": "preferences", "ppo": "prompts"}
-
-    @property
-    def response_length(self):
-        """R: tokens of a response, EOS included."""
-        return self.config.data.response_length
 
     def texts(self):
         """What a tokenizer is trained on."""
@@ -289,11 +286,6 @@ class Writing(Run):
     def section_name(self, stage):
         """The last stage's is that of its algorithm."""
         return self.config.algorithm if stage == "rl" else stage
-
-    @property
-    def response_length(self):
-        """R: tokens of a sample, EOS included."""
-        return self.config.data.length - 1  # one place is the start's
 
     def texts(self):
         """What a tokenizer is trained on."""

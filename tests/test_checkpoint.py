@@ -2,6 +2,7 @@ import json
 import shutil
 import subprocess
 import sys
+import types
 from pathlib import Path
 
 import jax
@@ -218,6 +219,18 @@ def test_a_state_of_other_shapes_is_not_read_as_if_it_fitted(two, tmp_path):
         checkpoints.restore({"policy": {"x": jnp.zeros(40_000)}, "step": jnp.int32(0)})
 
 
+def test_a_disk_that_is_too_small_is_told_before_anything_is_written(tmp_path, monkeypatch):
+    with Checkpoints(tmp_path / "x") as checkpoints:
+        checkpoints.save(1, {"x": jnp.ones(100)}, {})
+        monkeypatch.setattr(shutil, "disk_usage", lambda _: types.SimpleNamespace(free=399))
+        with pytest.raises(InputError, match="expected room for 400 bytes, there are 399"):
+            checkpoints.save(2, {"x": jnp.ones(100)}, {})
+        monkeypatch.setattr(shutil, "disk_usage", lambda _: types.SimpleNamespace(free=400))
+        checkpoints.save(3, {"x": jnp.ones(100)}, {})
+    with Checkpoints(tmp_path / "x") as checkpoints:
+        assert checkpoints.steps == [1, 3]
+
+
 def test_a_folder_that_cannot_be_made(tmp_path):
     (tmp_path / "file").write_text("")
     with pytest.raises(InputError, match="cannot write"):
@@ -275,6 +288,28 @@ def ask(capsys, *line):
     with Reporter() as reporter:
         checkpoint.main([str(part) for part in line], reporter)
     return capsys.readouterr().out
+
+
+def test_a_reader_touches_nothing(run, capsys):
+    """A save may be under way in the process that writes."""
+    unfinished = run / "sft" / "checkpoints" / "8.orbax-checkpoint-tmp"
+    unfinished.mkdir()
+    checkpoint.load(run / "sft")
+    checkpoint.load(run / "sft", step=4)
+    for command in "list", "describe", "load":
+        ask(capsys, command, run / "sft")
+    assert unfinished.exists()
+    unfinished.rmdir()
+
+
+def test_a_damaged_one_is_told_in_the_list(run, tmp_path, capsys):
+    folder = shutil.copytree(run / "sft", tmp_path / "sft")
+    (folder / "checkpoints" / "4" / "state" / "_METADATA").write_text("{")
+    *rows, told = ask(capsys, "list", folder).splitlines()
+    assert [row.split()[1:3] for row in rows[1:]] == [["4", "damaged"], ["6", "2"], ["6", "1"]]
+    assert told.startswith(f"{folder}/checkpoints/4: damaged (")
+    with pytest.raises(InputError, match="/4: damaged"):
+        ask(capsys, "describe", folder, "--step=4")
 
 
 def test_the_list(run):

@@ -24,15 +24,15 @@ def update(state, grad):
 
 # Compiled and donated, as a stage does it.
 STEPS = {
-    policy: jax.jit(guard.guarded(update, guard.Config(policy=policy)), donate_argnums=0) for policy in ("stop", "skip")
+    action: jax.jit(guard.guarded(update, guard.Config(action=action)), donate_argnums=0) for action in ("stop", "skip")
 }
 
 
-def run(policy, *grads):
+def run(action, *grads):
     """The state and the numbers after the last of the gradients."""
     now, numbers = state(), {}
     for grad in grads:
-        now, numbers = STEPS[policy](now, jnp.broadcast_to(jnp.asarray(grad, jnp.float32), 2))
+        now, numbers = STEPS[action](now, jnp.broadcast_to(jnp.asarray(grad, jnp.float32), 2))
     return now, numbers
 
 
@@ -67,6 +67,13 @@ def test_where_it_looks(where):
     batch = {"scores": jnp.array([np.nan if where == "arguments" else 1.0]), "ids": jnp.arange(3)}
     now, _ = guard.guarded(add, guard.Config())(state(), batch)
     assert now.skipped == 1 and now.policy["w"].tolist() == [1, 2]
+
+
+def test_what_passes_through_is_not_looked_at():
+    """It was finite when it came, and reading all of a reference each step would cost."""
+    now = state().replace(reference={"w": jnp.array([np.inf, 1.0])})
+    now, _ = STEPS["stop"](now, jnp.ones(2))
+    assert now.skipped == 0 and now.policy["w"].tolist() == [0, 1]
 
 
 @given(st.lists(st.sampled_from([0.25, np.nan, np.inf]), max_size=6))

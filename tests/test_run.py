@@ -260,7 +260,7 @@ def test_pairs_may_be_longer_than_responses(config, tmp_path):
     longer = changed(config, data={"response_length": 40, "pair_length": 75})
     run = Summarization(longer, tmp_path / "longer")
     widths = {side[name].shape[1] for side in run.arrays("preferences") for name in ("chosen_NR", "rejected_NR")}
-    assert widths == {75} and run.arrays("prompts") and run.response_length == 40
+    assert widths == {75} and run.arrays("prompts") and run.sampling(1.0).max_tokens == 40
     same = Summarization(changed(config, data={"response_length": 75}), tmp_path / "same")
     assert same.arrays("preferences")[0]["chosen_NR"].shape == run.arrays("preferences")[0]["chosen_NR"].shape
 

@@ -567,7 +567,7 @@ def test_an_update_that_is_not_finite_is_not_made_and_can_be_made_again(stage, f
 
 @pytest.mark.parametrize("limit", [9, 1])
 def test_updates_may_be_skipped_up_to_a_limit(limit, whole, config, tmp_path):
-    run = Summarization(changed(config, guard={"policy": "skip", "limit": limit}, sft={"steps": 4}), tmp_path)
+    run = Summarization(changed(config, guard={"action": "skip", "limit": limit}, sft={"steps": 4}), tmp_path)
     run.reporter = Recorder([])
     prepared = stages.prepare(run, "sft")
 

@@ -42,6 +42,11 @@ class Config:
     held_out: float = 0.1  # share of the texts kept for evaluation
     length: int = 32  # tokens of a row, the one it starts with included
 
+    @property
+    def response_length(self):
+        """R: tokens of a sample, EOS included; one place of a row is the start's."""
+        return self.length - 1
+
 
 def load(config, seed):
     """((train, held out), what was skipped): rows {"text", ...} of the corpus. InputError names the field at fault."""

@@ -60,6 +60,7 @@ def train(run, training):
         checkpoints = stack.enter_context(Checkpoints(folder / "checkpoints", run.config.keep, training.best))
         state, row = _resume(run, name, checkpoints, state, feed)
         done = int(state.step)
+        # The row of the checkpoint's own step is in the checkpoint, and is written again.
         with metrics.Writer(folder, resume_step=done - 1 if done else None) as log:
             run.reporter.stage(name, config.steps, start=done)
             parts = {"checkpoints": checkpoints, "log": log, "reporter": run.reporter, "row": row, "stop": stop}
@@ -103,11 +104,11 @@ class _Incidents:
 
     def __init__(self, run, name):
         self._run, self._name = run, name
-        self.waits = run.config.guard.policy == "skip"
+        self.waits = run.config.guard.action == "skip"
 
     def __call__(self, state, step, batch, names, skipped):
         run, config = self._run, self._run.config.guard
-        at = {"step": jax.numpy.int32(step - 1), "skipped": jax.numpy.int32(0)}
+        at = {"step": jax.numpy.int32(step - 1), "skipped": jax.numpy.int32(0)}  # as it was before the update
         incident = guard.Incident(
             stage=self._name,
             step=step,
@@ -118,7 +119,7 @@ class _Incidents:
             batch=batch,
         )
         folder = guard.write(run.workdir, incident)
-        told = f"{self._name} step {step}: {', '.join(names) or 'the new parameters'} not finite, nothing was changed"
+        told = f"{self._name} step {step}: {guard.told(names)} not finite, nothing was changed"
         if self.waits and skipped <= config.limit:
             run.reporter.note(f"{told}; skipped, {skipped} of at most {config.limit}; kept in {folder}")
             return
@@ -180,7 +181,6 @@ def write_summary(run, folder, seconds, numbers):
     return summary
 
 
-def row_keys(run, batch, key=None):
-    """A key for each held-out row, the same in every evaluation and in any batch; or others, from another key."""
-    key = run.key("evaluation") if key is None else key
+def row_keys(key, batch):
+    """A key for each held-out row [B], the same in any batch; the key of evaluations is run.key("evaluation")."""
     return jax.vmap(jax.random.fold_in, (None, 0))(key, batch["index_B"])

@@ -107,7 +107,8 @@ def _measurement(run):
     def judge(state, batch, temperature):
         prompts = (batch["prompt_BP"], batch["prompt_mask_BP"])
         sampling = run.sampling(temperature)
-        drawn = rollout.sample(apply, state.policy, state.reference, *prompts, common.row_keys(run, batch), sampling)
+        keys_B = common.row_keys(run.key("evaluation"), batch)
+        drawn = rollout.sample(apply, state.policy, state.reference, *prompts, keys_B, sampling)
         return {
             "response": drawn.response_BR,
             "mask": drawn.mask_BR,

@@ -38,7 +38,7 @@ def prepare(run, name):
     @run.jit
     def sample(policy, batch):
         prompts = (batch["prompt_BP"], batch["prompt_mask_BP"])
-        drawn = generate(apply.policy, policy, *prompts, common.row_keys(run, batch), sampling)
+        drawn = generate(apply.policy, policy, *prompts, common.row_keys(run.key("evaluation"), batch), sampling)
         return {"response": drawn.response_BR, "mask": drawn.mask_BR, "eos_rate": drawn.done_B}
 
     def step(state, batch):

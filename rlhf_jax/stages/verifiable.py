@@ -198,7 +198,7 @@ class Learner:
         sampling = run.sampling(run.config.evaluation.temperature)
 
         def one(policy):
-            drawn = rollout.sample(run.apply, policy, reference, *prompts, common.row_keys(run, batch, key), sampling)
+            drawn = rollout.sample(run.apply, policy, reference, *prompts, common.row_keys(key, batch), sampling)
             return {
                 "response": drawn.response_BR,
                 "mask": drawn.mask_BR,
