@@ -107,11 +107,15 @@ def _within(operation, given):
     """Goes into an operation that is a program of its own; a loop is run a round at a time."""
     kind, params = operation.primitive.name, operation.params
     if kind == "scan":
-        fixed, carried = params["num_consts"], params["num_carry"]
+        # How many are fixed, carried and taken row by row goes by another name in each JAX; a row has an axis less.
+        body = params["jaxpr"]
+        carried = sum(out.aval.ndim == inner.ndim for out, inner in zip(operation.outvars, body.out_avals, strict=True))
+        taken = sum(var.aval.ndim > inner.ndim for var, inner in zip(operation.invars, body.in_avals, strict=True))
+        fixed = len(given) - carried - taken
         constant, carry, rows = given[:fixed], given[fixed : fixed + carried], given[fixed + carried :]
         order = range(params["length"])
         for i in reversed(order) if params["reverse"] else order:
-            carry = _run(params["jaxpr"], [*constant, *carry, *(row[i] for row in rows)])[:carried]
+            carry = _run(body, [*constant, *carry, *(row[i] for row in rows)])[:carried]
     elif kind == "while":
         first, second = params["cond_nconsts"], params["body_nconsts"]
         test, constant, carry = given[:first], given[first : first + second], given[first + second :]
