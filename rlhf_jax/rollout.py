@@ -7,7 +7,7 @@ import jax
 import jax.numpy as jnp
 
 from rlhf_jax import generate
-from rlhf_jax.ops import kl, logprobs, masked
+from rlhf_jax.ops import kl, masked
 
 
 class Apply(NamedTuple):
@@ -94,7 +94,7 @@ def compare(apply, policy, reference, prompt_BP, prompt_mask_BP, drawn, sampling
     """The Rollout of completions drawn from the policy: it and the reference compared at every token."""
     tokens_BT = jnp.concatenate([prompt_BP, drawn.response_BR], axis=1)
     attend_BT = jnp.concatenate([prompt_mask_BP.astype(bool), drawn.mask_BR], axis=1)
-    hidden_ref_BRD = logprobs.before(apply.policy.hidden(reference, tokens_BT, attend_BT), sampling.max_tokens)
+    hidden_ref_BRD = apply.policy.hidden(reference, tokens_BT, attend_BT, sampling.max_tokens)
     compared = apply.policy.compare(
         policy, drawn.hidden_BRD, reference, hidden_ref_BRD, drawn.response_BR, temperature=sampling.temperature
     )

@@ -15,6 +15,7 @@ import jax.numpy as jnp
 import pytest
 
 from rlhf_jax.models import gpt2, heads
+from rlhf_jax.ops import logprobs
 from rlhf_jax.rollout import Apply
 
 DATA = Path(os.environ.get("RLHF_JAX_DATA", Path(__file__).parents[2] / "shared" / "data"))
@@ -62,8 +63,9 @@ class Bigram(heads.LanguageModel):
     def __init__(self):
         super().__init__(config=None)
 
-    def hidden(self, params, tokens_BT, mask_BT, dropout_key=None):
-        return params[tokens_BT]
+    def hidden(self, params, tokens_BT, mask_BT, count=None, dropout_key=None):
+        hidden_BTV = params[tokens_BT]
+        return hidden_BTV if count is None else logprobs.before(hidden_BTV, count)
 
     def logits(self, params, hidden):
         return hidden

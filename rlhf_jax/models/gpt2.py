@@ -8,6 +8,7 @@ no "wpe": its positions are angles, _J of them a token (rotary.py).
 """
 
 import dataclasses
+from collections.abc import Callable
 
 import flax
 import flax.linen as nn
@@ -15,6 +16,7 @@ import jax
 import jax.numpy as jnp
 
 from rlhf_jax.models import rotary
+from rlhf_jax.ops import attention
 
 
 @dataclasses.dataclass(frozen=True)
@@ -88,33 +90,61 @@ def empty_cache(config, batch, slots):
     return KVCache(layers, layers, jnp.zeros((batch, slots), bool), jnp.zeros((), jnp.int32))
 
 
-class Attention(nn.Module):
-    """Causal multi-head attention; `past` is this layer's (keys, values, slot to write at) or None."""
+class Dense(nn.Module):
+    """A linear layer, or some of its columns."""
 
     config: Config
+    features: int
+    residual: bool = False  # its result is added to the residual stream
+
+    @nn.compact
+    def __call__(self, x_BTD, columns=slice(None)):
+        c = self.config
+        # GPT-2 scales what is added to the stream by 1 / sqrt(2N): its variance does not grow with the depth.
+        std = c.init_std / (2 * c.layers) ** 0.5 if self.residual else c.init_std
+        kernel = self.param("kernel", nn.initializers.normal(std), (x_BTD.shape[-1], self.features))
+        bias = self.param("bias", nn.initializers.zeros_init(), (self.features,))
+        flat = x_BTD.reshape(-1, x_BTD.shape[-1]) @ kernel[:, columns].astype(c.dtype) + bias[columns].astype(c.dtype)
+        return flat.reshape(*x_BTD.shape[:-1], -1)
+
+
+class Attention(nn.Module):
+    """Causal multi-head attention; `past` is this layer's (keys, values, slot to write at) or None.
+
+    select, where it is given, takes the tokens [B, U] of [B, T] that are asked for: only they are queries.
+    """
+
+    config: Config
+    select: Callable | None = None
 
     @nn.compact
     def __call__(self, x_BTD, attend_BTS, angles_BTJ, past):
         c = self.config
-        B, T, D = x_BTD.shape
-        qkv = jax.lax.optimization_barrier(_dense(c, 3 * c.heads * c.head_size, "qkv")(x_BTD))
+        inner = c.heads * c.head_size
+        qkv = Dense(c, 3 * inner, name="qkv")
+        if self.select is None:
+            parts = jnp.split(jax.lax.optimization_barrier(qkv(x_BTD)), 3, axis=-1)
+            angles_q = angles_BTJ
+        else:
+            q = qkv(self.select(x_BTD), slice(inner))
+            parts = [q, *jnp.split(qkv(x_BTD, slice(inner, None)), 2, axis=-1)]
+            attend_BTS = self.select(attend_BTS)
+            angles_q = None if angles_BTJ is None else self.select(angles_BTJ)
         # Heads go next to the batch: as `bthk,bshk->bhts` the products are three times slower on a CPU.
-        parts = (part.reshape(B, T, c.heads, c.head_size) for part in jnp.split(qkv, 3, axis=-1))
-        q_BHTK, k_BHSK, v_BHSK = (jnp.moveaxis(part, 1, 2) for part in parts)
+        q_BHTK, k_BHSK, v_BHSK = (
+            jnp.moveaxis(part.reshape(*part.shape[:2], c.heads, c.head_size), 1, 2) for part in parts
+        )
         if angles_BTJ is not None:  # keys are cached as they were turned: their place does not change any more
-            q_BHTK, k_BHSK = (rotary.rotate(x_BHTK, angles_BTJ[:, None]) for x_BHTK in (q_BHTK, k_BHSK))
+            q_BHTK, k_BHSK = rotary.rotate(q_BHTK, angles_q[:, None]), rotary.rotate(k_BHSK, angles_BTJ[:, None])
         if past is not None:
             keys, values, slot = past
             k_BHSK = jax.lax.dynamic_update_slice_in_dim(keys, k_BHSK, slot, axis=2)
             v_BHSK = jax.lax.dynamic_update_slice_in_dim(values, v_BHSK, slot, axis=2)
-        scores_BHTS = jnp.einsum("bhtk,bhsk->bhts", q_BHTK * c.head_size**-0.5, k_BHSK)
-        scores_BHTS = scores_BHTS.astype(jnp.float32)
-        # A finite floor, not -inf: a padding query attends to nothing, and must not turn into NaN.
-        scores_BHTS = jnp.where(attend_BTS[:, None], scores_BHTS, jnp.finfo(jnp.float32).min)
-        weights_BHTS = jax.nn.softmax(scores_BHTS, axis=-1).astype(c.dtype)
-        mixed_BHTK = jnp.einsum("bhts,bhsk->bhtk", weights_BHTS, v_BHSK)
-        mixed = jax.lax.optimization_barrier(jnp.moveaxis(mixed_BHTK, 1, 2).reshape(B, T, c.heads * c.head_size))
-        return _dense(c, D, "out", residual=True)(mixed), (k_BHSK, v_BHSK)
+        causal = past is None and self.select is None
+        mixed_BHTK = attention.attend(q_BHTK, k_BHSK, v_BHSK, attend_BTS, causal=causal)
+        mixed = jnp.moveaxis(mixed_BHTK, 1, 2).reshape(*parts[0].shape)
+        out = Dense(c, c.width, residual=True, name="out")
+        return out(jax.lax.optimization_barrier(mixed)), (k_BHSK, v_BHSK)
 
 
 class MLP(nn.Module):
@@ -125,22 +155,24 @@ class MLP(nn.Module):
     @nn.compact
     def __call__(self, x_BTD):
         c = self.config
-        h_BTF = jax.nn.gelu(_dense(c, 4 * c.width, "fc")(x_BTD), approximate=not c.exact_gelu)
-        return _dense(c, c.width, "proj", residual=True)(h_BTF)
+        h_BTF = jax.nn.gelu(Dense(c, 4 * c.width, name="fc")(x_BTD), approximate=not c.exact_gelu)
+        return Dense(c, c.width, residual=True, name="proj")(h_BTF)
 
 
 class Block(nn.Module):
     """Attention, then the feed-forward layer, each normalized before and added after. Where they are parallel the
-    second does not see what the first added."""
+    second does not see what the first added. `select` is Attention's: the others are not computed."""
 
     config: Config
     deterministic: bool
+    select: Callable | None = None
 
     @nn.compact
     def __call__(self, x_BTD, attend_BTS, angles_BTJ, past):
         dropout = nn.Dropout(self.config.dropout, deterministic=self.deterministic, name="dropout")
         normed_BTD = _norm(self.config, "ln_1")(x_BTD)
-        mixed_BTD, kv = Attention(self.config, name="attn")(normed_BTD, attend_BTS, angles_BTJ, past)
+        mixed_BTD, kv = Attention(self.config, self.select, name="attn")(normed_BTD, attend_BTS, angles_BTJ, past)
+        x_BTD = x_BTD if self.select is None else self.select(x_BTD)
         sum_BTD = x_BTD + dropout(mixed_BTD)
         seen_BTD = x_BTD if self.config.parallel_residual else sum_BTD
         return sum_BTD + dropout(MLP(self.config, name="mlp")(_norm(self.config, "ln_2")(seen_BTD))), kv
@@ -152,11 +184,12 @@ class GPT2(nn.Module):
     config: Config
 
     @nn.compact
-    def __call__(self, tokens_BT, mask_BT, cache=None, *, deterministic=True):
+    def __call__(self, tokens_BT, mask_BT, cache=None, *, select=None, deterministic=True):
         """(tokens [B, T] int, mask [B, T] 1 at real tokens, cache) -> (hidden [B, T, D], cache).
 
         Positions count real tokens only, so left padding changes no real token's result. With a cache the tokens
-        come after those it holds, and the cache returned holds them too.
+        come after those it holds, and the cache returned holds them too. select(x [B, T, ...]) -> [B, U, ...] takes
+        the tokens whose hidden states are asked for: of the others the last layer makes keys and values alone.
         """
         c = self.config
         B, T = tokens_BT.shape
@@ -182,20 +215,14 @@ class GPT2(nn.Module):
         layers = []
         for i in range(c.layers):
             past = None if cache is None else (cache.keys[i], cache.values[i], cache.used)
-            x_BTD, kv = block(c, deterministic, name=f"h_{i}")(x_BTD, attend_BTS, angles_BTJ, past)
+            asked = select if i == c.layers - 1 else None
+            x_BTD, kv = block(c, deterministic, asked, name=f"h_{i}")(x_BTD, attend_BTS, angles_BTJ, past)
             layers.append(kv)
         x_BTD = _norm(c, "ln_f")(x_BTD)
         if cache is None:
             return x_BTD, None
         keys, values = zip(*layers, strict=True)
         return x_BTD, KVCache(keys, values, valid_BS, cache.used + T)
-
-
-def _dense(config, features, name, *, residual=False):
-    # GPT-2 scales what is added to the residual stream by 1 / sqrt(2N): its variance does not grow with the depth.
-    scale = config.init_std / (2 * config.layers) ** 0.5 if residual else config.init_std
-    dense = nn.Dense(features, name=name, dtype=config.dtype, kernel_init=nn.initializers.normal(scale))
-    return lambda x_BTD: dense(x_BTD.reshape(-1, x_BTD.shape[-1])).reshape(*x_BTD.shape[:-1], features)
 
 
 def _embed(config, entries, name):

@@ -6,6 +6,7 @@ value model share one class and one tree, {"trunk": GPT-2, "head": {"kernel" [D]
 """
 
 import dataclasses
+import functools
 
 import jax
 import jax.numpy as jnp
@@ -30,11 +31,14 @@ class LanguageModel:
         table_VD = c.init_std * jax.random.normal(jax.random.fold_in(key, 0), (c.vocab_size, c.width))
         return {**trunk, "unembed": {"embedding": table_VD}}
 
-    def hidden(self, params, tokens_BT, mask_BT, dropout_key=None):
-        """Last hidden states [B, T, D]; dropout only where a key is given."""
-        rngs = None if dropout_key is None else {"dropout": dropout_key}
-        model = gpt2.GPT2(self.config)
-        return model.apply({"params": params}, tokens_BT, mask_BT, deterministic=rngs is None, rngs=rngs)[0]
+    def hidden(self, params, tokens_BT, mask_BT, count=None, dropout_key=None):
+        """The hidden states before each of the last `count` tokens, [B, count, D]; without a count those of all tokens.
+
+        Dropout only where a key is given.
+        """
+        how = {} if dropout_key is None else {"deterministic": False, "rngs": {"dropout": dropout_key}}
+        select = None if count is None else functools.partial(logprobs.before, count=count)
+        return gpt2.GPT2(self.config).apply({"params": params}, tokens_BT, mask_BT, select=select, **how)[0]
 
     def logits(self, params, hidden):
         """hidden [..., D] -> logits [..., V] in float32."""
@@ -44,8 +48,9 @@ class LanguageModel:
     def prefill(self, params, tokens_BP, mask_BP, slots):
         """Reads the prompts: (hidden [B, D] of the last prompt token, cache with `slots` places)."""
         cache = gpt2.empty_cache(self.config, tokens_BP.shape[0], slots)
-        hidden_BPD, cache = gpt2.GPT2(self.config).apply({"params": params}, tokens_BP, mask_BP, cache)
-        return hidden_BPD[:, -1], cache
+        trunk, last = gpt2.GPT2(self.config), lambda x_BP: x_BP[:, -1:]
+        hidden_B1D, cache = trunk.apply({"params": params}, tokens_BP, mask_BP, cache, select=last)
+        return hidden_B1D[:, 0], cache
 
     def decode(self, params, token_B, mask_B, cache):
         """Reads one more token a row (mask_B 0: the row has ended): (hidden [B, D], cache)."""
@@ -54,7 +59,7 @@ class LanguageModel:
 
     def logprobs(self, params, tokens_BT, mask_BT, count, *, temperature=1.0, dropout_key=None):
         """Log-probs [B, count] of the last `count` tokens at the temperature; only these are projected."""
-        hidden = logprobs.before(self.hidden(params, tokens_BT, mask_BT, dropout_key), count)
+        hidden = self.hidden(params, tokens_BT, mask_BT, count, dropout_key)
 
         def project(hidden, targets):
             return logprobs.gather(self.logits(params, hidden), targets, temperature=temperature)
@@ -102,15 +107,21 @@ class ScalarModel:
 
     def values(self, params, tokens_BT, mask_BT, count):
         """The value before each of the last `count` tokens, [B, count]."""
-        hidden_BTD, _ = gpt2.GPT2(self.config).apply({"params": params["trunk"]}, tokens_BT, mask_BT)
-        return self.read(params, logprobs.before(hidden_BTD, count))
+        before = functools.partial(logprobs.before, count=count)
+        return self.read(params, self._hidden(params, tokens_BT, mask_BT, before))
 
     def score(self, params, tokens_BT, mask_BT):
         """The score of each sequence [B], read at its last real token: EOS where there is one."""
-        hidden_BTD, _ = gpt2.GPT2(self.config).apply({"params": params["trunk"]}, tokens_BT, mask_BT)
         index_T = jnp.arange(tokens_BT.shape[1])
-        last_B = jnp.max(jnp.where(mask_BT, index_T, 0), axis=1)
-        return self.read(params, jnp.take_along_axis(hidden_BTD, last_B[:, None, None], axis=1)[:, 0])
+        last_B1 = jnp.max(jnp.where(mask_BT, index_T, 0), axis=1, keepdims=True)
+
+        def last(x_BT):
+            return jnp.take_along_axis(x_BT, last_B1.reshape(-1, 1, *(1,) * (x_BT.ndim - 2)), axis=1)
+
+        return self.read(params, self._hidden(params, tokens_BT, mask_BT, last)[:, 0])
+
+    def _hidden(self, params, tokens_BT, mask_BT, select):
+        return gpt2.GPT2(self.config).apply({"params": params["trunk"]}, tokens_BT, mask_BT, select=select)[0]
 
     def _without_unembed(self, policy):
         # Nothing would read that table here, and it is as large as the token embedding.

@@ -243,7 +243,7 @@ def test_dropout_only_where_a_key_is_given(model, params, sequences):
     """invariant 10: what calls without a key, as reward and RL stages do, has no dropout at any rate."""
     tokens_BT, mask_BT = sequences
     noisy = LanguageModel(dataclasses.replace(model.config, dropout=0.5))
-    hidden = partial(jax.jit(noisy.hidden), params, tokens_BT, mask_BT)
+    hidden = partial(jax.jit(noisy.hidden, static_argnums=3), params, tokens_BT, mask_BT, None)
     np.testing.assert_array_equal(hidden(), jax.jit(model.hidden)(params, tokens_BT, mask_BT))
     one, two = hidden(jax.random.key(0)), hidden(jax.random.key(1))
     assert jnp.abs(one - hidden()).max() > 0.1

@@ -102,6 +102,23 @@ def test_compare(temperature, chunk, apply, policy, reference, sequences):
     assert exact.min() > 0.1 and not np.allclose(exact, kl.exact(theirs, ours), rtol=0.01)
 
 
+@pytest.mark.parametrize("changes", [{}, gpt2.NEOX | {"context": 40}, {"remat": True}], ids=["gpt2", "neox", "remat"])
+def test_what_is_not_asked_for_is_not_needed(changes, apply, sequences):
+    """The last layer computes the tokens before the response alone: same states, same gradients."""
+    model = LanguageModel(dataclasses.replace(apply.policy.config, **changes))
+    params, weights = jax.jit(model.init)(jax.random.key(3)), jax.random.normal(jax.random.key(4), (6, 5, 16))
+
+    def some(params):
+        return jnp.vdot(model.hidden(params, *sequences, 5), weights)
+
+    def among_all(params):
+        return jnp.vdot(before(model.hidden(params, *sequences), 5), weights)
+
+    ours, all_of_them = (jax.jit(jax.value_and_grad(f))(params) for f in (some, among_all))
+    for x, y in zip(jax.tree.leaves(ours), jax.tree.leaves(all_of_them), strict=True):
+        np.testing.assert_allclose(x, y, rtol=1e-4, atol=1e-5)
+
+
 def test_prefill_and_decode_read_what_hidden_reads(apply, policy, prompts, sequences):
     """invariant 4: one token at a time, with rows that have ended among them."""
     tokens_BT, mask_BT = sequences

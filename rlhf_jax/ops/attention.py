@@ -1,0 +1,74 @@
+"""Scaled dot-product attention under a mask (Vaswani et al. 2017, eq. 1), with a backward pass of its own.
+
+The weights are computed again for the gradients (Dao et al. 2022, arXiv 2205.14135, section 3.1), so that nothing of
+the size T x S is kept between the two passes, and in a causal square the keys after a block of queries are left out.
+"""
+
+import jax
+import jax.numpy as jnp
+
+BLOCKS, SMALLEST = 3, 32  # of the queries of a causal square; more and smaller products are slower again
+
+
+def attend(q_BHTK, k_BHSK, v_BHSK, mask_BTS, *, causal=False):
+    """softmax(q k' / sqrt(K)) v, [B, H, T, K], with weights only where mask_BTS is 1; softmax in float32 or wider.
+
+    causal says that T = S and that no query sees a key after it, so that what is masked for sure is not computed. A
+    query that sees nothing gets some finite result.
+    """
+    q_BHTK = q_BHTK * q_BHTK.shape[-1] ** -0.5
+    T = q_BHTK.shape[2]
+    if not causal:
+        return _attend(q_BHTK, k_BHSK, v_BHSK, mask_BTS)
+    size = max(-(-T // BLOCKS), SMALLEST)
+    blocks = []
+    for start in range(0, T, size):
+        end = min(start + size, T)
+        keys, values = k_BHSK[:, :, :end], v_BHSK[:, :, :end]
+        blocks.append(_attend(q_BHTK[:, :, start:end], keys, values, mask_BTS[:, start:end, :end]))
+    return jnp.concatenate(blocks, axis=2)
+
+
+@jax.custom_vjp
+def _attend(q_BHTK, k_BHSK, v_BHSK, mask_BTS):
+    return _forward(q_BHTK, k_BHSK, v_BHSK, mask_BTS)[0]
+
+
+def _forward(q_BHTK, k_BHSK, v_BHSK, mask_BTS):
+    scores_BHTS = _scores(q_BHTK, k_BHSK, mask_BTS)
+    top_BHT1 = jnp.max(scores_BHTS, axis=-1, keepdims=True)
+    weights_BHTS = jnp.exp(scores_BHTS - top_BHT1)
+    total_BHT1 = jnp.sum(weights_BHTS, axis=-1, keepdims=True)
+    mixed_BHTK = jnp.einsum("bhts,bhsk->bhtk", weights_BHTS.astype(v_BHSK.dtype), v_BHSK)
+    out_BHTK = (mixed_BHTK / total_BHT1).astype(q_BHTK.dtype)
+    return out_BHTK, (q_BHTK, k_BHSK, v_BHSK, mask_BTS, top_BHT1, total_BHT1, out_BHTK)
+
+
+def _backward(kept, grad_BHTK):
+    """With P the weights and O the result: dV = P' dO, dS = P * (dO V' - sum(dO * O)), dQ = dS K, dK = dS' Q."""
+    q_BHTK, k_BHSK, v_BHSK, mask_BTS, top_BHT1, total_BHT1, out_BHTK = kept
+    weights_BHTS = jnp.exp(_scores(q_BHTK, k_BHSK, mask_BTS) - top_BHT1)  # sum to `total`: dO is divided by it instead
+    scaled_BHTK = (grad_BHTK / total_BHT1).astype(q_BHTK.dtype)
+    inner_BHT1 = jnp.sum((scaled_BHTK * out_BHTK).astype(total_BHT1.dtype), axis=-1, keepdims=True)
+    grad_weights_BHTS = _product(scaled_BHTK, v_BHSK)
+    grad_scores_BHTS = (weights_BHTS * (grad_weights_BHTS - inner_BHT1)).astype(q_BHTK.dtype)
+    return (
+        jnp.einsum("bhts,bhsk->bhtk", grad_scores_BHTS, k_BHSK),
+        jnp.einsum("bhts,bhtk->bhsk", grad_scores_BHTS, q_BHTK),
+        jnp.einsum("bhts,bhtk->bhsk", weights_BHTS.astype(q_BHTK.dtype), scaled_BHTK),
+        None,
+    )
+
+
+def _scores(q_BHTK, k_BHSK, mask_BTS):
+    scores_BHTS = _product(q_BHTK, k_BHSK)
+    # A finite floor, not -inf: a padding query attends to nothing, and must not turn into NaN.
+    return jnp.where(mask_BTS[:, None], scores_BHTS, jnp.finfo(scores_BHTS.dtype).min)
+
+
+def _product(x_BHTK, y_BHSK):
+    wide = jnp.promote_types(x_BHTK.dtype, jnp.float32)
+    return jnp.einsum("bhtk,bhsk->bhts", x_BHTK, y_BHSK, preferred_element_type=wide)
+
+
+_attend.defvjp(_forward, _backward)

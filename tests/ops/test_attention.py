@@ -1,0 +1,95 @@
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+from hypothesis import given, settings
+from hypothesis import strategies as st
+
+from rlhf_jax.ops.attention import attend
+
+
+def oracle(q, k, v, mask):
+    """The formula as it stands."""
+    scores = jnp.einsum("bhtk,bhsk->bhts", q, k) / q.shape[-1] ** 0.5
+    return jnp.einsum("bhts,bhsk->bhtk", jax.nn.softmax(jnp.where(mask[:, None], scores, -1e30), axis=-1), v)
+
+
+def inputs(B, H, T, S, K, seed, left=0):
+    """q, k, v, a gradient and a mask in float64: each query sees what came up to it, `left` columns are padding."""
+    rng = np.random.default_rng(seed)
+    q, grad = (rng.normal(size=(B, H, T, K)) for _ in range(2))
+    k, v = (rng.normal(size=(B, H, S, K)) for _ in range(2))
+    mask = np.tril(np.ones((T, S), bool), S - T) & (np.arange(S) >= left) & np.ones((B, T, S), bool)
+    return q, k, v, grad, mask
+
+
+def test_by_hand():
+    # K = 1. Query ln 2: scores 0, ln 2 -> weights 1/3, 2/3. Query ln 3: 0, ln 3, 0 -> 1/5, 3/5, 1/5
+    q, k = jnp.log(jnp.array([2.0, 3])), jnp.array([0.0, 1, 0])
+    mask = jnp.array([[[1, 1, 0], [1, 1, 1]]], bool)
+    out = attend(q.reshape(1, 1, 2, 1), k.reshape(1, 1, 3, 1), jnp.array([3.0, 6, 12]).reshape(1, 1, 3, 1), mask)
+    np.testing.assert_allclose(out.ravel(), [5, 6.6], rtol=1e-6)
+
+
+def test_the_scale_is_of_the_head_size():
+    # K = 4: scores 4 ln 2 / 2 = ln 4 and 0 -> weights 4/5, 1/5
+    q, k = jnp.full((1, 1, 1, 4), jnp.log(2.0)), jnp.array([[1.0] * 4, [0.0] * 4])[None, None]
+    out = attend(q, k, jnp.array([[5.0], [10]])[None, None], jnp.ones((1, 1, 2), bool))
+    np.testing.assert_allclose(out.ravel(), [6], rtol=1e-6)
+
+
+@given(
+    st.sampled_from([1, 2, 31, 32, 33, 65, 97, 130]),
+    st.integers(0, 3),
+    st.sampled_from([np.float32, np.float64]),
+    st.integers(0, 99),
+)
+@settings(max_examples=20)  # each shape is compiled
+def test_it_is_the_formula_and_so_are_its_gradients(T, left, dtype, seed):
+    """In float64, and in float32 against it; sizes about those where blocks of queries begin."""
+    with jax.enable_x64(True):
+        q, k, v, grad, mask = inputs(2, 3, T, T, 5, seed, left=min(left, T - 1))
+        real = mask.any(-1)[:, None, :, None]
+        expected, back = jax.vjp(lambda *x: oracle(*x, mask), q, k, v)
+        atol = 1e-12 if dtype == np.float64 else 2e-5
+        ours = [x.astype(dtype) for x in (q, k, v, grad * real)]
+        for causal in False, True:
+            out, our_back = jax.vjp(lambda *x, causal=causal: attend(*x, mask, causal=causal), *ours[:3])
+            assert out.dtype == dtype
+            np.testing.assert_allclose(out * real, expected * real, rtol=0, atol=atol)
+            for our, their in zip(our_back(ours[3]), back(grad * real), strict=True):
+                np.testing.assert_allclose(our, their, rtol=0, atol=atol * 20)
+
+
+def test_queries_may_be_fewer_than_keys():
+    """As with a cache, or where only the last tokens are asked for."""
+    with jax.enable_x64(True):
+        q, k, v, _, mask = inputs(2, 2, 3, 40, 4, seed=0, left=7)
+        np.testing.assert_allclose(attend(q, k, v, mask), oracle(q, k, v, mask), rtol=0, atol=1e-12)
+
+
+@pytest.mark.parametrize("causal", [False, True])
+def test_a_query_that_sees_nothing_is_finite_and_moves_nothing(causal):
+    q, k, v, grad, mask = inputs(1, 1, 40, 40, 4, seed=1, left=5)
+    grad[:, :, :5] = 0  # nobody reads what such a query gets
+    out, back = jax.vjp(lambda *x: attend(*x, mask, causal=causal), *(jnp.float32(x) for x in (q, k, v)))
+    assert np.isfinite(out).all()
+    for gradient in back(jnp.float32(grad)):
+        assert np.isfinite(gradient).all() and not np.any(gradient[:, :, :5])
+
+
+def test_nothing_of_the_size_of_the_weights_is_kept():
+    """Memory grows as T, not T x T, between the two passes."""
+    q, k, v, _, mask = inputs(1, 1, 300, 300, 4, seed=0)
+    _, back = jax.vjp(lambda *x: attend(*x, mask, causal=True), *(jnp.float32(x) for x in (q, k, v)))
+    kept = [leaf for leaf in jax.tree.leaves(back) if leaf.dtype != bool]
+    assert kept and all(leaf.size <= 300 * 4 for leaf in kept)
+
+
+def test_half_precision_keeps_its_softmax_in_float32():
+    # Scores 0 and 9: bfloat16 sums 1 + 256 times e^-9 to 1; in float32 the weights of 256 equal keys count
+    k = jnp.concatenate([jnp.full((1, 1, 1, 1), 9.0), jnp.zeros((1, 1, 256, 1))], axis=2).astype(jnp.bfloat16)
+    v = jnp.concatenate([jnp.zeros((1, 1, 1, 1)), jnp.ones((1, 1, 256, 1))], axis=2).astype(jnp.bfloat16)
+    out = attend(jnp.ones((1, 1, 1, 1), jnp.bfloat16), k, v, jnp.ones((1, 1, 257), bool))
+    assert out.dtype == jnp.bfloat16
+    np.testing.assert_allclose(out.astype(jnp.float32).item(), 256 / (256 + np.exp(9)), rtol=0.01)
