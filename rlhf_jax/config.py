@@ -183,6 +183,10 @@ class _Checks:
             self.expect(model.context >= longest, "model.context", expected)
         for name in ("sft", "reward", "ppo"):
             self.stage(name)
+        lanes, batch = self.config.ppo.lanes, self.config.ppo.batch
+        fine = lanes >= 0 and (not lanes or (batch % lanes == 0 and lanes % self.devices == 0))
+        expected = f"0, or a divisor of ppo.batch = {batch} and a multiple of the devices = {self.devices}"
+        self.expect(fine, "ppo.lanes", expected)
 
     def writing(self):
         config, data = self.config, self.config.data
@@ -201,6 +205,7 @@ class _Checks:
         for field in ("distinct2", "repeat_rate", "entropy", "length"):
             self.expect(0 <= getattr(config.alarms, field) <= 1, f"alarms.{field}", "0 to 1")
         self.expect(config.alarms.patience > 0, "alarms.patience", "at least 1 iteration")
+        self.expect(config.ppo.lanes == 0, "ppo.lanes", "0 (samples start from nothing, and all at once)")
         self.update("policy_gradient")
         for name in ("pretrain", "sft", "policy_gradient", "ppo"):
             self.stage(name)

@@ -1,7 +1,8 @@
 """Sampling completions: read the prompts, then one decode step at a time, compiled as a loop or streamed.
 
-Both loops run `start` and `advance`. Randomness belongs to a prompt's row: row b draws its token i with
-fold_in(keys_B[b], i), whatever else is in the batch.
+Both loops run `start` and `advance`. A third one takes N prompts from a queue into fewer lanes, and fills a lane again
+when its completion ends (continuous batching: Yu et al. 2022, Orca, section 3): `enter` and `proceed`. Randomness
+belongs to a prompt's row: row b draws its token i with fold_in(keys_B[b], i), whatever else is in the batch.
 """
 
 import dataclasses
@@ -11,6 +12,8 @@ import jax
 import jax.numpy as jnp
 
 from rlhf_jax.ops import sampling
+
+GROUPS = 4  # with lanes: a quarter of them is free before prompts are read
 
 
 @dataclasses.dataclass(frozen=True)
@@ -23,6 +26,7 @@ class Sampling:
     temperature: float = 1.0  # 0: the most likely token
     top_k: int = 0  # 0: all. Evaluation and playground only
     top_p: float = 1.0  # 1: all. Evaluation and playground only
+    lanes: int = 0  # completions under way at a time, a divisor of their number; 0: all
 
 
 @flax.struct.dataclass
@@ -66,11 +70,7 @@ def advance(model, params, state, config):
 
 def _draw(model, params, hidden_BD, state, config):
     keys_B = jax.vmap(jax.random.fold_in, (0, None))(state.keys_B, state.step)
-
-    def draw(key, logits_V):
-        return sampling.draw(key, logits_V, temperature=config.temperature, k=config.top_k, p=config.top_p)
-
-    token_B, logp_B = jax.vmap(draw)(keys_B, model.logits(params, hidden_BD))
+    token_B, logp_B = _tokens(model, params, hidden_BD, keys_B, config)
     alive_B = ~state.done_B
 
     def write(array_BR, column_B):
@@ -86,14 +86,132 @@ def _draw(model, params, hidden_BD, state, config):
     )
 
 
+def _tokens(model, params, hidden_BD, keys_B, config):
+    """(the token drawn from each hidden state, its log-prob), with a key each."""
+
+    def draw(key, logits_V):
+        return sampling.draw(key, logits_V, temperature=config.temperature, k=config.top_k, p=config.top_p)
+
+    return jax.vmap(draw)(keys_B, model.logits(params, hidden_BD))
+
+
 def generate(model, params, prompt_BP, prompt_mask_BP, keys_B, config):
-    """Completes every prompt: the final State. One while loop, which ends when every row has."""
+    """Completes every prompt: the final State. One while loop, which ends when every row has.
+
+    With lanes it has no cache, and its step counts the decode steps of all lanes.
+    """
+    if 0 < config.lanes < len(prompt_BP):
+        return _from_queue(model, params, prompt_BP, prompt_mask_BP, keys_B, config)
 
     def unfinished(state):
         return (state.step < config.max_tokens) & ~jnp.all(state.done_B)
 
     state = start(model, params, prompt_BP, prompt_mask_BP, keys_B, config)
     return jax.lax.while_loop(unfinished, lambda state: advance(model, params, state, config), state)
+
+
+@flax.struct.dataclass
+class Lanes:
+    """The completions under way, one a lane, of N prompts: lane b has drawn count_B[b] tokens for prompt row_B[b]."""
+
+    drawn: State  # of all N, with the lanes' cache; its step counts what the lanes have read
+    taken: jax.Array  # () int32, prompts that have left the queue
+    row_B: jax.Array  # N: the lane is free
+    count_B: jax.Array
+    token_B: jax.Array  # drawn last
+
+
+def _from_queue(model, params, prompt_NP, prompt_mask_NP, keys_N, config):
+    """Completes every prompt in config.lanes lanes: the final State, without a cache.
+
+    Prompts are read in groups, as soon as so many lanes are free: alone they would be read slowly.
+    """
+    N, P = prompt_NP.shape
+    B, R = config.lanes, config.max_tokens
+    if N % B:
+        raise ValueError(f"lanes: expected a divisor of {N} prompts, got {B}")
+    group = max(size for size in range(1, max(B // GROUPS, 1) + 1) if B % size == 0)
+
+    def waits(lanes):
+        """A group may enter."""
+        return (lanes.taken < N) & (jnp.sum(lanes.row_B == N) >= group)
+
+    def step(lanes):
+        lanes = enter(model, params, prompt_NP, prompt_mask_NP, lanes, config, group)
+        return jax.lax.while_loop(
+            lambda lanes: jnp.any(lanes.row_B < N) & ~waits(lanes),
+            lambda lanes: proceed(model, params, lanes, config, P),
+            lanes,
+        )
+
+    def empty(shape, dtype):
+        return jnp.zeros(shape, dtype)
+
+    # Of the shapes that the prompts of all lanes would have.
+    read = jax.eval_shape(lambda: model.prefill(params, prompt_NP[:B], prompt_mask_NP[:B], P + R))
+    hidden, cache = jax.tree.map(lambda x: empty(x.shape, x.dtype), read)
+    drawn = State(
+        step=empty((), jnp.int32),
+        done_B=empty(N, bool),
+        keys_B=keys_N,
+        cache=cache,
+        response_BR=jnp.full((N, R), config.pad_id, jnp.int32),
+        mask_BR=empty((N, R), bool),
+        logp_BR=empty((N, R), jnp.float32),
+        hidden_BRD=empty((N, R, hidden.shape[-1]), hidden.dtype),
+    )
+    lanes = Lanes(drawn, empty((), jnp.int32), jnp.full(B, N, jnp.int32), empty(B, jnp.int32), empty(B, jnp.int32))
+    return jax.lax.while_loop(lambda lanes: lanes.taken < N, step, lanes).drawn.replace(cache=None)
+
+
+def enter(model, params, prompt_NP, prompt_mask_NP, lanes, config, group):
+    """Reads the next `group` prompts into free lanes, of which there must be as many, and draws their first tokens."""
+    N, P = prompt_NP.shape
+    row_G = lanes.taken + jnp.arange(group, dtype=jnp.int32)
+    prompts = (jax.lax.dynamic_slice_in_dim(x_NP, lanes.taken, group) for x_NP in (prompt_NP, prompt_mask_NP))
+    hidden_GD, new = model.prefill(params, *prompts, P + config.max_tokens)
+    lane_G = jnp.argsort(lanes.row_B < N)[:group]  # free ones first
+    drawn, token_G, goes_on_G = _draw_rows(model, params, hidden_GD, row_G, 0, lanes.drawn, config)
+    return Lanes(
+        drawn=drawn.replace(cache=model.insert(drawn.cache, new, lane_G)),
+        taken=lanes.taken + group,
+        row_B=lanes.row_B.at[lane_G].set(jnp.where(goes_on_G, row_G, N)),
+        count_B=lanes.count_B.at[lane_G].set(1),
+        token_B=lanes.token_B.at[lane_G].set(token_G),
+    )
+
+
+def proceed(model, params, lanes, config, prompt_length):
+    """Reads the token drawn last in each lane, and draws the next one."""
+    drawn, R = lanes.drawn, config.max_tokens
+    alive_B = lanes.row_B < len(drawn.done_B)
+    # One slot of the cache for all lanes. After R steps the first is taken again: a completion that needed it is over.
+    slot = prompt_length + drawn.step % R
+    hidden_BD, cache = model.decode(params, lanes.token_B, alive_B, drawn.cache, slot)
+    drawn = drawn.replace(cache=cache, step=drawn.step + 1)
+    drawn, token_B, goes_on_B = _draw_rows(model, params, hidden_BD, lanes.row_B, lanes.count_B, drawn, config)
+    row_B = jnp.where(goes_on_B, lanes.row_B, len(drawn.done_B))
+    return lanes.replace(drawn=drawn, row_B=row_B, count_B=lanes.count_B + 1, token_B=token_B)
+
+
+def _draw_rows(model, params, hidden_GD, row_G, count_G, drawn, config):
+    """(State, token [G], whether its row goes on [G]): token number count_G of rows row_G; row N is nobody's."""
+    count_G = jnp.broadcast_to(count_G, row_G.shape)
+    keys_G = jax.vmap(jax.random.fold_in)(drawn.keys_B[row_G], count_G)
+    token_G, logp_G = _tokens(model, params, hidden_GD, keys_G, config)
+    ended_G = token_G == config.eos_id
+
+    def write(array_NR, column_G):
+        return array_NR.at[row_G, count_G].set(column_G, mode="drop")
+
+    drawn = drawn.replace(
+        done_B=drawn.done_B.at[row_G].set(ended_G, mode="drop"),
+        response_BR=write(drawn.response_BR, token_G),
+        mask_BR=write(drawn.mask_BR, True),
+        logp_BR=write(drawn.logp_BR, logp_G),
+        hidden_BRD=write(drawn.hidden_BRD, hidden_GD),
+    )
+    return drawn, token_G, (row_G < len(drawn.done_B)) & ~ended_G & (count_G + 1 < config.max_tokens)
 
 
 def stream(model, params, prompt_BP, prompt_mask_BP, keys_B, config):

@@ -118,6 +118,28 @@ def sample(apply, policy, reference, prompt_BP, prompt_mask_BP, keys_B, sampling
     return compare(apply, policy, reference, prompt_BP, prompt_mask_BP, drawn, sampling)
 
 
+def collect(apply, state, prompt_BP, prompt_mask_BP, keys_B, sampling):
+    """What PPO learns from: completions by state.policy, compared, scored and valued, sampling.lanes at a time."""
+    drawn = draw(apply, state.policy, prompt_BP, prompt_mask_BP, keys_B, sampling)
+    rows = (prompt_BP, prompt_mask_BP, drawn.replace(step=None, keys_B=None, cache=None))
+
+    def read(rows):
+        compared = compare(apply, state.policy, state.reference, *rows, sampling)
+        return value(apply, state.value, score(apply, state.reward, compared))
+
+    return _in_turn(read, rows, sampling.lanes)
+
+
+def _in_turn(function, rows, size):
+    """function of the rows (a pytree of [B, ...]), `size` of them at a time: memory grows with the size alone."""
+    B = len(jax.tree.leaves(rows)[0])
+    if size in (0, B):
+        return function(rows)
+    # Dealt out in turn, as optim.accumulate does, so that rows laid over devices stay balanced.
+    dealt = jax.tree.map(lambda x: x.reshape(-1, B // size, *x.shape[1:]).swapaxes(0, 1), rows)
+    return jax.tree.map(lambda x: x.swapaxes(0, 1).reshape(B, *x.shape[2:]), jax.lax.map(function, dealt))
+
+
 def score(apply, reward, rollout):
     """The rollout with the reward model's score of each completion, read at its last token."""
     return rollout.replace(score_B=apply.scalar.score(reward, rollout.tokens_BT, rollout.attend_BT))

@@ -186,6 +186,12 @@ def test_a_batch_that_cannot_be_divided_is_refused(changes, devices, message):
     assert error(check, devices, **changes) == message.format("minibatches x microbatches x devices")
 
 
+@pytest.mark.parametrize(("lanes", "devices"), [(5, 1), (-4, 1), (8, 1), (2, 4)])
+def test_lanes_must_share_the_batch(lanes, devices):
+    message = f"ppo.lanes: expected 0, or a divisor of ppo.batch = 12 and a multiple of the devices = {devices}"
+    assert error(check, devices, **{"ppo.batch": 12, "ppo.lanes": lanes}) == f"{message}, got {lanes}"
+
+
 def test_pairs_that_may_be_longer_need_a_longer_context():
     assert error(check, **{"data.prompt_length": 80, "data.response_length": 6, "data.pair_length": 945}) == (
         "model.context: expected at least data.prompt_length + data.pair_length = 1025, got 1024"

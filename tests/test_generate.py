@@ -171,6 +171,44 @@ def test_streaming_ends_with_the_last_row(bigram):
     assert [state.done_B.tolist() for state in states] == [[False, True], [True, True]]
 
 
+def test_a_free_lane_takes_the_next_prompt(bigram):
+    """By hand, with two lanes for completions of 4, 2, 2 and 2 tokens: the first tokens come with the prompts, and
+    while the first lane reads its other three the second does the rest."""
+    C, D = 4, 5
+    table = follow((A, B), (B, C), (C, D), (D, EOS), vocabulary=6)
+    prompt_BP = jnp.array([[A], [C], [C], [C]])
+    state = run(bigram, table, prompt_BP, prompt_BP != PAD, keys(4), options(5, lanes=2))
+    np.testing.assert_array_equal(state.response_BR, [[B, C, D, EOS, PAD]] + [[D, EOS, PAD, PAD, PAD]] * 3)
+    np.testing.assert_array_equal(state.mask_BR.sum(axis=1), [4, 2, 2, 2])
+    assert state.step == 3 and state.done_B.all()
+
+
+@pytest.mark.parametrize("seed", range(3))
+@pytest.mark.parametrize("lanes", [1, 2, 3, 8, 12])
+def test_lanes_change_no_completion(lanes, seed, apply, policy, prompts):
+    """invariant 11: a prompt has its tokens, log-probs and states whatever lane it is in, and whenever."""
+    many = [jnp.tile(x, (4, 1)) for x in prompts]
+    whole, laned = (complete(apply, policy, many, seed, lanes=n, temperature=0.7) for n in (0, lanes))
+    assert 0 < whole.done_B.sum() < 24 and len(set(whole.mask_BR.sum(axis=1).tolist())) > 4  # ends of all kinds
+    for name in ("response_BR", "mask_BR", "done_B"):
+        np.testing.assert_array_equal(getattr(laned, name), getattr(whole, name))
+    np.testing.assert_allclose(laned.logp_BR, whole.logp_BR, rtol=0, atol=1e-5)
+    real_BR1 = whole.mask_BR[..., None]
+    np.testing.assert_allclose(laned.hidden_BRD * real_BR1, whole.hidden_BRD * real_BR1, rtol=0, atol=1e-5)
+    assert laned.step >= whole.mask_BR.sum(axis=1).max() - 1
+
+
+def test_one_token_needs_no_lane(apply, policy, prompts):
+    whole, laned = (complete(apply, policy, prompts, max_tokens=1, lanes=n) for n in (0, 2))
+    np.testing.assert_array_equal(laned.response_BR, whole.response_BR)
+    assert laned.step == 0
+
+
+def test_lanes_must_divide_the_prompts(apply, policy, prompts):
+    with pytest.raises(ValueError, match="lanes: expected a divisor of 6 prompts, got 4"):
+        complete(apply, policy, prompts, lanes=4)
+
+
 def test_settings_are_compared_by_value():
     """They are static arguments: equal ones must not compile again."""
     assert hash(options(8)) == hash(options(8)) and options(8) == options(8)

@@ -8,6 +8,7 @@ import pytest
 from rlhf_jax import generate, rollout
 from rlhf_jax.ops import kl, logprobs
 from rlhf_jax.rollout import Apply
+from rlhf_jax.train_state import TrainState
 
 PAD, EOS, A, B = range(4)
 
@@ -122,6 +123,18 @@ def test_what_is_no_response_token_is_zero(apply, scalar, drawn):
     for x_BR in drawn.logp_BR, drawn.logp_ref_BR, drawn.kl_exact_BR, drawn.entropy_BR, valued.values_BR, drawn.kl_BR:
         assert x_BR.shape == (6, 8) and not x_BR[~drawn.mask_BR].any()
     assert valued.values_BR[drawn.mask_BR].all()
+
+
+@pytest.mark.parametrize("lanes", [0, 6, 3, 1])
+def test_a_rollout_may_be_collected_in_turn(lanes, apply, policy, reference, scalar, prompts, drawn):
+    """Its rows are those of the parts it is made of, in their order, however many are at work at a time."""
+    state = TrainState.create(jax.random.key(0), policy=policy, reference=reference, value=scalar, reward=scalar)
+    keys_B = jax.random.split(jax.random.key(0), 6)
+    how = sampling(temperature=0.7, lanes=lanes)
+    collected = jax.jit(partial(rollout.collect, sampling=how), static_argnums=0)(apply, state, *prompts, keys_B)
+    expected = value(apply, scalar, score(apply, scalar, drawn))
+    for (path, x), y in zip(jax.tree.leaves_with_path(collected), jax.tree.leaves(expected), strict=True):
+        np.testing.assert_allclose(x, y, rtol=0, atol=2e-5, err_msg=str(path))
 
 
 def test_scores_and_values_read_the_whole_sequence(apply, scalar, drawn):

@@ -20,7 +20,7 @@ B, P, R, V, PAD, EOS = 16, 4, 5, 13, 0, 1
 SIZES = gpt2.Config(layers=1, heads=2, head_size=4, width=8, context=P + R, vocab_size=V)
 APPLY = Apply(heads.LanguageModel(SIZES, chunk=10), heads.ScalarModel(SIZES))
 TX = optax.sgd(0.1)  # plain steps: a difference in a gradient is not scaled away
-SAMPLING = generate.Sampling(max_tokens=R, eos_id=EOS, pad_id=PAD, temperature=0.7)
+SAMPLING = generate.Sampling(max_tokens=R, eos_id=EOS, pad_id=PAD, temperature=0.7, lanes=B // 2)
 PPO = ppo.Config(epochs=2, minibatches=2, microbatches=2)
 
 
@@ -54,8 +54,7 @@ def train(place_state, place_batch):
     def iterate(state, batch):
         keys_B = jax.random.split(jax.random.fold_in(state.step_key, 0), B)
         prompts = (batch["prompt_BP"], batch["prompt_mask_BP"], keys_B)
-        drawn = rollout.sample(APPLY, state.policy, state.reference, *prompts, SAMPLING)
-        drawn = rollout.value(APPLY, state.value, rollout.score(APPLY, state.reward, drawn))
+        drawn = rollout.collect(APPLY, state, *prompts, SAMPLING)
         return *ppo.step(state, drawn, config=PPO, apply=APPLY, tx=TX), drawn.response_BR
 
     state = place_state(ppo.init(policy, value, value, jax.random.key(1), config=PPO, tx=TX))

@@ -20,6 +20,7 @@ class Config(optim.Config):
 
     steps: int = 1_953  # rollouts
     batch: int = 512  # episodes a rollout
+    lanes: int = 0  # of them written at a time, a lane that is free gets the next prompt, and scored at a time; 0: all
     epochs: int = 4
     minibatches: int = 1
     microbatches: int = 1  # slices of a minibatch whose gradients are summed, to save memory

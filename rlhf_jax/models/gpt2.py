@@ -74,20 +74,14 @@ def preset(name, **changes):
 class KVCache:
     """Keys and values of the tokens seen so far, one [B, H, S, K] array a layer.
 
-    valid_BS is 1 where a slot holds a real token; `used` slots are filled, padding included.
+    valid_BS is 1 where a slot holds a real token; the next ones are written from slot `used` on. The order of slots
+    does not matter: what is valid has been seen.
     """
 
     keys: tuple
     values: tuple
     valid_BS: jax.Array
     used: jax.Array
-
-
-def empty_cache(config, batch, slots):
-    """A KVCache with room for `slots` tokens in each of `batch` rows."""
-    shape = (batch, config.heads, slots, config.head_size)
-    layers = tuple(jnp.zeros(shape, config.dtype) for _ in range(config.layers))
-    return KVCache(layers, layers, jnp.zeros((batch, slots), bool), jnp.zeros((), jnp.int32))
 
 
 class Dense(nn.Module):
@@ -184,24 +178,23 @@ class GPT2(nn.Module):
     config: Config
 
     @nn.compact
-    def __call__(self, tokens_BT, mask_BT, cache=None, *, select=None, deterministic=True):
-        """(tokens [B, T] int, mask [B, T] 1 at real tokens, cache) -> (hidden [B, T, D], cache).
+    def __call__(self, tokens_BT, mask_BT, cache=None, *, slots=0, select=None, deterministic=True):
+        """(tokens [B, T] int, mask [B, T] 1 at real tokens, cache) -> (hidden [B, T, D], cache or None).
 
         Positions count real tokens only, so left padding changes no real token's result. With a cache the tokens
-        come after those it holds, and the cache returned holds them too. select(x [B, T, ...]) -> [B, U, ...] takes
-        the tokens whose hidden states are asked for: of the others the last layer makes keys and values alone.
+        come after those it holds, and the cache returned holds them too; without one `slots` asks for one of that
+        size. select(x [B, T, ...]) -> [B, U, ...] takes the tokens whose hidden states are asked for: of the others
+        the last layer makes keys and values alone.
         """
         c = self.config
         B, T = tokens_BT.shape
         mask_BT = mask_BT.astype(bool)
         seen = jnp.cumsum(mask_BT, axis=1, dtype=jnp.int32)
-        if cache is None:
-            attend_BTS = jnp.tril(jnp.ones((T, T), bool)) & mask_BT[:, None, :]
-        else:
+        attend_BTS = jnp.tril(jnp.ones((T, T), bool)) & mask_BT[:, None, :]
+        if cache is not None:
             seen = seen + jnp.sum(cache.valid_BS, axis=1, keepdims=True, dtype=jnp.int32)
-            valid_BS = jax.lax.dynamic_update_slice_in_dim(cache.valid_BS, mask_BT, cache.used, axis=1)
-            slot_S = jnp.arange(valid_BS.shape[1])
-            attend_BTS = (slot_S <= cache.used + jnp.arange(T)[:, None]) & valid_BS[:, None, :]
+            before_BTS = jnp.broadcast_to(cache.valid_BS[:, None], (B, T, cache.valid_BS.shape[1]))
+            attend_BTS = jax.lax.dynamic_update_slice_in_dim(before_BTS, attend_BTS, cache.used, axis=2)
         x_BTD = _embed(c, c.vocab_size, "wte")(tokens_BT)
         positions_BT = jnp.maximum(seen - 1, 0)
         if c.rotary_share:
@@ -211,7 +204,7 @@ class GPT2(nn.Module):
             x_BTD = x_BTD + _embed(c, c.context, "wpe")(positions_BT)
         x_BTD = nn.Dropout(c.dropout, deterministic=deterministic, name="dropout")(x_BTD)
         # Gradients then need what goes into a layer, and compute what is in it a second time.
-        block = nn.remat(Block) if c.remat and cache is None else Block
+        block = nn.remat(Block) if c.remat and cache is None and not slots else Block
         layers = []
         for i in range(c.layers):
             past = None if cache is None else (cache.keys[i], cache.values[i], cache.used)
@@ -219,10 +212,19 @@ class GPT2(nn.Module):
             x_BTD, kv = block(c, deterministic, asked, name=f"h_{i}")(x_BTD, attend_BTS, angles_BTJ, past)
             layers.append(kv)
         x_BTD = _norm(c, "ln_f")(x_BTD)
-        if cache is None:
-            return x_BTD, None
         keys, values = zip(*layers, strict=True)
-        return x_BTD, KVCache(keys, values, valid_BS, cache.used + T)
+        if cache is not None:
+            valid_BS = jax.lax.dynamic_update_slice_in_dim(cache.valid_BS, mask_BT, cache.used, axis=1)
+            return x_BTD, KVCache(keys, values, valid_BS, cache.used + T)
+        if not slots:
+            return x_BTD, None
+        keys, values = (tuple(_widen(x_BHTK, slots, axis=2) for x_BHTK in each) for each in (keys, values))
+        return x_BTD, KVCache(keys, values, _widen(mask_BT, slots, axis=1), jnp.int32(T))
+
+
+def _widen(x, size, axis):
+    """x with zeros after it, up to `size`."""
+    return jnp.pad(x, [(0, size - length if i == axis else 0) for i, length in enumerate(x.shape)])
 
 
 def _embed(config, entries, name):

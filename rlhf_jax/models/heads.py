@@ -47,15 +47,32 @@ class LanguageModel:
 
     def prefill(self, params, tokens_BP, mask_BP, slots):
         """Reads the prompts: (hidden [B, D] of the last prompt token, cache with `slots` places)."""
-        cache = gpt2.empty_cache(self.config, tokens_BP.shape[0], slots)
         trunk, last = gpt2.GPT2(self.config), lambda x_BP: x_BP[:, -1:]
-        hidden_B1D, cache = trunk.apply({"params": params}, tokens_BP, mask_BP, cache, select=last)
+        hidden_B1D, cache = trunk.apply({"params": params}, tokens_BP, mask_BP, slots=slots, select=last)
         return hidden_B1D[:, 0], cache
 
-    def decode(self, params, token_B, mask_B, cache):
-        """Reads one more token a row (mask_B 0: the row has ended): (hidden [B, D], cache)."""
+    def decode(self, params, token_B, mask_B, cache, slot=None):
+        """Reads one more token a row (mask_B 0: the row has ended): (hidden [B, D], cache).
+
+        Its keys and values go to the next slot, or to the slot given, which no row needs any more.
+        """
+        cache = cache if slot is None else cache.replace(used=slot)
         hidden_B1D, cache = gpt2.GPT2(self.config).apply({"params": params}, token_B[:, None], mask_B[:, None], cache)
         return hidden_B1D[:, 0], cache
+
+    def insert(self, cache, new, rows_G):
+        """The cache with row g of another one, of as many slots, in the place of row rows_G[g]."""
+
+        def put(g, arrays):
+            def one(array_B, new_G):
+                row_1 = jax.lax.dynamic_slice_in_dim(new_G, g, 1)
+                return jax.lax.dynamic_update_slice_in_dim(array_B, row_1, rows_G[g], axis=0)
+
+            return jax.tree.map(one, arrays, (new.keys, new.values, new.valid_BS))
+
+        arrays = (cache.keys, cache.values, cache.valid_BS)
+        keys, values, valid_BS = jax.lax.fori_loop(0, len(rows_G), put, arrays)
+        return cache.replace(keys=keys, values=values, valid_BS=valid_BS)
 
     def logprobs(self, params, tokens_BT, mask_BT, count, *, temperature=1.0, dropout_key=None):
         """Log-probs [B, count] of the last `count` tokens at the temperature; only these are projected."""

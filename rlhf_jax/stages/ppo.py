@@ -56,14 +56,12 @@ def prepare(run, name):
     tx = optim.adamw(config, config.steps * config.epochs * config.minibatches)
     state = ppo_algorithm.init(policy, value, reward, run.key(name), config=config, tx=tx)
     state = sharding.replicate(state, run.mesh)  # before the first measurement, which would be compiled twice otherwise
-    sampling = run.sampling(config.temperature)
+    sampling = run.sampling(config.temperature, config.lanes)
 
     @run.jit
     def collect(state, batch):
         keys_B = jax.random.split(jax.random.fold_in(state.step_key, 0), config.batch)
-        prompts = (batch["prompt_BP"], batch["prompt_mask_BP"])
-        drawn = rollout.sample(apply, state.policy, state.reference, *prompts, keys_B, sampling)
-        return rollout.value(apply, state.value, rollout.score(apply, state.reward, drawn))
+        return rollout.collect(apply, state, batch["prompt_BP"], batch["prompt_mask_BP"], keys_B, sampling)
 
     learn = functools.partial(ppo_algorithm.step, config=config, apply=apply, tx=tx)
     learn = run.jit(guard.guarded(learn, run.config.guard), donate_argnums=0)
