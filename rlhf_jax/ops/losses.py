@@ -48,7 +48,8 @@ def ppo_value(values, values_old, returns, mask, *, clip):
 
     The clipped value may move at most `clip` from the value at the rollout. Returns (loss, {"clip_fraction"}).
     """
-    clipped_values = values_old + jnp.clip(values - values_old, -clip, clip)
+    # Not old + clip(new - old): within the range that is the value but for rounding, which would count as clipped.
+    clipped_values = jnp.clip(values, values_old - clip, values_old + clip)
     plain = jnp.square(values - returns)
     clipped = jnp.square(clipped_values - returns)
     aux = {"clip_fraction": masked.mean((clipped > plain).astype(values.dtype), mask)}

@@ -114,6 +114,13 @@ def test_value_loss_by_hand():
     np.testing.assert_allclose(aux["clip_fraction"], 1 / 3, rtol=1e-6)
 
 
+def test_a_value_within_the_range_is_not_clipped():
+    """Not even by rounding."""
+    values, old = jax.random.uniform(jax.random.key(0), (2, 1000), minval=-0.09, maxval=0.09)
+    _, aux = losses.ppo_value(values, old, jnp.zeros(1000), jnp.ones(1000), clip=0.2)
+    assert aux["clip_fraction"] == 0
+
+
 def test_clipped_values_push_no_gradient():
     """Where the clipped error is the larger, the value has gone far enough; elsewhere it is drawn to the return."""
 
