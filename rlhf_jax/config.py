@@ -187,6 +187,8 @@ class _Checks:
         fine = lanes >= 0 and (not lanes or (batch % lanes == 0 and lanes % self.devices == 0))
         expected = f"0, or a divisor of ppo.batch = {batch} and a multiple of the devices = {self.devices}"
         self.expect(fine, "ppo.lanes", expected)
+        widest = self.config.data.prompt_length
+        self.expect(0 < self.config.ppo.widths <= widest, "ppo.widths", f"1 to data.prompt_length = {widest}")
 
     def writing(self):
         config, data = self.config, self.config.data
@@ -206,6 +208,7 @@ class _Checks:
             self.expect(0 <= getattr(config.alarms, field) <= 1, f"alarms.{field}", "0 to 1")
         self.expect(config.alarms.patience > 0, "alarms.patience", "at least 1 iteration")
         self.expect(config.ppo.lanes == 0, "ppo.lanes", "0 (samples start from nothing, and all at once)")
+        self.expect(config.ppo.widths == 1, "ppo.widths", "1 (samples start from nothing, there is no padding)")
         self.update("policy_gradient")
         for name in ("pretrain", "sft", "policy_gradient", "ppo"):
             self.stage(name)

@@ -11,7 +11,7 @@ import flax
 import jax
 import jax.numpy as jnp
 
-from rlhf_jax.ops import sampling
+from rlhf_jax.ops import padding, sampling
 
 GROUPS = 4  # with lanes: a quarter of them is free before prompts are read
 
@@ -27,6 +27,7 @@ class Sampling:
     top_k: int = 0  # 0: all. Evaluation and playground only
     top_p: float = 1.0  # 1: all. Evaluation and playground only
     lanes: int = 0  # completions under way at a time, a divisor of their number; 0: all
+    widths: int = 1  # of prompts, in equal steps, that what reads them is compiled for; see ops/padding.py
 
 
 @flax.struct.dataclass
@@ -115,7 +116,8 @@ class Lanes:
     """The completions under way, one a lane, of N prompts: lane b has drawn count_B[b] tokens for prompt row_B[b]."""
 
     drawn: State  # of all N, with the lanes' cache; its step counts what the lanes have read
-    taken: jax.Array  # () int32, prompts that have left the queue
+    queue_N: jax.Array  # the prompts by their length, so that those read together are alike
+    taken: jax.Array  # () int32, how many have left the queue
     row_B: jax.Array  # N: the lane is free
     count_B: jax.Array
     token_B: jax.Array  # drawn last
@@ -160,19 +162,29 @@ def _from_queue(model, params, prompt_NP, prompt_mask_NP, keys_N, config):
         logp_BR=empty((N, R), jnp.float32),
         hidden_BRD=empty((N, R, hidden.shape[-1]), hidden.dtype),
     )
-    lanes = Lanes(drawn, empty((), jnp.int32), jnp.full(B, N, jnp.int32), empty(B, jnp.int32), empty(B, jnp.int32))
+    lanes = Lanes(
+        drawn=drawn,
+        queue_N=jnp.argsort(jnp.sum(prompt_mask_NP, axis=1)).astype(jnp.int32),
+        taken=empty((), jnp.int32),
+        row_B=jnp.full(B, N, jnp.int32),
+        count_B=empty(B, jnp.int32),
+        token_B=empty(B, jnp.int32),
+    )
     return jax.lax.while_loop(lambda lanes: lanes.taken < N, step, lanes).drawn.replace(cache=None)
 
 
 def enter(model, params, prompt_NP, prompt_mask_NP, lanes, config, group):
     """Reads the next `group` prompts into free lanes, of which there must be as many, and draws their first tokens."""
     N, P = prompt_NP.shape
-    row_G = lanes.taken + jnp.arange(group, dtype=jnp.int32)
-    prompts = (jax.lax.dynamic_slice_in_dim(x_NP, lanes.taken, group) for x_NP in (prompt_NP, prompt_mask_NP))
-    hidden_GD, new = model.prefill(params, *prompts, P + config.max_tokens)
+    row_G = jax.lax.dynamic_slice_in_dim(lanes.queue_N, lanes.taken, group)
+
+    def prefill(prompt_GP, mask_GP):
+        return model.prefill(params, prompt_GP, mask_GP, P + config.max_tokens)
+
+    hidden_GD, new = padding.cut(prefill, prompt_NP[row_G], prompt_mask_NP[row_G], config.widths)
     lane_G = jnp.argsort(lanes.row_B < N)[:group]  # free ones first
     drawn, token_G, goes_on_G = _draw_rows(model, params, hidden_GD, row_G, 0, lanes.drawn, config)
-    return Lanes(
+    return lanes.replace(
         drawn=drawn.replace(cache=model.insert(drawn.cache, new, lane_G)),
         taken=lanes.taken + group,
         row_B=lanes.row_B.at[lane_G].set(jnp.where(goes_on_G, row_G, N)),

@@ -7,7 +7,7 @@ import jax
 import jax.numpy as jnp
 
 from rlhf_jax import generate
-from rlhf_jax.ops import kl, masked
+from rlhf_jax.ops import kl, masked, padding
 
 
 class Apply(NamedTuple):
@@ -124,20 +124,25 @@ def collect(apply, state, prompt_BP, prompt_mask_BP, keys_B, sampling):
     rows = (prompt_BP, prompt_mask_BP, drawn.replace(step=None, keys_B=None, cache=None))
 
     def read(rows):
-        compared = compare(apply, state.policy, state.reference, *rows, sampling)
-        return value(apply, state.value, score(apply, state.reward, compared))
+        *prompts, drawn = rows
 
-    return _in_turn(read, rows, sampling.lanes)
+        def at_width(*prompts):
+            compared = compare(apply, state.policy, state.reference, *prompts, drawn, sampling)
+            read = value(apply, state.value, score(apply, state.reward, compared))
+            return read.replace(prompt_BP=None, prompt_mask_BP=None)
 
+        read = padding.cut(at_width, *prompts, sampling.widths)
+        return read.replace(prompt_BP=prompts[0], prompt_mask_BP=prompts[1].astype(bool))
 
-def _in_turn(function, rows, size):
-    """function of the rows (a pytree of [B, ...]), `size` of them at a time: memory grows with the size alone."""
-    B = len(jax.tree.leaves(rows)[0])
-    if size in (0, B):
-        return function(rows)
+    B = len(prompt_BP)
+    if sampling.lanes in (0, B):
+        return read(rows)
+    order_B = padding.alike(prompt_mask_BP, B // sampling.lanes)
     # Dealt out in turn, as optim.accumulate does, so that rows laid over devices stay balanced.
-    dealt = jax.tree.map(lambda x: x.reshape(-1, B // size, *x.shape[1:]).swapaxes(0, 1), rows)
-    return jax.tree.map(lambda x: x.swapaxes(0, 1).reshape(B, *x.shape[2:]), jax.lax.map(function, dealt))
+    dealt = jax.tree.map(lambda x: x[order_B].reshape(sampling.lanes, -1, *x.shape[1:]).swapaxes(0, 1), rows)
+    parts = jax.lax.map(read, dealt)
+    back_B = jnp.argsort(order_B)
+    return jax.tree.map(lambda x: x.swapaxes(0, 1).reshape(B, *x.shape[2:])[back_B], parts)
 
 
 def score(apply, reward, rollout):

@@ -178,14 +178,14 @@ class Run:
         except InputError as error:
             raise InputError(f"model.init: {error}") from None
 
-    def sampling(self, temperature, lanes=0):
-        """How responses are drawn, so many at a time (0: all)."""
+    def sampling(self, temperature, **changes):
+        """How responses are drawn: a generate.Sampling, with `changes` of its other fields."""
         return generate.Sampling(
             max_tokens=self.config.data.response_length,
             eos_id=self.tokenizer.eos_id,
             pad_id=self.tokenizer.pad_id,
             temperature=temperature,
-            lanes=lanes,
+            **changes,
         )
 
     def key(self, purpose):

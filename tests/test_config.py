@@ -192,6 +192,12 @@ def test_lanes_must_share_the_batch(lanes, devices):
     assert error(check, devices, **{"ppo.batch": 12, "ppo.lanes": lanes}) == f"{message}, got {lanes}"
 
 
+def test_there_are_not_more_widths_than_columns():
+    assert error(check, **{"data.prompt_length": 8, "ppo.widths": 9}) == (
+        "ppo.widths: expected 1 to data.prompt_length = 8, got 9"
+    )
+
+
 def test_pairs_that_may_be_longer_need_a_longer_context():
     assert error(check, **{"data.prompt_length": 80, "data.response_length": 6, "data.pair_length": 945}) == (
         "model.context: expected at least data.prompt_length + data.pair_length = 1025, got 1024"

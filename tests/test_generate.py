@@ -198,6 +198,14 @@ def test_lanes_change_no_completion(lanes, seed, apply, policy, prompts):
     assert laned.step >= whole.mask_BR.sum(axis=1).max() - 1
 
 
+def test_prompts_may_be_read_without_padding(apply, policy, prompts):
+    """invariant 1: into lanes, the short ones first."""
+    many = [jnp.tile(jnp.pad(x, ((0, 0), (3, 0))), (4, 1)) for x in prompts]
+    whole, narrow = (complete(apply, policy, many, lanes=n, widths=n or 1) for n in (0, 4))
+    np.testing.assert_array_equal(narrow.response_BR, whole.response_BR)
+    np.testing.assert_allclose(narrow.logp_BR, whole.logp_BR, rtol=0, atol=1e-5)
+
+
 def test_one_token_needs_no_lane(apply, policy, prompts):
     whole, laned = (complete(apply, policy, prompts, max_tokens=1, lanes=n) for n in (0, 2))
     np.testing.assert_array_equal(laned.response_BR, whole.response_BR)

@@ -10,7 +10,7 @@ import jax
 import jax.numpy as jnp
 
 from rlhf_jax import optim
-from rlhf_jax.ops import advantages, kl, losses, masked
+from rlhf_jax.ops import advantages, kl, losses, masked, padding
 from rlhf_jax.train_state import TrainState
 
 
@@ -21,6 +21,7 @@ class Config(optim.Config):
     steps: int = 1_953  # rollouts
     batch: int = 512  # episodes a rollout
     lanes: int = 0  # of them written at a time, a lane that is free gets the next prompt, and scored at a time; 0: all
+    widths: int = 1  # of prompts, in equal steps up to the longest: slices of like prompts are read without padding
     epochs: int = 4
     minibatches: int = 1
     microbatches: int = 1  # slices of a minibatch whose gradients are summed, to save memory
@@ -123,11 +124,17 @@ def update(state, rollout, *, config, apply, tx):
 
     def minibatch(carry, rows):
         params, opt = carry
+        if config.widths > 1:
+            rows = rows[padding.alike(rollout.prompt_mask_BP[rows], config.microbatches)]
         batch = jax.tree.map(lambda x: x[rows], rollout)
 
         def grads(part):
-            (_, aux), grads = jax.value_and_grad(loss, has_aux=True)(params, part, config=config, apply=apply)
-            return grads, aux
+            def at_width(prompt_BP, prompt_mask_BP):
+                narrow = part.replace(prompt_BP=prompt_BP, prompt_mask_BP=prompt_mask_BP)
+                (_, aux), grads = jax.value_and_grad(loss, has_aux=True)(params, narrow, config=config, apply=apply)
+                return grads, aux
+
+            return padding.cut(at_width, part.prompt_BP, part.prompt_mask_BP, config.widths)
 
         grads, aux = optim.accumulate(grads, batch, jnp.sum(batch.mask_BR, axis=1), config.microbatches)
         moved = {name: optim.update(tx, grads[name], opt[name], params[name]) for name in params}

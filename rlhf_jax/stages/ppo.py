@@ -56,7 +56,7 @@ def prepare(run, name):
     tx = optim.adamw(config, config.steps * config.epochs * config.minibatches)
     state = ppo_algorithm.init(policy, value, reward, run.key(name), config=config, tx=tx)
     state = sharding.replicate(state, run.mesh)  # before the first measurement, which would be compiled twice otherwise
-    sampling = run.sampling(config.temperature, config.lanes)
+    sampling = run.sampling(config.temperature, lanes=config.lanes, widths=config.widths)
 
     @run.jit
     def collect(state, batch):
