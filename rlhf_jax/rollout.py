@@ -85,6 +85,11 @@ class Rollout:
         }
 
 
+def keys(state, rows):
+    """The keys [rows] with which the step about to be taken draws its completions; shuffles have others."""
+    return jax.random.split(jax.random.fold_in(state.step_key, 0), rows)
+
+
 def draw(apply, policy, prompt_BP, prompt_mask_BP, keys_B, sampling):
     """Completes the prompts with the policy, each with its key: what `compare` makes a Rollout of."""
     return generate.generate(apply.policy, policy, prompt_BP, prompt_mask_BP, keys_B, sampling)
@@ -116,6 +121,12 @@ def sample(apply, policy, reference, prompt_BP, prompt_mask_BP, keys_B, sampling
     """`draw`, then `compare`: the two are apart for who wants to read the completions while they are compared."""
     drawn = draw(apply, policy, prompt_BP, prompt_mask_BP, keys_B, sampling)
     return compare(apply, policy, reference, prompt_BP, prompt_mask_BP, drawn, sampling)
+
+
+def judge(apply, state, prompt_BP, prompt_mask_BP, drawn, sampling):
+    """`compare`, then the reward model's scores and the values: a Rollout with all that PPO needs."""
+    compared = compare(apply, state.policy, state.reference, prompt_BP, prompt_mask_BP, drawn, sampling)
+    return value(apply, state.value, score(apply, state.reward, compared))
 
 
 def score(apply, reward, rollout):

@@ -2,7 +2,6 @@
 
 import functools
 
-import jax
 import jax.numpy as jnp
 import numpy as np
 
@@ -60,10 +59,9 @@ def prepare(run, name):
 
     @run.jit
     def collect(state, batch):
-        keys_B = jax.random.split(jax.random.fold_in(state.step_key, 0), config.batch)
         prompts = (batch["prompt_BP"], batch["prompt_mask_BP"])
-        drawn = rollout.sample(apply, state.policy, state.reference, *prompts, keys_B, sampling)
-        return rollout.value(apply, state.value, rollout.score(apply, state.reward, drawn))
+        drawn = rollout.draw(apply, state.policy, *prompts, rollout.keys(state, config.batch), sampling)
+        return rollout.judge(apply, state, *prompts, drawn, sampling)
 
     learn = functools.partial(ppo_algorithm.step, config=config, apply=apply, tx=tx)
     learn = run.jit(guard.guarded(learn, run.config.guard), donate_argnums=0)
