@@ -56,7 +56,9 @@ def guarded(step, config):
 
 def _finite(tree):
     leaves = [leaf for leaf in jax.tree.leaves(tree) if jnp.issubdtype(leaf.dtype, jnp.floating)]
-    return jnp.all(jnp.stack([jnp.all(jnp.isfinite(leaf)) for leaf in leaves]))
+    # A barrier, because XLA on a CPU would write all of it out again in each kernel that depends on the result.
+    finite = jax.lax.optimization_barrier(jnp.stack([jnp.all(jnp.isfinite(leaf)) for leaf in leaves]))
+    return jnp.all(finite)
 
 
 def told(names):

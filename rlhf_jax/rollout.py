@@ -85,6 +85,11 @@ class Rollout:
         }
 
 
+def keys(state, rows):
+    """The keys [rows] with which the step about to be taken draws its completions; shuffles have others."""
+    return jax.random.split(jax.random.fold_in(state.step_key, 0), rows)
+
+
 def draw(apply, policy, prompt_BP, prompt_mask_BP, keys_B, sampling):
     """Completes the prompts with the policy, each with its key: what `compare` makes a Rollout of."""
     return generate.generate(apply.policy, policy, prompt_BP, prompt_mask_BP, keys_B, sampling)
@@ -118,30 +123,27 @@ def sample(apply, policy, reference, prompt_BP, prompt_mask_BP, keys_B, sampling
     return compare(apply, policy, reference, prompt_BP, prompt_mask_BP, drawn, sampling)
 
 
-def collect(apply, state, prompt_BP, prompt_mask_BP, keys_B, sampling):
-    """What PPO learns from: completions by state.policy, compared, scored and valued, sampling.lanes at a time."""
-    drawn = draw(apply, state.policy, prompt_BP, prompt_mask_BP, keys_B, sampling)
-    rows = (prompt_BP, prompt_mask_BP, drawn.replace(step=None, keys_B=None, cache=None))
+def judge(apply, state, prompt_BP, prompt_mask_BP, drawn, sampling):
+    """`compare`, the reward model's scores and the values, sampling.lanes rows at a time: all that PPO needs."""
 
     def read(rows):
         *prompts, drawn = rows
 
         def at_width(*prompts):
             compared = compare(apply, state.policy, state.reference, *prompts, drawn, sampling)
-            read = value(apply, state.value, score(apply, state.reward, compared))
-            return read.replace(prompt_BP=None, prompt_mask_BP=None)
+            judged = value(apply, state.value, score(apply, state.reward, compared))
+            return judged.replace(prompt_BP=None, prompt_mask_BP=None)
 
-        read = padding.cut(at_width, *prompts, sampling.widths)
-        return read.replace(prompt_BP=prompts[0], prompt_mask_BP=prompts[1].astype(bool))
+        judged = padding.cut(at_width, *prompts, sampling.widths)
+        return judged.replace(prompt_BP=prompts[0], prompt_mask_BP=prompts[1].astype(bool))
 
-    B = len(prompt_BP)
+    B, rows = len(prompt_BP), (prompt_BP, prompt_mask_BP, drawn.replace(step=None, keys_B=None, cache=None))
     if sampling.lanes in (0, B):
         return read(rows)
     order_B = padding.alike(prompt_mask_BP, B // sampling.lanes)
     # Dealt out in turn, as optim.accumulate does, so that rows laid over devices stay balanced.
     dealt = jax.tree.map(lambda x: x[order_B].reshape(sampling.lanes, -1, *x.shape[1:]).swapaxes(0, 1), rows)
-    parts = jax.lax.map(read, dealt)
-    back_B = jnp.argsort(order_B)
+    parts, back_B = jax.lax.map(read, dealt), jnp.argsort(order_B)
     return jax.tree.map(lambda x: x.swapaxes(0, 1).reshape(B, *x.shape[2:])[back_B], parts)
 
 

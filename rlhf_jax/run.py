@@ -194,8 +194,7 @@ class Run:
 
     def decode(self, response_BR, mask_BR):
         """Responses as texts, without the space they begin with."""
-        pairs = zip(np.asarray(response_BR), np.asarray(mask_BR, bool), strict=True)
-        return [self.tokenizer.decode(ids[mask].tolist()).strip() for ids, mask in pairs]
+        return text.responses(self.tokenizer, response_BR, mask_BR)
 
     def over(self, arrays, function, rows=None):
         """function(batch) over the first `rows` rows (default: all), a device batch at a time: NumPy results by row.

@@ -126,15 +126,16 @@ def test_what_is_no_response_token_is_zero(apply, scalar, drawn):
 
 
 @pytest.mark.parametrize(("lanes", "widths"), [(0, 1), (6, 1), (3, 1), (1, 1), (0, 2), (3, 3), (2, 6)])
-def test_a_rollout_may_be_collected_in_turn(lanes, widths, apply, policy, reference, scalar, prompts, drawn):
+def test_a_rollout_may_be_made_in_turn(lanes, widths, apply, policy, reference, scalar, prompts, drawn):
     """Its rows are those of the parts it is made of, in their order, however many are at work at a time, and however
     wide the prompts are that are read."""
     state = TrainState.create(jax.random.key(0), policy=policy, reference=reference, value=scalar, reward=scalar)
     keys_B = jax.random.split(jax.random.key(0), 6)
     how = sampling(temperature=0.7, lanes=lanes, widths=widths)
-    collected = jax.jit(partial(rollout.collect, sampling=how), static_argnums=0)(apply, state, *prompts, keys_B)
+    written = jax.jit(rollout.draw, static_argnums=(0, 5))(apply, policy, *prompts, keys_B, how)
+    judged = jax.jit(rollout.judge, static_argnums=(0, 5))(apply, state, *prompts, written, how)
     expected = value(apply, scalar, score(apply, scalar, drawn))
-    for (path, x), y in zip(jax.tree.leaves_with_path(collected), jax.tree.leaves(expected), strict=True):
+    for (path, x), y in zip(jax.tree.leaves_with_path(judged), jax.tree.leaves(expected), strict=True):
         np.testing.assert_allclose(x, y, rtol=0, atol=2e-5, err_msg=str(path))
 
 

@@ -54,7 +54,8 @@ def train(place_state, place_batch):
     def iterate(state, batch):
         keys_B = jax.random.split(jax.random.fold_in(state.step_key, 0), B)
         prompts = (batch["prompt_BP"], batch["prompt_mask_BP"], keys_B)
-        drawn = rollout.collect(APPLY, state, *prompts, SAMPLING)
+        drawn = rollout.draw(APPLY, state.policy, *prompts, SAMPLING)
+        drawn = rollout.judge(APPLY, state, *prompts[:2], drawn, SAMPLING)
         return *ppo.step(state, drawn, config=PPO, apply=APPLY, tx=TX), drawn.response_BR
 
     state = place_state(ppo.init(policy, value, value, jax.random.key(1), config=PPO, tx=TX))

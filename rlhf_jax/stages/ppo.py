@@ -2,7 +2,6 @@
 
 import functools
 
-import jax
 import jax.numpy as jnp
 import numpy as np
 
@@ -60,8 +59,9 @@ def prepare(run, name):
 
     @run.jit
     def collect(state, batch):
-        keys_B = jax.random.split(jax.random.fold_in(state.step_key, 0), config.batch)
-        return rollout.collect(apply, state, batch["prompt_BP"], batch["prompt_mask_BP"], keys_B, sampling)
+        prompts = (batch["prompt_BP"], batch["prompt_mask_BP"])
+        drawn = rollout.draw(apply, state.policy, *prompts, rollout.keys(state, config.batch), sampling)
+        return rollout.judge(apply, state, *prompts, drawn, sampling)
 
     learn = functools.partial(ppo_algorithm.step, config=config, apply=apply, tx=tx)
     learn = run.jit(guard.guarded(learn, run.config.guard), donate_argnums=0)

@@ -15,7 +15,6 @@ from rlhf_jax import alarms, guard, optim, plots, rollout, sharding
 from rlhf_jax.algorithms import policy_gradient
 from rlhf_jax.algorithms import ppo as ppo_algorithm
 from rlhf_jax.evaluate import best_of_n, diversity, interval, win_rate
-from rlhf_jax.generate import generate
 from rlhf_jax.stages import common
 from rlhf_jax.train_state import TrainState
 
@@ -153,9 +152,10 @@ class Learner:
         sampling = self.run.sampling(self.config.temperature)
 
         def one(state):
-            keys_B = jax.random.split(jax.random.fold_in(state.step_key, 0), self.config.batch)
             prompts = (batch["prompt_BP"], batch["prompt_mask_BP"])
-            return generate(self.run.apply.policy, state.policy, *prompts, keys_B, sampling)
+            return rollout.draw(
+                self.run.apply, state.policy, *prompts, rollout.keys(state, self.config.batch), sampling
+            )
 
         return _per_seed(one, (AXES,))(_core(state))
 

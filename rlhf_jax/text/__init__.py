@@ -4,6 +4,8 @@ import os
 from pathlib import Path
 from typing import Protocol
 
+import numpy as np
+
 from rlhf_jax.errors import InputError
 from rlhf_jax.text import bpe, char, stored
 
@@ -37,6 +39,12 @@ class Tokenizer(Protocol):
 
     def fingerprint(self) -> str:
         """sha256 (hex) of all that decides which ids a text gets."""
+
+
+def responses(tokenizer: Tokenizer, response_BR, mask_BR) -> list[str]:
+    """Responses as texts, without the space they begin with; their ids are those where mask_BR is 1."""
+    pairs = zip(np.asarray(response_BR), np.asarray(mask_BR, bool), strict=True)
+    return [tokenizer.decode(ids[mask].tolist()).strip() for ids, mask in pairs]
 
 
 def load(directory: str | os.PathLike) -> Tokenizer:
