@@ -123,6 +123,8 @@ def published(place, model, *, response_length, pair_length):
             epochs=4,
             minibatches=1,
             microbatches=32,
+            lanes=64,
+            widths=4,
             temperature=0.7,
             kl_coef=0.05,
             gamma=1.0,

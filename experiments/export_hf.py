@@ -6,16 +6,14 @@
 The stage is by default the last one that is finished and has a policy. The folder must be new or empty.
 """
 
-import sys
-
 from absl import app, flags, logging
+from launch import WORKDIR, leave, parser
 
 from rlhf_jax.console import Reporter
 from rlhf_jax.errors import InputError
 from rlhf_jax.export import export
 
-WORKDIR = flags.DEFINE_string("workdir", None, "Folder of the run.", required=True)
-OUT = flags.DEFINE_string("out", None, "Folder to write, new or empty.", required=True)
+OUT = flags.DEFINE_string("out", None, "Folder to write, new or empty.")
 STAGE = flags.DEFINE_string("stage", "", "ppo, sft, reward, rl or pretrain.")
 
 
@@ -29,20 +27,5 @@ def main(_):
         reporter.note(f"{stage}: written to {OUT.value}")
 
 
-def parse(argv):
-    try:
-        rest = flags.FLAGS(argv)
-        if rest[1:]:
-            raise InputError(f"{rest[1]}: expected only --flags")
-        return rest
-    except (flags.Error, InputError) as error:
-        leave(error)
-
-
-def leave(error):
-    print(f"export_hf.py: {' '.join(str(error).split())}", file=sys.stderr)
-    sys.exit(2)
-
-
 if __name__ == "__main__":
-    app.run(main, flags_parser=parse)
+    app.run(main, flags_parser=parser("workdir", "out"))

@@ -21,21 +21,27 @@ BAD_INPUT, STOPPED, NOT_FINITE = 2, 3, 4  # exit codes
 
 def launch(job, kind):
     """Runs job(run), where run is of that kind. Bad input is one line and exit code 2; a stop by a signal 3; NaN 4."""
-    app.run(lambda _: _run(job, kind), flags_parser=_parse)
+    app.run(lambda _: _run(job, kind), flags_parser=parser("config", "workdir"))
 
 
-def _parse(argv):
-    try:
-        rest = flags.FLAGS(argv)
-        for name in ("config", "workdir"):
-            if not flags.FLAGS[name].value:
-                raise InputError(f"--{name}: expected, got none")
-        if rest[1:]:
-            raise InputError(f"{rest[1]}: expected only --flags")
-        CONFIG.value.to_dict()  # a config that could not be loaded says so only when it is read
-        return rest
-    except (flags.Error, AttributeError, KeyError, TypeError, ValueError, OSError) as error:
-        _leave(_told(error, argv), BAD_INPUT)
+def parser(*required):
+    """A parser of flags, of which the required ones must be given, for app.run. What is wrong is told in one line."""
+
+    def parse(argv):
+        try:
+            rest = flags.FLAGS(argv)
+            for name in required:
+                if not flags.FLAGS[name].value:
+                    raise InputError(f"--{name}: expected, got none")
+            if rest[1:]:
+                raise InputError(f"{rest[1]}: expected only --flags")
+            if CONFIG.value:
+                CONFIG.value.to_dict()  # a config that could not be loaded says so only when it is read
+            return rest
+        except (flags.Error, AttributeError, KeyError, TypeError, ValueError, OSError) as error:
+            leave(_told(error, argv))
+
+    return parse
 
 
 def _told(error, argv):
@@ -63,15 +69,16 @@ def _run(job, kind):
                 os.environ["XLA_FLAGS"] = f"{os.environ.get('XLA_FLAGS', '')} --xla_gpu_deterministic_ops=true"
             job(kind(config, WORKDIR.value, reporter, stop))
     except InputError as error:
-        _leave(error, BAD_INPUT)
+        leave(error)
     except OSError as error:  # a disk that is full, a folder that cannot be written
-        _leave(f"workdir: {error.filename or WORKDIR.value}: {error.strerror or error}", BAD_INPUT)
+        leave(f"workdir: {error.filename or WORKDIR.value}: {error.strerror or error}")
     except loop.Stopped as error:
-        _leave(error, STOPPED)
+        leave(error, STOPPED)
     except guard.NonFinite as error:
-        _leave(error, NOT_FINITE)
+        leave(error, NOT_FINITE)
 
 
-def _leave(told, code):
+def leave(told, code=BAD_INPUT):
+    """Ends the program with one line, and the exit code."""
     print(f"{Path(sys.argv[0]).name}: {' '.join(str(told).split())}", file=sys.stderr)
     sys.exit(code)

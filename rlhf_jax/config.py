@@ -102,9 +102,12 @@ def parse(tree, kind=Config, path=""):
     return kind(**values)
 
 
-def check(config, *, devices=1):
-    """Refuses impossible sizes and choices before anything is written: InputError names the field and says why."""
-    _Checks(config, devices).run()
+def check(config, *, devices=1, files=True):
+    """Refuses impossible sizes and choices before anything is written: InputError names the field and says why.
+
+    files: those that it names must be there.
+    """
+    _Checks(config, devices).run(files)
 
 
 class _Checks:
@@ -113,9 +116,10 @@ class _Checks:
     def __init__(self, config, devices):
         self.config, self.devices = config, devices
 
-    def run(self):
+    def run(self, files):
         """All that concern this kind of config."""
-        self.files()
+        if files:
+            self.files()
         self.common()
         if isinstance(self.config, Writing):
             self.writing()
