@@ -16,10 +16,13 @@
                      1.6e-7, .0029, .0056, .0081 and clip fraction 0, .025, .051, .073 there, means over the epochs so
                      far: compare ppo/..._first_update in ppo/summary.json
 
-Memory of PPO in float32, GiB, counted from shapes (jax.eval_shape): the state (four models, Adam's moments of two), the
-copy of what is trained that an update needs to be left out (guard.py), the keys and values of 512 rows while they are
-sampled (half in --config.model.dtype=bfloat16). Activations come on top, less of them with --config.model.remat=true.
-    gpt2 3.7 + 2.8 + 19.7     gpt2-medium 10.6 + 7.9 + 52.5     pythia-160m 4.3 + 3.2 + 19.9
+Memory of PPO on one device in float32, GiB, as XLA tells it of the programs compiled for a CPU; a GPU needs less:
+    python experiments/plan.py --config=configs/ppo_summarize.py:gpt2 --config.ppo.widths=1 [--config.model.remat=true]
+
+                 state    draw   judge   update, with remat
+    gpt2           3.7     7.1     6.7     28.7         9.9
+    gpt2-medium   10.6    19.1    14.5        -        25.3
+    pythia-160m    4.3     7.7     7.9        -        10.8
 
 Every field is a flag: --config.ppo.kl_coef=0.1
 """
