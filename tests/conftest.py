@@ -1,5 +1,6 @@
 """What the tests share: float64, the golden numbers, a policy to do by hand, the smallest real models, and a hub."""
 
+import contextlib
 import hashlib
 import json
 import os
@@ -134,15 +135,38 @@ def prompts():
 
 @pytest.fixture(scope="session")
 def most_tokens():
-    """A function of a program's text: the most tokens that any of its arrays has the tiny vocabulary for."""
+    """A function of a program's text: the most tokens that any of its arrays has the vocabulary for, in any order.
 
-    def most_tokens(program):
+    The vocabulary must be a prime, and no other size a multiple of it.
+    """
+
+    def most_tokens(program, config=TINY):
         shapes = [re.split("[x,]", sizes) for sizes in re.findall(r"[<\[](\d+(?:[x,]\d+)*)", program)]
         shapes = [[int(size) for size in shape] for shape in shapes]
-        embedding = sorted((TINY.vocab_size, TINY.width))
-        return max(prod(s) // TINY.vocab_size for s in shapes if TINY.vocab_size in s and sorted(s) != embedding)
+        embedding = sorted((config.vocab_size, config.width))
+        sizes = [prod(shape) for shape in shapes if sorted(shape) != embedding]
+        return max(size // config.vocab_size for size in sizes if size % config.vocab_size == 0)
 
     return most_tokens
+
+
+@pytest.fixture(scope="session")
+def compilations():
+    """`with compilations() as names`: the names of the functions that are compiled within."""
+
+    @contextlib.contextmanager
+    def compilations():
+        names = []
+
+        def listen(event, _, **details):
+            if event == "/jax/core/compile/backend_compile_duration":
+                names.append(details["fun_name"].removeprefix("jit(").removesuffix(")"))
+
+        jax.monitoring.register_event_duration_secs_listener(listen)
+        yield names
+        jax.monitoring.unregister_event_duration_listener(listen)
+
+    return compilations
 
 
 class HubServer:

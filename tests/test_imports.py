@@ -35,7 +35,7 @@ MAY_IMPORT = {
 # The world is scored by its own gold reward while it is written.
 MAY_ALSO = {"data/world.py": {"rewards"}}
 # What composes the rest.
-ANYTHING = {"config", "run", "stages", "replay", "export", "memory", "model_card", "viz"}
+ANYTHING = {"benchmark", "config", "run", "stages", "replay", "export", "memory", "model_card", "viz"}
 
 ONLY_JAX = {"jax", "math"}  # ops
 NEVER = {"torch", "tensorflow", "pickle", "dill", "cloudpickle", "joblib"}

@@ -71,20 +71,13 @@ class Recorder(Silent):
 
 
 @pytest.fixture(scope="module")
-def whole(config, tmp_path_factory):
+def whole(config, tmp_path_factory, compilations):
     """The whole run."""
     jax.clear_caches()
-    compiled = []
-
-    def listen(event, _, **details):
-        if event == "/jax/core/compile/backend_compile_duration":
-            compiled.append(details["fun_name"])
-
-    jax.monitoring.register_event_duration_secs_listener(listen)
-    reporter = Recorder(compiled)
-    run = Writing(config, tmp_path_factory.mktemp("whole"), reporter)
-    summary = stages.write(run)
-    jax.monitoring.unregister_event_duration_listener(listen)
+    with compilations() as compiled:
+        reporter = Recorder(compiled)
+        run = Writing(config, tmp_path_factory.mktemp("whole"), reporter)
+        summary = stages.write(run)
     return types.SimpleNamespace(run=run, workdir=run.workdir, summary=summary, reporter=reporter)
 
 

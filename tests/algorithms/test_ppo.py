@@ -361,10 +361,9 @@ def collector(apply):
 
     @jax.jit
     def collect(state, prompt_BP, prompt_mask_BP):
-        keys_B = jax.random.split(jax.random.fold_in(state.step_key, 0), len(prompt_BP))
-        prompts = (prompt_BP, prompt_mask_BP, keys_B)
-        drawn = rollout.sample(apply, state.policy, state.reference, *prompts, sampling)
-        return rollout.value(apply, state.value, rollout.score(apply, state.reward, drawn))
+        prompts = (prompt_BP, prompt_mask_BP)
+        drawn = rollout.draw(apply, state.policy, *prompts, rollout.keys(state, len(prompt_BP)), sampling)
+        return rollout.judge(apply, state, *prompts, drawn, sampling)
 
     return collect
 

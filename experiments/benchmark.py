@@ -1,0 +1,56 @@
+"""One iteration of PPO, or of the article's policy gradient: its seconds, phase by phase, and what they are made of.
+
+    python experiments/benchmark.py --shape=tiny
+    python experiments/benchmark.py --shape=gpt2 --iterations=3 --peer="other/python other.py gpt2 4" --out=gpt2.json
+
+Shapes: tiny, gpt2 and gpt2-tldr are PPO (four models, 4 epochs of one minibatch) with 128 + 32, 256 + 48 and 512 + 53
+tokens; tweets and stories are the article's. With a peer, a command whose last line is JSON with
+"seconds_per_iteration", both run in turn for some rounds, and the ratio is told. The last line here is such JSON, too.
+"""
+
+import json
+import os
+from pathlib import Path
+
+from absl import app, flags, logging
+from launch import NOT_FINITE, leave, parser
+
+from rlhf_jax import benchmark, guard, metrics
+from rlhf_jax.console import Reporter
+from rlhf_jax.errors import InputError
+
+SHAPE = flags.DEFINE_string("shape", None, f"One of {', '.join(benchmark.SHAPES)}.")
+ITERATIONS = flags.DEFINE_integer("iterations", 5, "Iterations of a round that count; one before them does not.")
+PEER = flags.DEFINE_string("peer", None, "Command of another program, run in turn with ours.")
+ROUNDS = flags.DEFINE_integer("rounds", 2, "How often both run, where there is a peer.")
+DTYPE = flags.DEFINE_string("dtype", "float32", f"Of the activations: {' or '.join(benchmark.DTYPES)}.")
+OUT = flags.DEFINE_string("out", None, "File for everything that was measured, as JSON.")
+
+HEADLINE = ("shape", "device", "seconds_per_iteration", "episodes_per_s", "response_tokens_per_s")
+
+
+def main(_):
+    logging.set_verbosity(logging.FATAL)  # JAX tells of every folder that it keeps compiled programs in
+    try:
+        shape, peer, rounds = benchmark.shape(SHAPE.value, DTYPE.value), (), 1
+        if PEER.value is not None:
+            peer, rounds = benchmark.parse_peer(PEER.value), ROUNDS.value
+            os.environ.setdefault("XLA_PYTHON_CLIENT_PREALLOCATE", "false")  # a GPU's memory is shared with the peer
+        if OUT.value and not Path(OUT.value).absolute().parent.is_dir():
+            raise InputError(f"out: expected a file in a folder that is there, got {OUT.value}")
+        with Reporter() as reporter:
+            result = benchmark.measure(shape, iterations=ITERATIONS.value, rounds=rounds, peer=peer, reporter=reporter)
+            benchmark.show(result, reporter)
+        if OUT.value:
+            metrics.summarize(OUT.value, result)
+    except InputError as error:
+        leave(error)
+    except guard.NonFinite as error:
+        leave(error, NOT_FINITE)
+    except OSError as error:
+        leave(f"out: {OUT.value}: {error.strerror}")
+    print(json.dumps({name: result[name] for name in HEADLINE}))
+
+
+if __name__ == "__main__":
+    app.run(main, flags_parser=parser("shape"))

@@ -1,0 +1,424 @@
+"""How fast one iteration of reinforcement learning is, and how far that is from what its arithmetic needs.
+
+The functions that are timed are those that the stages compile: rollout.draw and judge (or compare, with a reward on the
+host) and the algorithm's guarded step, on random weights and random tokens, on one device. No response ends early. An
+iteration is writing (prefill, decode), scoring and updating, each awaited before the next.
+"""
+
+import contextlib
+import dataclasses
+import functools
+import json
+import math
+import resource
+import shlex
+import shutil
+import statistics
+import subprocess
+import sys
+import tempfile
+import time
+
+import jax
+import jax.numpy as jnp
+from jax.experimental.compilation_cache import compilation_cache
+
+from rlhf_jax import generate, guard, metrics, optim, rollout, text
+from rlhf_jax.algorithms import policy_gradient, ppo
+from rlhf_jax.console import Silent
+from rlhf_jax.errors import InputError
+from rlhf_jax.models import cost, gpt2, heads
+from rlhf_jax.rewards import function
+from rlhf_jax.text import char
+
+DTYPES = ("float32", "bfloat16")
+PHASES = ("prefill", "decode", "score", "update")
+CHARACTERS = char.CharTokenizer("".join(map(chr, range(32, 127))))  # printable ASCII
+PRODUCT_SIZE = {"cpu": 2_048}  # of the square matrices whose product is timed, about .1 s
+LARGE_PRODUCT = 8_192  # of those on other devices, about 2 ms
+PRODUCTS = 9  # how many are timed
+TAIL = 300  # characters of what a peer said before it failed
+
+
+@dataclasses.dataclass(frozen=True)
+class Shape:
+    """The sizes of an iteration. The algorithm's config has the batch, epochs, minibatches and microbatches."""
+
+    name: str
+    model: gpt2.Config
+    prompt: int  # tokens of a prompt
+    response: int  # tokens of a response
+    algorithm: ppo.Config | policy_gradient.Config
+
+
+def _ppo(name, layers, heads, width, vocab_size, prompt, response, **algorithm):
+    sizes = {"layers": layers, "heads": heads, "head_size": width // heads, "width": width, "vocab_size": vocab_size}
+    model = gpt2.Config(**sizes, context=prompt + response)
+    return Shape(name, model, prompt, response, ppo.Config(**algorithm))
+
+
+def _article(name, length, **algorithm):
+    """The article's policy gradient on `length` characters, of which the first is the prompt."""
+    sizes = {"heads": 4, "head_size": 32, "context": length, "vocab_size": CHARACTERS.vocab_size, "init_std": 0.08}
+    return Shape(name, gpt2.preset("micro", **sizes), 1, length - 1, policy_gradient.Config(**algorithm))
+
+
+SHAPES = {
+    shape.name: shape
+    for shape in (
+        _ppo("tiny", 4, 4, 128, 2_048, 128, 32, batch=32),
+        _ppo("gpt2", 12, 12, 768, 50_257, 256, 48, batch=4),
+        _ppo("gpt2-tldr", 12, 12, 768, 50_257, 512, 53, batch=64, microbatches=8),  # whole it needs 100 GB, so 16
+        _article("tweets", 32, batch=32, reward_to_go=False, baseline="none"),
+        _article("stories", 64, batch=64),
+    )
+}
+
+
+def shape(name, dtype="float32"):
+    """The Shape of that name, with activations of that type."""
+    if name not in SHAPES:
+        raise InputError(f"shape: expected {', '.join(SHAPES)}; got {name!r}")
+    if dtype not in DTYPES:
+        raise InputError(f"dtype: expected {' or '.join(DTYPES)}, got {dtype!r}")
+    found = SHAPES[name]
+    return dataclasses.replace(found, model=dataclasses.replace(found.model, dtype=dtype))
+
+
+class Iteration:
+    """The compiled functions of an iteration, and the arrays that they start from."""
+
+    def __init__(self, shape, chunk=heads.LanguageModel.chunk):
+        self.shape, self._config = shape, shape.algorithm
+        self.is_ppo = isinstance(shape.algorithm, ppo.Config)
+        self.apply = rollout.Apply(heads.LanguageModel(shape.model, chunk), heads.ScalarModel(shape.model))
+        updates = self._config.epochs * getattr(self._config, "minibatches", 1)
+        self._tx = optim.adamw(self._config, self._config.steps * updates)
+        self._sampling = generate.Sampling(
+            max_tokens=shape.response,
+            eos_id=shape.model.vocab_size,  # never drawn
+            pad_id=0,
+            temperature=self._config.temperature,
+        )
+        self._reward = None if self.is_ppo else function.load("sentiment")
+        step = functools.partial((ppo if self.is_ppo else policy_gradient).step, config=self._config)
+        step = guard.guarded(functools.partial(step, apply=self.apply, tx=self._tx), guard.Config())
+        self.prefill, self.draw, self.judge = jax.jit(self._prefill), jax.jit(self._draw), jax.jit(self._judge)
+        self.update = jax.jit(step, donate_argnums=0)
+
+    def begin(self, key):
+        """(state before the first step, (prompt_BP, prompt_mask_BP))."""
+        policy_key, reward_key, prompt_key, key = jax.random.split(key, 4)
+        policy = jax.jit(self.apply.policy.init)(policy_key)
+        prompt_BP = jax.random.randint(
+            prompt_key, (self._config.batch, self.shape.prompt), 0, self.shape.model.vocab_size, jnp.int32
+        )
+        parts = {"config": self._config, "tx": self._tx}
+        if self.is_ppo:
+            reward = self.apply.scalar.init(reward_key, policy)
+            state = ppo.init(policy, reward, reward, key, **parts)
+        else:
+            state = policy_gradient.init(policy, key, **parts)
+        return state, (prompt_BP, jnp.ones_like(prompt_BP, bool))
+
+    def _prefill(self, state, prompts):
+        return self.apply.policy.prefill(state.policy, *prompts, self.shape.prompt + self.shape.response)
+
+    def _draw(self, state, prompts):
+        keys_B = rollout.keys(state, self._config.batch)
+        return rollout.draw(self.apply, state.policy, *prompts, keys_B, self._sampling)
+
+    def _judge(self, state, prompts, drawn):
+        if self.is_ppo:
+            return rollout.judge(self.apply, state, *prompts, drawn, self._sampling)
+        return rollout.compare(self.apply, state.policy, state.reference, *prompts, drawn, self._sampling)
+
+    def score(self, state, prompts, drawn):
+        """The scored Rollout."""
+        judged = self.judge(state, prompts, drawn)  # goes on while the host reads and scores
+        if self.is_ppo:
+            return judged
+        rewards_B, _ = self._reward(text.responses(CHARACTERS, drawn.response_BR, drawn.mask_BR))
+        return judged.replace(score_B=jnp.asarray(rewards_B))
+
+    def programs(self):
+        """{name: (function, the shapes of its arguments)}; nothing is computed."""
+        state, prompts = jax.eval_shape(self.begin, jax.random.key(0))
+        drawn = jax.eval_shape(self.draw, state, prompts)
+        scored = jax.eval_shape(self.judge, state, prompts, drawn)
+        if not self.is_ppo:
+            scored = scored.replace(score_B=jax.ShapeDtypeStruct((self._config.batch,), jnp.float32))
+        return {
+            "prefill": (self.prefill, (state, prompts)),
+            "draw": (self.draw, (state, prompts)),
+            "score": (self.judge, (state, prompts, drawn)),
+            "update": (self.update, (state, scored)),
+        }
+
+
+def flops(shape):
+    """{phase: FLOPs of its matrix products, "iteration": their sum}; models/cost.py says what is counted.
+
+    Decoding projects every response token on the vocabulary, and reads all but the last. Scoring is the reference's
+    hidden states and both models' projections; with PPO the reward model and the value model too.
+    """
+    model, config = shape.model, shape.algorithm
+    P, R, T = shape.prompt, shape.response, shape.prompt + shape.response
+    logits = R * cost.logits(model)
+    hidden = cost.trunk(model, T, P - 1, R)  # before each response token
+    counts = {
+        "prefill": cost.trunk(model, P, P - 1, 1),
+        "decode": logits + sum(cost.step(model, seen) for seen in range(P, T - 1)),
+        "score": hidden + 2 * logits,
+        "update": hidden + logits,
+    }
+    if isinstance(config, ppo.Config):
+        values = hidden + R * cost.scalar(model)
+        counts["score"] += values + cost.trunk(model, T, T - 1, 1) + cost.scalar(model)
+        counts["update"] += values
+    counts["update"] *= 3 * config.epochs  # forward and backward
+    counts = {phase: config.batch * count for phase, count in counts.items()}
+    return counts | {"iteration": sum(counts.values())}
+
+
+def measure(shape, *, iterations, rounds=1, peer=(), reporter=None):
+    """The numbers of `iterations` iterations in each of `rounds` rounds, as a nested dict; `show` tells them.
+
+    peer is the command of another program, which runs after each round of ours; see `peer_seconds`. All compiled
+    functions of the process are forgotten, so that what compiles here compiles anew. InputError where a number or the
+    peer is at fault.
+    """
+    for name, value in (("iterations", iterations), ("rounds", rounds)):
+        if value < 1:
+            raise InputError(f"{name}: expected at least 1, got {value}")
+    reporter = reporter or Silent()
+    iteration = Iteration(shape)
+    rate = product_rate(shape.model.dtype)
+    reporter.note(f"{shape.name}: {_told(shape)}; a large matrix product runs at {rate / 1e9:.0f} GFLOP/s")
+    with _empty_cache():
+        programs = compile_times(iteration.programs())
+        reporter.note(f"compiled in {sum(program['compile_seconds'] for program in programs.values()):.1f} s")
+        state, prompts = iteration.begin(jax.random.key(0))
+        rows = []
+
+        def ours():
+            nonlocal state
+            state, timed = _time(iteration, state, prompts, iterations)
+            rows.extend(timed)
+            return statistics.median(row["iteration"] for row in timed)
+
+        compared = in_turn(ours, peer, rounds, reporter)
+    if int(state.skipped):
+        raise guard.NonFinite(f"{shape.name}: the update is not finite")
+    result = _result(shape, rows, rate) | {"programs": programs, "memory": _memory()} | metrics.environment()
+    return result | ({"peer": compared} if peer else {})
+
+
+def _told(shape):
+    model, config = shape.model, shape.algorithm
+    sizes = f"{config.batch} x ({shape.prompt} + {shape.response}) tokens, {model.layers} layers of {model.width}"
+    parts = f"{config.microbatches} microbatches, " if config.microbatches > 1 else ""
+    return f"{sizes}, {parts}{model.dtype} on {jax.default_backend()}"
+
+
+def product_rate(dtype):
+    """FLOPs a second of a large square matrix product: the median of several."""
+    size = PRODUCT_SIZE.get(jax.default_backend(), LARGE_PRODUCT)
+    x = jax.random.normal(jax.random.key(0), (size, size), dtype)
+    product = jax.jit(jnp.matmul)
+    jax.block_until_ready(product(x, x))
+    return 2 * size**3 / statistics.median(_seconds(product, x, x)[0] for _ in range(PRODUCTS))
+
+
+def _seconds(function, *args):
+    """(how long it took until the result was there, the result)."""
+    began = time.perf_counter()
+    result = jax.block_until_ready(function(*args))
+    return time.perf_counter() - began, result
+
+
+@contextlib.contextmanager
+def _empty_cache():
+    """A persistent compilation cache with nothing in it; what was configured is back afterwards."""
+    with tempfile.TemporaryDirectory() as folder:
+        ours = {
+            "jax_compilation_cache_dir": folder,
+            "jax_persistent_cache_min_compile_time_secs": 0,
+            "jax_persistent_cache_min_entry_size_bytes": -1,
+        }
+        before = {name: getattr(jax.config, name) for name in ours}
+        try:
+            _configure(ours)
+            yield
+        finally:
+            _configure(before)
+
+
+def _configure(values):
+    for name, value in values.items():
+        jax.config.update(name, value)
+    compilation_cache.reset_cache()  # the folder is read once, by the first compilation
+
+
+def compile_times(programs):
+    """{name: compile_seconds; compile_seconds_cached, as at a second start; temp_bytes, what it sets aside to run}.
+
+    programs as Iteration.programs gives them. Tracing and lowering are in both times.
+    """
+    times = {name: {} for name in programs}
+    for kind in "compile_seconds", "compile_seconds_cached":
+        jax.clear_caches()  # what is left is the persistent cache
+        for name, (compiled, args) in programs.items():
+            began = time.perf_counter()
+            program = compiled.lower(*args).compile()
+            times[name][kind] = time.perf_counter() - began
+            if memory := program.memory_analysis():  # not every backend has it
+                times[name]["temp_bytes"] = memory.temp_size_in_bytes
+    return times
+
+
+def _time(iteration, state, prompts, count):
+    """(state, rows of seconds) of `count` iterations; one more before them is not counted."""
+    rows = []
+    for _ in range(count + 1):
+        prefill = _seconds(iteration.prefill, state, prompts)[0]
+        began = time.perf_counter()
+        draw, drawn = _seconds(iteration.draw, state, prompts)
+        score, scored = _seconds(iteration.score, state, prompts, drawn)
+        update, (state, _) = _seconds(iteration.update, state, scored)
+        whole = time.perf_counter() - began
+        seconds = {"prefill": prefill, "decode": draw - prefill, "score": score, "update": update}
+        rows.append(seconds | {"iteration": whole})
+    return state, rows[1:]
+
+
+def _result(shape, rows, rate):
+    """What the seconds mean. tokens_per_s are of those that a phase reads or writes, each counted once."""
+    config, counts = shape.algorithm, flops(shape)
+    P, R, T = shape.prompt, shape.response, shape.prompt + shape.response
+    tokens = {"prefill": P, "decode": R}
+    phases = {}
+    for name in (*PHASES, "iteration"):
+        seconds = [row[name] for row in rows]
+        median = statistics.median(seconds)
+        phases[name] = {
+            "seconds": {"median": median, "min": min(seconds), "max": max(seconds)},
+            "tokens_per_s": config.batch * tokens.get(name, T) / median,
+            "episodes_per_s": config.batch / median,
+            "flops": counts[name],
+            "flops_per_s": counts[name] / median,
+            "of_product_rate": counts[name] / median / rate,
+        }
+    steps = [cost.step_bytes(shape.model, config.batch, seen + 1) for seen in range(P, T - 1)]
+    median = phases["iteration"]["seconds"]["median"]
+    return {
+        "shape": shape.name,
+        "sizes": dataclasses.asdict(shape),
+        "device": jax.default_backend(),
+        "dtype": shape.model.dtype,
+        "iterations": len(rows),
+        "seconds_per_iteration": median,
+        "episodes_per_s": config.batch / median,
+        "response_tokens_per_s": config.batch * R / median,
+        "product_flops_per_s": rate,
+        "arithmetic_seconds": counts["iteration"] / rate,
+        "phases": phases,
+        "decode": {
+            "bytes_per_step": statistics.mean(steps),
+            "bytes_per_s": sum(steps) / phases["decode"]["seconds"]["median"],
+        },
+    }
+
+
+def _memory():
+    """{"process_peak_bytes", and where the device counts "device_peak_bytes"}: the most at any time until now."""
+    kilo = 1 if sys.platform == "darwin" else 1024
+    peak = {"process_peak_bytes": resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * kilo}
+    stats = jax.local_devices()[0].memory_stats() or {}
+    if "peak_bytes_in_use" in stats:
+        peak["device_peak_bytes"] = stats["peak_bytes_in_use"]
+    return peak
+
+
+def in_turn(ours, peer, rounds, reporter):
+    """Our seconds, the peer's, ours, the peer's, ...; what else the machine does meets both. ours() gives a round's.
+
+    A ratio is how many times as long the peer takes. Without a peer there are ours alone.
+    """
+    compared = {"command": shlex.join(peer), "seconds_per_iteration": [], "ours": [], "ratios": []}
+    for i in range(rounds):
+        our = ours()
+        compared["ours"].append(our)
+        told = f"round {i + 1} of {rounds}: {our:.4g} s an iteration"
+        if peer:
+            their = peer_seconds(peer)
+            compared["seconds_per_iteration"].append(their)
+            compared["ratios"].append(their / our)
+            told += f", the peer {their:.4g} s: {their / our:.2f} times as long"
+        reporter.note(told)
+    return compared | {"ratio": statistics.median(compared["ratios"])} if peer else compared
+
+
+def parse_peer(line):
+    """A command line as the list that `measure` takes; InputError where there is no such program."""
+    try:
+        command = shlex.split(line)
+    except ValueError as error:
+        raise InputError(f"peer: expected a command, got {line!r} ({error})") from None
+    if not command or not shutil.which(command[0]):
+        raise InputError(f"peer: expected a program that is there, got {line!r}")
+    return command
+
+
+def peer_seconds(command):
+    """Seconds of an iteration of another program, which it says itself: the last line that it prints is a JSON object
+    with "seconds_per_iteration". InputError, with the end of what it wrote as errors, where it fails or says nothing
+    of the kind."""
+    done = subprocess.run(command, capture_output=True, text=True, errors="replace")
+    last = (done.stdout.strip().splitlines() or [""])[-1]
+    try:
+        seconds = float(json.loads(last)["seconds_per_iteration"])
+    except (ValueError, TypeError, KeyError):
+        seconds = math.nan
+    if done.returncode == 0 and 0 < seconds < math.inf:
+        return seconds
+    told = f"exit code {done.returncode}, its last line {last[:TAIL]!r}, its errors end with {done.stderr[-TAIL:]!r}"
+    raise InputError(f'peer: expected {shlex.join(command)} to print JSON with "seconds_per_iteration"; {told}')
+
+
+def show(result, reporter):
+    """The result as tables and a few lines."""
+    phases = result["phases"]
+    header = ("", "seconds", "min", "max", "tokens/s", "episodes/s", "GFLOP", "GFLOP/s", "/ product's")
+    reporter.table(header, [(name, *_row(phases[name])) for name in phases])
+    header = ("program", "compiled in s", "with the cache", "MB set aside")
+    reporter.table(header, [(name, *_program(program)) for name, program in result["programs"].items()])
+    decode, memory, seconds = result["decode"], result["memory"], result["seconds_per_iteration"]
+    reporter.note(
+        f"decode reads at least {decode['bytes_per_step'] / 1e6:.4g} MB a step: {decode['bytes_per_s'] / 1e9:.3g} GB/s"
+    )
+    reporter.note(
+        f"at the rate of the large product ({result['product_flops_per_s'] / 1e9:.0f} GFLOP/s) an iteration would take "
+        f"{result['arithmetic_seconds']:.3g} s; it takes {seconds:.4g}, {seconds / result['arithmetic_seconds']:.3g} "
+        "times that"
+    )
+    peaks = (f"{name.split('_')[0]} {size / 1e6:.0f} MB" for name, size in memory.items())
+    reporter.note(f"peak memory: {', '.join(peaks)}")
+    if peer := result.get("peer"):
+        ratios = ", ".join(f"{ratio:.2f}" for ratio in peer["ratios"])
+        reporter.note(f"the peer takes {peer['ratio']:.2f} times as long (rounds: {ratios})")
+
+
+def _row(phase):
+    seconds = phase["seconds"]
+    times = (seconds["median"], seconds["min"], seconds["max"])
+    return *times, phase["tokens_per_s"], phase["episodes_per_s"], *_rates(phase)
+
+
+def _rates(phase):
+    return phase["flops"] / 1e9, phase["flops_per_s"] / 1e9, phase["of_product_rate"]
+
+
+def _program(program):
+    temp = program.get("temp_bytes")
+    return program["compile_seconds"], program["compile_seconds_cached"], None if temp is None else temp / 1e6
