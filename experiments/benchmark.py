@@ -1,6 +1,6 @@
 """One iteration of PPO, or of the article's policy gradient: its seconds, phase by phase, and what they are made of.
 
-    python experiments/benchmark.py --shape=tiny
+    python experiments/benchmark.py --shape=tiny --batch=64
     python experiments/benchmark.py --shape=gpt2 --iterations=3 --peer="other/python other.py gpt2 4" --out=gpt2.json
 
 Shapes: tiny, gpt2 and gpt2-tldr are PPO (four models, 4 epochs of one minibatch) with 128 + 32, 256 + 48 and 512 + 53
@@ -23,6 +23,7 @@ SHAPE = flags.DEFINE_string("shape", None, f"One of {', '.join(benchmark.SHAPES)
 ITERATIONS = flags.DEFINE_integer("iterations", 5, "Iterations of a round that count; one before them does not.")
 PEER = flags.DEFINE_string("peer", None, "Command of another program, run in turn with ours.")
 ROUNDS = flags.DEFINE_integer("rounds", 2, "How often both run, where there is a peer.")
+BATCH = flags.DEFINE_integer("batch", 0, "Episodes of an iteration; 0: the shape's own.")
 DTYPE = flags.DEFINE_string("dtype", "float32", f"Of the activations: {' or '.join(benchmark.DTYPES)}.")
 OUT = flags.DEFINE_string("out", None, "File for everything that was measured, as JSON.")
 
@@ -32,7 +33,7 @@ HEADLINE = ("shape", "device", "seconds_per_iteration", "episodes_per_s", "respo
 def main(_):
     logging.set_verbosity(logging.FATAL)  # JAX tells of every folder that it keeps compiled programs in
     try:
-        shape, peer, rounds = benchmark.shape(SHAPE.value, DTYPE.value), (), 1
+        shape, peer, rounds = benchmark.shape(SHAPE.value, DTYPE.value, BATCH.value), (), 1
         if PEER.value is not None:
             peer, rounds = benchmark.parse_peer(PEER.value), ROUNDS.value
             os.environ.setdefault("XLA_PYTHON_CLIENT_PREALLOCATE", "false")  # a GPU's memory is shared with the peer

@@ -75,14 +75,18 @@ SHAPES = {
 }
 
 
-def shape(name, dtype="float32"):
-    """The Shape of that name, with activations of that type."""
+def shape(name, dtype="float32", batch=0):
+    """The Shape of that name, with activations of that type and, where it is given, another batch."""
     if name not in SHAPES:
         raise InputError(f"shape: expected {', '.join(SHAPES)}; got {name!r}")
     if dtype not in DTYPES:
         raise InputError(f"dtype: expected {' or '.join(DTYPES)}, got {dtype!r}")
     found = SHAPES[name]
-    return dataclasses.replace(found, model=dataclasses.replace(found.model, dtype=dtype))
+    config, slices = found.algorithm, getattr(found.algorithm, "minibatches", 1) * found.algorithm.microbatches
+    if batch < 0 or batch % slices:
+        raise InputError(f"batch: expected a multiple of {slices}, got {batch}")
+    config = dataclasses.replace(config, batch=batch or config.batch)
+    return dataclasses.replace(found, model=dataclasses.replace(found.model, dtype=dtype), algorithm=config)
 
 
 class Iteration:
