@@ -35,7 +35,7 @@ def temp_bytes(batch, microbatches=1):
 @pytest.mark.parametrize(("program", "passes"), [("score", 1), ("update", SHAPE.algorithm.epochs)])
 def test_the_work_is_that_of_the_products(program, passes):
     """XLA counts a loop once, and norms, GELU, the masked half of the scores and Adam too: a sixth of a model as narrow
-    as this one. A last layer for all tokens would be a fifth more, a projection of the prompt a half."""
+    as this one. A last layer for all tokens would be a fifth more, a projection of the prompt in the update 29%."""
     compiled, args = benchmark.Iteration(SHAPE).programs()[program]
     counted, flops = compiled.lower(*args).cost_analysis()["flops"], benchmark.flops(SHAPE)[program] / passes
     assert 1.1 * flops < counted < 1.25 * flops

@@ -18,8 +18,7 @@ MORE = {WIDE: 1.06, NEOX: 1.12}
 
 def test_a_layer_by_hand():
     """Keys and values of a token: 3 x 4 products, 24 FLOPs. The part of a query: 3 x 2 for it, 2 x 3 after the mix,
-    3 x 12 and 12 x 3 in the feed-forward layer: 84, 168 FLOPs. A query with a key: 2 for the score, 2 for the mix: 8
-    FLOPs."""
+    3 x 12 and 12 x 3 in the feed-forward layer: 84, 168 FLOPs. A query with a key: 2 for the score, 2 to mix: 8."""
     assert cost.trunk(HAND, tokens=4, first=2, asked=1) == 4 * 24 + 168 + 3 * 8
     assert cost.trunk(HAND, tokens=4, first=1, asked=2) == 4 * 24 + 2 * 168 + (2 + 3) * 8
     assert cost.step(HAND, seen=3) == 24 + 168 + 4 * 8
