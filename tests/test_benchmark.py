@@ -263,12 +263,11 @@ def test_it_is_shown(measured, capsys):
 
 @pytest.mark.parametrize("name", ["ppo", "pg"])
 def test_an_iteration_learns_as_a_stage_does(name):
-    """Every row writes to the end, the reward of the article's is that of its texts, and the policy moves."""
+    """The reward of the article's is that of its texts, all is finite, and the policy moves."""
     iteration = benchmark.Iteration(benchmark.Shape("small", SMALL, 4, 5, ALGORITHMS[name]))
     state, prompts = iteration.begin(jax.random.key(0))
     before = np.asarray(state.policy["wte"]["embedding"])
     drawn = iteration.draw(state, prompts)
-    assert drawn.mask_BR.all() and not drawn.done_B.any()
     iteration._reward = lambda texts: (np.array([len(text) for text in texts], np.float32), {})
     scored = iteration.score(state, prompts, drawn)
     if name == "pg":
@@ -279,6 +278,14 @@ def test_an_iteration_learns_as_a_stage_does(name):
     assert (int(state.step), int(state.skipped)) == (1, 0)
     assert np.abs(np.asarray(state.policy["wte"]["embedding"]) - before).max() > 0
     assert all(np.isfinite(value) for value in told.values())
+
+
+def test_no_response_ends_early():
+    """Nor would it of a vocabulary of two, whichever of them were the one that ends it."""
+    two = dataclasses.replace(SMALL, vocab_size=2)
+    iteration = benchmark.Iteration(benchmark.Shape("two", two, 4, 5, ALGORITHMS["ppo"]))
+    drawn = iteration.draw(*iteration.begin(jax.random.key(0)))
+    assert set(np.unique(drawn.response_BR)) == {0, 1} and drawn.mask_BR.all() and not drawn.done_B.any()
 
 
 def test_the_article_is_rewarded_by_its_sentiment():
