@@ -68,7 +68,7 @@ SHAPES = {
     for shape in (
         _ppo("tiny", 4, 4, 128, 2_048, 128, 32, batch=32),
         _ppo("gpt2", 12, 12, 768, 50_257, 256, 48, batch=4),
-        _ppo("gpt2-tldr", 12, 12, 768, 50_257, 512, 53, batch=64, microbatches=8),  # whole it needs 100 GB, so 16
+        _ppo("gpt2-tldr", 12, 12, 768, 50_257, 512, 53, batch=64, microbatches=8),  # 16 GB; whole 100
         _article("tweets", 32, batch=32, reward_to_go=False, baseline="none"),
         _article("stories", 64, batch=64),
     )
@@ -386,7 +386,9 @@ def peer_seconds(command):
         seconds = math.nan
     if done.returncode == 0 and 0 < seconds < math.inf:
         return seconds
-    told = f"exit code {done.returncode}, its last line {last[:TAIL]!r}, its errors end with {done.stderr[-TAIL:]!r}"
+    told = f"exit code {done.returncode}, its last line {last[:TAIL]!r}"
+    if errors := " ".join(done.stderr.split()):
+        told += f", its errors end with: {errors[-TAIL:]}"
     raise InputError(f'peer: expected {shlex.join(command)} to print JSON with "seconds_per_iteration"; {told}')
 
 

@@ -159,7 +159,7 @@ def test_the_peer_runs_in_turn_with_ours(tmp_path):
     ("code", "told"),
     [
         ("import sys; print('{\"seconds_per_iteration\": 1}'); sys.exit('out of memory')", "code 1, .*out of memory"),
-        ("import sys; sys.stderr.write('no GPU')", "code 0, its last line '', its errors end with 'no GPU'"),
+        ("import sys; sys.stderr.write('no\\n  GPU')", "code 0, its last line '', its errors end with: no GPU$"),
         ("print('{\"seconds_per_iteration\": 1}'); print('bye')", "its last line 'bye'"),
         ("print('[1]')", "its last line '.1.'"),
         ("print('{\"seconds\": 1}')", "seconds_per_iteration"),
