@@ -5,7 +5,7 @@ rather than 95% (Student's t would widen it by 15%), and from 30 rows on the dif
 """
 
 import numpy as np
-import scipy.stats
+import scipy.special
 
 from rlhf_jax.errors import InputError
 
@@ -30,7 +30,7 @@ def t95(n):
 
     By Student's t, for a few seeds.
     """
-    return float(scipy.stats.t.ppf(0.975, n - 1) / np.sqrt(n))
+    return float(scipy.special.stdtrit(n - 1, 0.975) / np.sqrt(n))
 
 
 def paired_gain(after_N, before_N):

@@ -1,7 +1,6 @@
 """Overlap of generated summaries with reference summaries (Lin 2004)."""
 
 import numpy as np
-from rouge_score.rouge_scorer import RougeScorer
 
 from rlhf_jax.errors import InputError
 
@@ -17,6 +16,8 @@ def rouge(targets, predictions, *, stemmer=False):
     """
     if not targets:
         raise InputError("rouge: expected at least one pair of target and prediction, got none")
+    from rouge_score.rouge_scorer import RougeScorer  # it imports nltk: a second, which no start shall wait for
+
     scorer = RougeScorer(NAMES, use_stemmer=stemmer)
     pairs = [scorer.score(target, prediction) for target, prediction in zip(targets, predictions, strict=True)]
     for name in NAMES:
