@@ -39,6 +39,7 @@ class Config:
     init_std: float = 0.02  # of random weights; narrow models learn to copy much sooner from about 1 / sqrt(width)
     dropout: float = 0.0  # in supervised training only
     dtype: str = "float32"  # of the activations; parameters are float32
+    fused: bool = False  # cuDNN's attention for whole sequences, where dtype is bfloat16 on an NVIDIA GPU
     remat: bool = False  # layers are computed again for their gradients: less memory (not on a CPU), a third more work
     init: str = ""  # weights to start from: a model.safetensors, a folder of transformers', or NAME or NAME@REVISION on
     # the hub; empty: random
@@ -47,6 +48,11 @@ class Config:
     def rotary_planes(self):
         """Half the entries of a head that are turned."""
         return int(self.head_size * self.rotary_share) // 2
+
+    @property
+    def fuses(self):
+        """`fused` is heeded."""
+        return self.fused and self.dtype == "bfloat16" and jax.default_backend() == "gpu"
 
 
 NEOX = {"context": 2048, "rotary_share": 0.25, "parallel_residual": True, "exact_gelu": True, "tied": False}
@@ -134,8 +140,11 @@ class Attention(nn.Module):
             keys, values, slot = past
             k_BHSK = jax.lax.dynamic_update_slice_in_dim(keys, k_BHSK, slot, axis=2)
             v_BHSK = jax.lax.dynamic_update_slice_in_dim(values, v_BHSK, slot, axis=2)
-        causal = past is None and self.select is None
-        mixed_BHTK = attention.attend(q_BHTK, k_BHSK, v_BHSK, attend_BTS, causal=causal)
+        if c.fuses and past is None:
+            mixed_BHTK = attention.fused(q_BHTK, k_BHSK, v_BHSK, attend_BTS)
+        else:
+            causal = past is None and self.select is None
+            mixed_BHTK = attention.attend(q_BHTK, k_BHSK, v_BHSK, attend_BTS, causal=causal)
         mixed = jnp.moveaxis(mixed_BHTK, 1, 2).reshape(*parts[0].shape)
         out = Dense(c, c.width, residual=True, name="out")
         return out(jax.lax.optimization_barrier(mixed)), (k_BHSK, v_BHSK)

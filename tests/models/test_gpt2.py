@@ -9,6 +9,7 @@ import pytest
 from rlhf_jax import generate
 from rlhf_jax.models import gpt2
 from rlhf_jax.models.heads import LanguageModel
+from rlhf_jax.ops import attention
 
 PAD = 0
 
@@ -263,3 +264,31 @@ def test_half_precision(model, params, logits, sequences):
     assert logits_BTV.dtype == jnp.float32
     exact_BTV = logits(tokens_BT, mask_BT)
     assert jnp.abs(logits_BTV - exact_BTV)[mask_BT].max() < 0.1 * exact_BTV.std()
+
+
+@pytest.mark.parametrize(
+    ("dtype", "backend", "calls"), [("bfloat16", "gpu", 1), ("float32", "gpu", 0), ("bfloat16", "cpu", 0)]
+)
+def test_the_fused_kernel_is_taken_where_it_can_be(dtype, backend, calls, model, params, sequences, monkeypatch):
+    """In whole sequences, of which the kernel is told all; never with a cache. Another function stands in for it."""
+    called = []
+
+    def stand_in(q, k, v, mask):
+        called.append(mask.shape)
+        return attention.attend(q, k, v, mask)
+
+    @partial(jax.jit, static_argnums=0)
+    def hidden(model, params, tokens_BT, mask_BT):
+        last_BD, cache = model.prefill(params, tokens_BT, mask_BT, 8)
+        next_BD, _ = model.decode(params, tokens_BT[:, -1], jnp.ones(3, bool), cache, 7)
+        return model.hidden(params, tokens_BT, mask_BT, 2), last_BD, next_BD
+
+    half = LanguageModel(dataclasses.replace(model.config, dtype=dtype))
+    expected = hidden(half, params, *sequences)
+    monkeypatch.setattr(jax, "default_backend", lambda: backend)
+    monkeypatch.setattr(attention, "fused", stand_in)
+    fused = hidden(LanguageModel(dataclasses.replace(half.config, fused=True)), params, *sequences)
+    whole = [(3, 7, 7)] * (model.config.layers - 1)
+    assert called == [*whole, (3, 1, 7), *whole, (3, 2, 7)] * calls
+    for ours, theirs in zip(fused, expected, strict=True):
+        np.testing.assert_allclose(ours.astype(np.float32), theirs.astype(np.float32), rtol=0.05, atol=0.05)

@@ -5,7 +5,7 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from rlhf_jax.ops.attention import attend
+from rlhf_jax.ops.attention import attend, fused
 
 
 def oracle(q, k, v, mask):
@@ -93,3 +93,25 @@ def test_half_precision_keeps_its_softmax_in_float32():
     out = attend(jnp.ones((1, 1, 1, 1), jnp.bfloat16), k, v, jnp.ones((1, 1, 257), bool))
     assert out.dtype == jnp.bfloat16
     np.testing.assert_allclose(out.astype(jnp.float32).item(), 256 / (256 + np.exp(9)), rtol=0.01)
+
+
+@pytest.mark.parametrize(("T", "S"), [(6, 6), (7, 7), (1, 7), (3, 8)])
+def test_cudnn_is_asked_for_the_same(T, S, monkeypatch):
+    """The kernel is not here: another of JAX's answers the call, where cuDNN's would take it."""
+    other = jax.nn.dot_product_attention
+
+    def answer(q_BTHK, k_BSHK, v_BSHK, *, mask, implementation):
+        assert implementation == "cudnn"
+        assert q_BTHK.shape[1] % 2 == k_BSHK.shape[1] % 2 == 0  # else it has no gradients under a mask
+        return other(q_BTHK, k_BSHK, v_BSHK, mask=mask)
+
+    monkeypatch.setattr(jax.nn, "dot_product_attention", answer)
+    q, k, v, grad, mask = inputs(2, 3, T, S, 5, seed=0, left=2)
+    grad *= mask.any(-1)[:, None, :, None]
+    arrays = [jnp.float32(x) for x in (q, k, v)]
+    out, back = jax.vjp(lambda *x: fused(*x, mask), *arrays)
+    expected, expected_back = jax.vjp(lambda *x: oracle(*x, mask), *arrays)
+    real = mask.any(-1)[:, None, :, None]
+    np.testing.assert_allclose(out * real, expected * real, rtol=0, atol=1e-5)
+    for ours, theirs in zip(back(jnp.float32(grad)), expected_back(jnp.float32(grad)), strict=True):
+        np.testing.assert_allclose(ours, theirs, rtol=0, atol=1e-4)
