@@ -25,6 +25,7 @@ PEER = flags.DEFINE_string("peer", None, "Command of another program, run in tur
 ROUNDS = flags.DEFINE_integer("rounds", 2, "How often both run, where there is a peer.")
 BATCH = flags.DEFINE_integer("batch", 0, "Episodes of an iteration; 0: the shape's own.")
 DTYPE = flags.DEFINE_string("dtype", "float32", f"Of the activations: {' or '.join(benchmark.DTYPES)}.")
+FUSED = flags.DEFINE_bool("fused", False, "cuDNN's attention, where dtype is bfloat16 and the device an NVIDIA GPU.")
 OUT = flags.DEFINE_string("out", None, "File for everything that was measured, as JSON.")
 
 HEADLINE = ("shape", "device", "seconds_per_iteration", "episodes_per_s", "response_tokens_per_s")
@@ -33,7 +34,8 @@ HEADLINE = ("shape", "device", "seconds_per_iteration", "episodes_per_s", "respo
 def main(_):
     logging.set_verbosity(logging.FATAL)  # JAX tells of every folder that it keeps compiled programs in
     try:
-        shape, peer, rounds = benchmark.shape(SHAPE.value, DTYPE.value, BATCH.value), (), 1
+        shape = benchmark.shape(SHAPE.value, DTYPE.value, BATCH.value, fused=FUSED.value)
+        peer, rounds = (), 1
         if PEER.value is not None:
             peer, rounds = benchmark.parse_peer(PEER.value), ROUNDS.value
             os.environ.setdefault("XLA_PYTHON_CLIENT_PREALLOCATE", "false")  # a GPU's memory is shared with the peer

@@ -18,6 +18,7 @@ import subprocess
 import sys
 import tempfile
 import time
+from typing import NamedTuple
 
 import jax
 import jax.numpy as jnp
@@ -36,7 +37,9 @@ PHASES = ("prefill", "decode", "score", "update")
 CHARACTERS = char.CharTokenizer("".join(map(chr, range(32, 127))))  # printable ASCII
 PRODUCT_SIZE = {"cpu": 2_048}  # of the square matrices whose product is timed, about .1 s
 LARGE_PRODUCT = 8_192  # of those on other devices, about 2 ms
-PRODUCTS = 9  # how many are timed
+COPIED = {"cpu": 16 * 2**20}  # numbers of float32 that are copied, about .02 s
+MANY_COPIED = 512 * 2**20  # on other devices
+TIMES = 9  # products and copies are timed so often
 TAIL = 300  # characters of what a peer said before it failed
 
 
@@ -75,8 +78,8 @@ SHAPES = {
 }
 
 
-def shape(name, dtype="float32", batch=0):
-    """The Shape of that name, with activations of that type and, where it is given, another batch."""
+def shape(name, dtype="float32", batch=0, *, fused=False):
+    """The Shape of that name, with activations of that type, another batch where given, cuDNN's attention or ours."""
     if name not in SHAPES:
         raise InputError(f"shape: expected {', '.join(SHAPES)}; got {name!r}")
     if dtype not in DTYPES:
@@ -86,7 +89,8 @@ def shape(name, dtype="float32", batch=0):
     if batch < 0 or batch % slices:
         raise InputError(f"batch: expected a multiple of {slices}, got {batch}")
     config = dataclasses.replace(config, batch=batch or config.batch)
-    return dataclasses.replace(found, model=dataclasses.replace(found.model, dtype=dtype), algorithm=config)
+    model = dataclasses.replace(found.model, dtype=dtype, fused=fused)
+    return dataclasses.replace(found, model=model, algorithm=config)
 
 
 class Iteration:
@@ -197,8 +201,9 @@ def measure(shape, *, iterations, rounds=1, peer=(), reporter=None):
             raise InputError(f"{name}: expected at least 1, got {value}")
     reporter = reporter or Silent()
     iteration = Iteration(shape)
-    rate = product_rate(shape.model.dtype)
-    reporter.note(f"{shape.name}: {_told(shape)}; a large matrix product runs at {rate / 1e9:.0f} GFLOP/s")
+    device = rates(shape.model.dtype)
+    reach = f"a large matrix product runs at {device.product / 1e9:.0f} GFLOP/s, a copy at {device.copy / 1e9:.0f} GB/s"
+    reporter.note(f"{shape.name}: {_told(shape)}; {reach}")
     with _empty_cache():
         programs = compile_times(iteration.programs())
         reporter.note(f"compiled in {sum(program['compile_seconds'] for program in programs.values()):.1f} s")
@@ -214,7 +219,7 @@ def measure(shape, *, iterations, rounds=1, peer=(), reporter=None):
         compared = in_turn(ours, peer, rounds, reporter)
     if int(state.skipped):
         raise guard.NonFinite(f"{shape.name}: the update is not finite")
-    result = _result(shape, rows, rate) | {"programs": programs, "memory": _memory()} | metrics.environment()
+    result = _result(shape, rows, device) | {"programs": programs, "memory": _memory()} | metrics.environment()
     return result | ({"peer": compared} if peer else {})
 
 
@@ -225,13 +230,26 @@ def _told(shape):
     return f"{sizes}, {parts}{model.dtype} on {jax.default_backend()}"
 
 
-def product_rate(dtype):
-    """FLOPs a second of a large square matrix product: the median of several."""
+class Rates(NamedTuple):
+    """What the device reaches where nothing else is in the way."""
+
+    product: float  # FLOPs a second of a large square matrix product
+    copy: float  # bytes a second, read and written, of the copy of a large array
+
+
+def rates(dtype):
+    """The Rates of this device, medians of several."""
     size = PRODUCT_SIZE.get(jax.default_backend(), LARGE_PRODUCT)
     x = jax.random.normal(jax.random.key(0), (size, size), dtype)
-    product = jax.jit(jnp.matmul)
-    jax.block_until_ready(product(x, x))
-    return 2 * size**3 / statistics.median(_seconds(product, x, x)[0] for _ in range(PRODUCTS))
+    product = 2 * size**3 / _median_seconds(jnp.matmul, x, x)
+    x = jnp.zeros(COPIED.get(jax.default_backend(), MANY_COPIED), jnp.float32)
+    return Rates(product, 2 * x.nbytes / _median_seconds(jnp.negative, x))
+
+
+def _median_seconds(function, *args):
+    function = jax.jit(function)
+    jax.block_until_ready(function(*args))
+    return statistics.median(_seconds(function, *args)[0] for _ in range(TIMES))
 
 
 def _seconds(function, *args):
@@ -296,7 +314,7 @@ def _time(iteration, state, prompts, count):
     return state, rows[1:]
 
 
-def _result(shape, rows, rate):
+def _result(shape, rows, device):
     """What the seconds mean. tokens_per_s are of those that a phase reads or writes, each counted once."""
     config, counts = shape.algorithm, flops(shape)
     P, R, T = shape.prompt, shape.response, shape.prompt + shape.response
@@ -311,9 +329,10 @@ def _result(shape, rows, rate):
             "episodes_per_s": config.batch / median,
             "flops": counts[name],
             "flops_per_s": counts[name] / median,
-            "of_product_rate": counts[name] / median / rate,
+            "of_product_rate": counts[name] / median / device.product,
         }
     steps = [cost.step_bytes(shape.model, config.batch, seen + 1) for seen in range(P, T - 1)]
+    bytes_per_s = sum(steps) / phases["decode"]["seconds"]["median"]
     median = phases["iteration"]["seconds"]["median"]
     return {
         "shape": shape.name,
@@ -324,12 +343,14 @@ def _result(shape, rows, rate):
         "seconds_per_iteration": median,
         "episodes_per_s": config.batch / median,
         "response_tokens_per_s": config.batch * R / median,
-        "product_flops_per_s": rate,
-        "arithmetic_seconds": counts["iteration"] / rate,
+        "product_flops_per_s": device.product,
+        "copy_bytes_per_s": device.copy,
+        "arithmetic_seconds": counts["iteration"] / device.product,
         "phases": phases,
         "decode": {
             "bytes_per_step": statistics.mean(steps),
-            "bytes_per_s": sum(steps) / phases["decode"]["seconds"]["median"],
+            "bytes_per_s": bytes_per_s,
+            "of_copy_rate": bytes_per_s / device.copy,
         },
     }
 
@@ -402,6 +423,7 @@ def show(result, reporter):
     decode, memory, seconds = result["decode"], result["memory"], result["seconds_per_iteration"]
     reporter.note(
         f"decode reads at least {decode['bytes_per_step'] / 1e6:.4g} MB a step: {decode['bytes_per_s'] / 1e9:.3g} GB/s"
+        f", {decode['of_copy_rate']:.3g} of the copy's"
     )
     reporter.note(
         f"at the rate of the large product ({result['product_flops_per_s'] / 1e9:.0f} GFLOP/s) an iteration would take "

@@ -106,7 +106,7 @@ def test_seconds_become_rates():
     """Batch 2, 2 + 2 tokens; the median of 1, 2 and 9 seconds is 2; a step reads 153 numbers and 2 x 4 x 3 cached."""
     shape = benchmark.Shape("hand", HAND, 2, 2, policy_gradient.Config(batch=2))
     rows = [dict.fromkeys((*benchmark.PHASES, "iteration"), seconds) for seconds in (1, 9, 2)]
-    result = benchmark._result(shape, rows, rate=100.0)
+    result = benchmark._result(shape, rows, benchmark.Rates(product=100.0, copy=59.0))
     assert result["phases"]["iteration"]["seconds"] == {"median": 2, "min": 1, "max": 9}
     assert [result["phases"][name]["tokens_per_s"] for name in ("prefill", "decode", "score", "update")] == [2, 2, 4, 4]
     flops = benchmark.flops(shape)
@@ -115,7 +115,7 @@ def test_seconds_become_rates():
     assert result["arithmetic_seconds"] == flops["iteration"] / 100
     told = [result[name] for name in ("seconds_per_iteration", "episodes_per_s", "response_tokens_per_s")]
     assert told == [2, 1, 2]
-    assert result["decode"] == {"bytes_per_step": 4 * (153 + 24), "bytes_per_s": 4 * (153 + 24) / 2}
+    assert result["decode"] == {"bytes_per_step": 4 * (153 + 24), "bytes_per_s": 2 * 177, "of_copy_rate": 6}
 
 
 # Peer
