@@ -44,7 +44,7 @@ def test_the_scale_is_of_the_head_size():
     st.sampled_from([np.float32, np.float64]),
     st.integers(0, 99),
 )
-@settings(max_examples=20)  # each shape is compiled
+@settings(max_examples=12)  # each shape is compiled
 def test_it_is_the_formula_and_so_are_its_gradients(T, left, dtype, seed):
     """In float64, and in float32 against it; sizes about those where blocks of queries begin."""
     with jax.enable_x64(True):
