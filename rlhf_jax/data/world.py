@@ -27,6 +27,7 @@ from random import Random
 
 import tensorflow_datasets as tfds
 from absl import logging
+from tensorflow_datasets.proto import tf_example_pb2
 
 from rlhf_jax.data.tldr import format_query
 from rlhf_jax.errors import InputError
@@ -219,10 +220,14 @@ def load(kind: str, split: str, *, seed: int, train: int, validation: int, data_
     if split not in SPLITS:
         raise InputError(f"split: expected one of {', '.join(SPLITS)}; got {split!r}")
     config = Config(kind=kind, seed=seed, train=train, validation=validation)
-    source = _prepare(config, data_dir).as_data_source(split)
-    rows = source.__getitems__(range(len(source)))  # in one go: half the time of one by one
-    rows = ({name: text.decode() for name, text in row.items()} for row in rows)
-    return [row | {"record": json.loads(row["record"])} for row in rows]
+    raw = tfds.decode.DeserializeMethod.RAW_BYTES  # each feature is one text; TFDS's own way takes three times as long
+    source = _prepare(config, data_dir).as_data_source(split, deserialize_method=raw)
+    rows = []
+    for example in source.__getitems__(range(len(source))):  # in one go: half the time of one by one
+        features = tf_example_pb2.Example.FromString(example).features.feature
+        row = {name: features[name].bytes_list.value[0].decode() for name in FEATURES[kind]}
+        rows.append(row | {"record": json.loads(row["record"])})
+    return rows
 
 
 def _prepare(config: Config, data_dir: str | os.PathLike) -> World:
