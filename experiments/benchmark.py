@@ -25,7 +25,7 @@ PEER = flags.DEFINE_string("peer", None, "Command of another program, run in tur
 ROUNDS = flags.DEFINE_integer("rounds", 2, "How often both run, where there is a peer.")
 BATCH = flags.DEFINE_integer("batch", 0, "Episodes of an iteration; 0: the shape's own.")
 DTYPE = flags.DEFINE_string("dtype", "float32", f"Of the activations: {' or '.join(benchmark.DTYPES)}.")
-FUSED = flags.DEFINE_bool("fused", False, "cuDNN's attention, where dtype is bfloat16 and the device an NVIDIA GPU.")
+FUSED = flags.DEFINE_bool("fused", False, "cuDNN's attention: on an NVIDIA GPU, in bfloat16.")
 OUT = flags.DEFINE_string("out", None, "File for everything that was measured, as JSON.")
 
 HEADLINE = ("shape", "device", "seconds_per_iteration", "episodes_per_s", "response_tokens_per_s")

@@ -90,6 +90,8 @@ def shape(name, dtype="float32", batch=0, *, fused=False):
         raise InputError(f"batch: expected a multiple of {slices}, got {batch}")
     config = dataclasses.replace(config, batch=batch or config.batch)
     model = dataclasses.replace(found.model, dtype=dtype, fused=fused)
+    if fused and not model.fuses:
+        raise InputError(f"fused: expected dtype bfloat16 on an NVIDIA GPU, got {dtype} on a {jax.default_backend()}")
     return dataclasses.replace(found, model=model, algorithm=config)
 
 

@@ -65,6 +65,21 @@ def test_a_shape_has_the_type_that_is_asked_for():
         benchmark.shape("tiny", "float16")
 
 
+@pytest.mark.parametrize(("dtype", "backend"), [("float32", "gpu"), ("bfloat16", "cpu")])
+def test_fused_attention_that_would_not_be_is_refused(dtype, backend, monkeypatch):
+    """Numbers of another kernel must not pass for its own."""
+    monkeypatch.setattr(benchmark.jax, "default_backend", lambda: backend)
+    with pytest.raises(
+        InputError, match=f"fused: expected dtype bfloat16 on an NVIDIA GPU, got {dtype} on a {backend}"
+    ):
+        benchmark.shape("tiny", dtype, fused=True)
+
+
+def test_fused_attention_is_of_the_shape(monkeypatch):
+    monkeypatch.setattr(benchmark.jax, "default_backend", lambda: "gpu")
+    assert benchmark.shape("tiny", "bfloat16", fused=True).model.fuses
+
+
 # Clock
 
 
