@@ -15,9 +15,11 @@ from pathlib import Path
 from absl import app, flags, logging
 from launch import NOT_FINITE, leave, parser
 
-from rlhf_jax import benchmark, guard, metrics
-from rlhf_jax.console import Reporter
+from rlhf_jax.commands import benchmark
 from rlhf_jax.errors import InputError
+from rlhf_jax.report import metrics
+from rlhf_jax.report.console import Reporter
+from rlhf_jax.training import guard
 
 SHAPE = flags.DEFINE_string("shape", None, f"One of {', '.join(benchmark.SHAPES)}.")
 ITERATIONS = flags.DEFINE_integer("iterations", 5, "Iterations of a round that count; one before them does not.")

@@ -9,9 +9,9 @@ The stage is by default the last one that is finished and has a policy. The fold
 from absl import app, flags, logging
 from launch import WORKDIR, leave, parser
 
-from rlhf_jax.console import Reporter
+from rlhf_jax.commands.export import export
 from rlhf_jax.errors import InputError
-from rlhf_jax.export import export
+from rlhf_jax.report.console import Reporter
 
 OUT = flags.DEFINE_string("out", None, "Folder to write, new or empty.")
 STAGE = flags.DEFINE_string("stage", "", "ppo, sft, reward, rl or pretrain.")

@@ -9,9 +9,9 @@ from absl import app, flags, logging
 from ml_collections import config_flags
 
 from rlhf_jax import config as configs
-from rlhf_jax import guard, loop
-from rlhf_jax.console import Reporter
 from rlhf_jax.errors import InputError
+from rlhf_jax.report.console import Reporter
+from rlhf_jax.training import guard, loop
 
 CONFIG = config_flags.DEFINE_config_file("config", None, "Config file, and :argument.")
 WORKDIR = flags.DEFINE_string("workdir", None, "Folder of the run; started again, it goes on where it was.")

@@ -10,9 +10,9 @@ from absl import app, flags
 from launch import CONFIG, leave, parser
 
 from rlhf_jax import config as configs
-from rlhf_jax import memory
-from rlhf_jax.console import Reporter
+from rlhf_jax.commands import memory
 from rlhf_jax.errors import InputError
+from rlhf_jax.report.console import Reporter
 
 DEVICES = flags.DEFINE_integer("devices", 1, "Devices that share the batch.", lower_bound=1)
 GPT2_IDS = 50_258  # GPT-2's tokenizer, and PAD

@@ -6,14 +6,15 @@ import functools
 from pathlib import Path
 
 from rlhf_jax import alarms as collapse
-from rlhf_jax import checkpoint, hub
-from rlhf_jax import guard as guards
+from rlhf_jax import hub
 from rlhf_jax.algorithms import policy_gradient as pg_algorithm
 from rlhf_jax.algorithms import ppo as ppo_algorithm
 from rlhf_jax.algorithms import preference, supervised
 from rlhf_jax.data import corpus, sources
 from rlhf_jax.errors import InputError
 from rlhf_jax.models import gpt2
+from rlhf_jax.training import checkpoint
+from rlhf_jax.training import guard as guards
 
 
 @dataclasses.dataclass(frozen=True)

@@ -16,9 +16,10 @@ import jax.extend.core
 import numpy as np
 
 from rlhf_jax import config as configs
-from rlhf_jax import guard, loop, run, sharding, stages
-from rlhf_jax.console import Reporter
+from rlhf_jax import run, stages
 from rlhf_jax.errors import InputError
+from rlhf_jax.report.console import Reporter
+from rlhf_jax.training import guard, loop, sharding
 
 PACKAGE = Path(__file__).parent
 

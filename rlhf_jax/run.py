@@ -11,14 +11,16 @@ import jax
 import numpy as np
 
 from rlhf_jax import config as configs
-from rlhf_jax import generate, hub, metrics, rollout, sharding, text
-from rlhf_jax.checkpoint import Checkpoints
-from rlhf_jax.console import Silent
+from rlhf_jax import generate, hub, rollout, text
 from rlhf_jax.data import batches, corpus, sources
 from rlhf_jax.errors import InputError
 from rlhf_jax.models import heads, hf
+from rlhf_jax.report import metrics
+from rlhf_jax.report.console import Silent
 from rlhf_jax.rewards import function, gold
 from rlhf_jax.text import bpe, char, gpt2
+from rlhf_jax.training import sharding
+from rlhf_jax.training.checkpoint import Checkpoints
 
 PURPOSES = ("sft", "reward", "ppo", "policy init", "reward head", "evaluation", "pretrain", "rl")
 # Append only: the place is the key.

@@ -12,10 +12,10 @@ import pytest
 from safetensors.numpy import load_file
 
 from rlhf_jax import checkpoint
-from rlhf_jax.checkpoint import Checkpoints, Config
-from rlhf_jax.console import Reporter
 from rlhf_jax.errors import InputError
-from rlhf_jax.train_state import TrainState
+from rlhf_jax.report.console import Reporter
+from rlhf_jax.training.checkpoint import Checkpoints, Config
+from rlhf_jax.training.state import TrainState
 
 NOTES = {"position": {"next_index": 7, "epoch": {"seed": 3}}, "row": {"loss": 1 / 3}}
 # Not a number, the zeros, the smallest and the largest: what a cast or a text would lose.

@@ -6,8 +6,8 @@ from functools import cache
 import jax
 import pytest
 
-from rlhf_jax import benchmark
 from rlhf_jax.algorithms import ppo
+from rlhf_jax.commands import benchmark
 from rlhf_jax.models import gpt2
 
 # The vocabulary is a prime and no other size a multiple of it; heads are many, so that attention weights would show.

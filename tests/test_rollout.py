@@ -8,7 +8,7 @@ import pytest
 from rlhf_jax import generate, rollout
 from rlhf_jax.ops import kl, logprobs
 from rlhf_jax.rollout import Apply
-from rlhf_jax.train_state import TrainState
+from rlhf_jax.training.state import TrainState
 
 PAD, EOS, A, B = range(4)
 

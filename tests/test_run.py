@@ -12,11 +12,11 @@ import pytest
 
 from rlhf_jax import config as configs
 from rlhf_jax import stages
-from rlhf_jax.console import Silent
 from rlhf_jax.data import sources
 from rlhf_jax.data.tldr import format_query
 from rlhf_jax.errors import InputError
 from rlhf_jax.models import gpt2, hf
+from rlhf_jax.report.console import Silent
 from rlhf_jax.rewards import gold
 from rlhf_jax.run import PURPOSES, Summarization
 from rlhf_jax.text import bpe

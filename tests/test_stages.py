@@ -18,18 +18,20 @@ import pyarrow
 import pyarrow.parquet
 import pytest
 
-from rlhf_jax import checkpoint, guard, loop, metrics, replay, stages
+from rlhf_jax import checkpoint, replay, stages
 from rlhf_jax import config as configs
 from rlhf_jax.algorithms import ppo, preference, supervised
-from rlhf_jax.console import Silent
 from rlhf_jax.data import sources
 from rlhf_jax.data.tldr import format_query
 from rlhf_jax.errors import InputError
 from rlhf_jax.models import gpt2
+from rlhf_jax.report import metrics
+from rlhf_jax.report.console import Silent
 from rlhf_jax.rewards import gold
 from rlhf_jax.run import Summarization
 from rlhf_jax.stages import common
 from rlhf_jax.text import bpe
+from rlhf_jax.training import guard, loop
 
 STAGES = ("sft", "reward", "ppo")
 

@@ -11,15 +11,17 @@ import jax
 import numpy as np
 import pytest
 
-from rlhf_jax import alarms, loop, metrics, stages
+from rlhf_jax import alarms, stages
 from rlhf_jax import config as configs
 from rlhf_jax.algorithms import policy_gradient, ppo, supervised
-from rlhf_jax.console import Silent
 from rlhf_jax.data import corpus
 from rlhf_jax.errors import InputError
 from rlhf_jax.evaluate import interval
 from rlhf_jax.models import gpt2
+from rlhf_jax.report import metrics
+from rlhf_jax.report.console import Silent
 from rlhf_jax.run import Writing
+from rlhf_jax.training import loop
 
 STAGES = ("pretrain", "sft", "rl")
 NO_LIMITS = alarms.Config(distinct2=0.0, repeat_rate=1.0, entropy=0.0, length=0.0, kl_exact=0.0)

@@ -11,10 +11,11 @@ import jax.numpy as jnp
 import numpy as np
 import optax
 
-from rlhf_jax import generate, rollout, sharding
+from rlhf_jax import generate, rollout
 from rlhf_jax.algorithms import ppo, preference, supervised
 from rlhf_jax.models import gpt2, heads
 from rlhf_jax.rollout import Apply
+from rlhf_jax.training import sharding
 
 B, P, R, V, PAD, EOS = 16, 4, 5, 13, 0, 1
 SIZES = gpt2.Config(layers=1, heads=2, head_size=4, width=8, context=P + R, vocab_size=V)

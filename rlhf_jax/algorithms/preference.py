@@ -5,9 +5,9 @@ import dataclasses
 import jax
 import jax.numpy as jnp
 
-from rlhf_jax import optim
 from rlhf_jax.ops import losses
-from rlhf_jax.train_state import TrainState
+from rlhf_jax.training import optim
+from rlhf_jax.training.state import TrainState
 
 
 @dataclasses.dataclass(frozen=True)

@@ -6,7 +6,7 @@ The functions that XLA compiles are named here, once a stage; what they call is 
 import json
 import shutil
 
-from rlhf_jax import metrics, plots
+from rlhf_jax.report import metrics, plots
 from rlhf_jax.stages import common
 from rlhf_jax.stages.ppo import ppo
 from rlhf_jax.stages.ppo import prepare as prepare_ppo

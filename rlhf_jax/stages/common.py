@@ -13,11 +13,12 @@ from typing import Any
 
 import jax
 
-from rlhf_jax import guard, loop, metrics, sharding
-from rlhf_jax.checkpoint import Checkpoints
-from rlhf_jax.console import number
 from rlhf_jax.data import batches
 from rlhf_jax.errors import InputError
+from rlhf_jax.report import metrics
+from rlhf_jax.report.console import number
+from rlhf_jax.training import guard, loop, sharding
+from rlhf_jax.training.checkpoint import Checkpoints
 
 HEADLINES = {  # what a stage says when it is done
     "pretrain": ("pretrain/loss", "pretrain/reward"),

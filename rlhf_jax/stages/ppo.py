@@ -5,10 +5,12 @@ import functools
 import jax.numpy as jnp
 import numpy as np
 
-from rlhf_jax import guard, metrics, optim, plots, rollout, sharding
+from rlhf_jax import rollout
 from rlhf_jax.algorithms import ppo as ppo_algorithm
 from rlhf_jax.evaluate import interval, rouge, win_rate
+from rlhf_jax.report import metrics, plots
 from rlhf_jax.stages import common
+from rlhf_jax.training import guard, optim, sharding
 
 
 def ppo(run):

@@ -12,11 +12,12 @@ import time
 import jax
 import jax.numpy as jnp
 
-from rlhf_jax import metrics, optim, plots
 from rlhf_jax.algorithms import policy_gradient
 from rlhf_jax.ops import importance, losses
+from rlhf_jax.report import metrics, plots
 from rlhf_jax.stages import common
 from rlhf_jax.stages.verifiable import Learner, over_seeds
+from rlhf_jax.training import optim
 
 USES = (1, 2, 4, 8)
 UPDATES = ("policy_gradient", "importance", "clipped")  # every use as if it were fresh; weighted; weighted and clipped

@@ -4,10 +4,11 @@ import functools
 
 import numpy as np
 
-from rlhf_jax import guard, optim, plots, sharding
 from rlhf_jax.algorithms import preference, supervised
 from rlhf_jax.evaluate import accuracy
+from rlhf_jax.report import plots
 from rlhf_jax.stages import common
+from rlhf_jax.training import guard, optim, sharding
 
 
 def reward(run):

@@ -4,11 +4,12 @@ import functools
 
 import numpy as np
 
-from rlhf_jax import guard, optim, plots
 from rlhf_jax.algorithms import supervised
 from rlhf_jax.evaluate import perplexity
 from rlhf_jax.generate import generate
+from rlhf_jax.report import plots
 from rlhf_jax.stages import common
+from rlhf_jax.training import guard, optim
 
 
 def pretrain(run):

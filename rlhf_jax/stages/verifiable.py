@@ -11,12 +11,14 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
-from rlhf_jax import alarms, guard, optim, plots, rollout, sharding
+from rlhf_jax import alarms, rollout
 from rlhf_jax.algorithms import policy_gradient
 from rlhf_jax.algorithms import ppo as ppo_algorithm
 from rlhf_jax.evaluate import best_of_n, diversity, interval, win_rate
+from rlhf_jax.report import plots
 from rlhf_jax.stages import common
-from rlhf_jax.train_state import TrainState
+from rlhf_jax.training import guard, optim, sharding
+from rlhf_jax.training.state import TrainState
 
 # What differs between seeds; the reference and the step are one.
 AXES = TrainState(

@@ -11,11 +11,11 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from rlhf_jax import optim
 from rlhf_jax.algorithms import policy_gradient as pg
 from rlhf_jax.algorithms import ppo
 from rlhf_jax.ops import logprobs
 from rlhf_jax.rollout import Apply, Rollout
+from rlhf_jax.training import optim
 
 PAD, EOS = 0, 1
 CONFIG = pg.Config(batch=2, kl_coef=0.5, temperature=0.7)

@@ -10,11 +10,12 @@ import numpy as np
 import optax
 import pytest
 
-from rlhf_jax import generate, optim, rollout
+from rlhf_jax import generate, rollout
 from rlhf_jax.algorithms import ppo
 from rlhf_jax.models.heads import LanguageModel, ScalarModel
 from rlhf_jax.ops import logprobs, losses
 from rlhf_jax.rollout import Apply, Rollout
+from rlhf_jax.training import optim
 
 PAD, EOS = 0, 1
 CONFIG = ppo.Config(batch=6, epochs=2, minibatches=3, lr=1e-2, schedule="constant", temperature=0.7)

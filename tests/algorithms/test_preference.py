@@ -8,10 +8,10 @@ import numpy as np
 import optax
 import pytest
 
-from rlhf_jax import optim
 from rlhf_jax.algorithms import preference
 from rlhf_jax.models.heads import ScalarModel
 from rlhf_jax.rollout import Apply
+from rlhf_jax.training import optim
 
 CONFIG = preference.Config(lr=1e-2, schedule="constant")
 ADAM = optim.adamw(CONFIG, 100)

@@ -7,10 +7,10 @@ import numpy as np
 import optax
 import pytest
 
-from rlhf_jax import optim
 from rlhf_jax.algorithms import supervised
 from rlhf_jax.models.heads import LanguageModel
 from rlhf_jax.rollout import Apply
+from rlhf_jax.training import optim
 
 PAD, EOS, A, B = range(4)
 CONFIG = supervised.Config(lr=1e-2, schedule="constant")

@@ -10,7 +10,7 @@ SCRIPT = "experiments/benchmark.py"
 # The same command with one more shape.
 SMALL = """
 import runpy
-from rlhf_jax import benchmark
+from rlhf_jax.commands import benchmark
 from rlhf_jax.algorithms import policy_gradient
 from rlhf_jax.models import gpt2
 sizes = {"vocab_size": benchmark.CHARACTERS.vocab_size, "context": 9}

@@ -14,7 +14,8 @@ from pathlib import Path
 import numpy as np
 import pytest
 
-from rlhf_jax import checkpoint, metrics
+from rlhf_jax import checkpoint
+from rlhf_jax.report import metrics
 
 ROOT = Path(__file__).parents[2]
 FIELDS = {"data.made": 100, "data.length": 10, "evaluation.prompts": 8, "evaluation.batch": 8, "evaluation.samples": 0}

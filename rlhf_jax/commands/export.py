@@ -6,8 +6,9 @@ from pathlib import Path
 
 import jax
 
-from rlhf_jax import checkpoint, model_card, text
+from rlhf_jax import checkpoint, text
 from rlhf_jax import config as configs
+from rlhf_jax.commands import model_card
 from rlhf_jax.errors import InputError
 from rlhf_jax.models import hf
 from rlhf_jax.run import Summarization, Writing

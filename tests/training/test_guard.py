@@ -5,9 +5,9 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from rlhf_jax import guard
 from rlhf_jax.errors import InputError
-from rlhf_jax.train_state import TrainState
+from rlhf_jax.training import guard
+from rlhf_jax.training.state import TrainState
 
 
 def state():

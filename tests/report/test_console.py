@@ -5,8 +5,8 @@ import re
 import jax.numpy as jnp
 import pytest
 
-from rlhf_jax import console
-from rlhf_jax.console import Reporter, Silent, duration, number
+from rlhf_jax.report import console
+from rlhf_jax.report.console import Reporter, Silent, duration, number
 
 SAMPLE = {"prompt": "POST: it broke\n\nTL;DR:", "completion": " she broke it", "score": 1.25, "kl": 4.5, "total": 1.025}
 ESCAPE = "\x1b"

@@ -10,9 +10,10 @@ import functools
 import jax
 import jax.numpy as jnp
 
-from rlhf_jax import generate, guard, optim, rollout
+from rlhf_jax import generate, rollout
 from rlhf_jax.algorithms import ppo as ppo_algorithm
 from rlhf_jax.models import heads
+from rlhf_jax.training import guard, optim
 
 APART = {"xla_disable_hlo_passes": "cse_barrier_expander"}
 

@@ -5,7 +5,7 @@ import signal
 
 import numpy as np
 
-from rlhf_jax.guard import NonFinite
+from rlhf_jax.training.guard import NonFinite
 
 AGAIN = "the same command goes on from there"
 

@@ -11,19 +11,19 @@ import numpy as np
 import pytest
 
 from rlhf_jax import config as configs
-from rlhf_jax import metrics
 from rlhf_jax.algorithms import ppo
-from rlhf_jax.checkpoint import Checkpoints
+from rlhf_jax.commands.export import export
+from rlhf_jax.commands.model_card import WHAT
 from rlhf_jax.data import corpus, sources
 from rlhf_jax.data.tldr import format_query
 from rlhf_jax.errors import InputError
-from rlhf_jax.export import export
 from rlhf_jax.generate import Sampling, generate
-from rlhf_jax.model_card import WHAT
 from rlhf_jax.models import gpt2, hf, hf_config
 from rlhf_jax.models.heads import LanguageModel, ScalarModel
+from rlhf_jax.report import metrics
 from rlhf_jax.run import Summarization, Writing
 from rlhf_jax.text import gpt2 as gpt2_text
+from rlhf_jax.training.checkpoint import Checkpoints
 
 SIZES = {"layers": 1, "heads": 2, "head_size": 8, "width": 16, "context": 64}
 MODELS = {"gpt2": SIZES, "neox": SIZES | gpt2.NEOX | {"context": 64, "rotary_share": 0.5, "vocab_size": 320}}

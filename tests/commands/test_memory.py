@@ -2,8 +2,8 @@ import dataclasses
 
 import pytest
 
-from rlhf_jax import memory
 from rlhf_jax.algorithms import ppo
+from rlhf_jax.commands import memory
 from rlhf_jax.config import Config
 from rlhf_jax.data import sources
 from rlhf_jax.models import gpt2

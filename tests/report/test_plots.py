@@ -5,7 +5,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 from matplotlib.image import imread
 
-from rlhf_jax import plots
+from rlhf_jax.report import plots
 
 # A single value, the metric's name for it, and what a first PPO iteration looks like: nothing has moved yet.
 FIRST = {f"ppo/{name}": 0.0 for name in plots.PPO} | {"ppo/kl": 0.0, "ppo/kl_k3": 0.0, "ppo/kl_exact": 0.0}

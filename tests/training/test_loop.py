@@ -5,8 +5,8 @@ import types
 
 import pytest
 
-from rlhf_jax import loop
-from rlhf_jax.guard import NonFinite
+from rlhf_jax.training import loop
+from rlhf_jax.training.guard import NonFinite
 
 
 class Story:

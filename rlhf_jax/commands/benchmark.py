@@ -24,13 +24,15 @@ import jax
 import jax.numpy as jnp
 from jax.experimental.compilation_cache import compilation_cache
 
-from rlhf_jax import generate, guard, metrics, optim, rollout, text
+from rlhf_jax import generate, rollout, text
 from rlhf_jax.algorithms import policy_gradient, ppo
-from rlhf_jax.console import Silent
 from rlhf_jax.errors import InputError
 from rlhf_jax.models import cost, gpt2, heads
+from rlhf_jax.report import metrics
+from rlhf_jax.report.console import Silent
 from rlhf_jax.rewards import function
 from rlhf_jax.text import char
+from rlhf_jax.training import guard, optim
 
 DTYPES = ("float32", "bfloat16")
 PHASES = ("prefill", "decode", "score", "update")

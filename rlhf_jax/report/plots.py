@@ -14,7 +14,7 @@ import numpy as np
 from matplotlib.figure import Figure
 from matplotlib.ticker import MaxNLocator, StrMethodFormatter
 
-from rlhf_jax.metrics import series
+from rlhf_jax.report.metrics import series
 
 # Okabe and Ito's colours, which any colour vision tells apart, darkened until they can be read as text.
 BLUE, AMBER, GREEN, PURPLE, BLACK, GREY = "#0072B2", "#B36B00", "#007A5A", "#B0578D", "#222222", "#767676"

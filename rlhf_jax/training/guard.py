@@ -12,9 +12,9 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
-from rlhf_jax import metrics
-from rlhf_jax.checkpoint import Checkpoints
 from rlhf_jax.errors import InputError
+from rlhf_jax.report import metrics
+from rlhf_jax.training.checkpoint import Checkpoints
 
 FOLDER = "incident"  # in the workdir
 

@@ -7,8 +7,8 @@ from hypothesis import given
 from hypothesis import strategies as st
 from hypothesis.extra import numpy as hnp
 
-from rlhf_jax import optim
 from rlhf_jax.ops import masked
+from rlhf_jax.training import optim
 
 
 def test_defaults_are_the_published_ones():

@@ -9,8 +9,8 @@ from hypothesis import given
 from hypothesis import strategies as st
 from tensorboardX.proto.event_pb2 import Event, SessionLog
 
-from rlhf_jax import metrics
 from rlhf_jax.errors import InputError
+from rlhf_jax.report import metrics
 
 
 def events(workdir):
