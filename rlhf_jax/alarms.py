@@ -1,13 +1,11 @@
-"""Collapse, seen and stopped: a reward can be had by writing one thing over and over, and these numbers tell.
+"""Collapse, seen and stopped: a reward can be had by writing one thing over and over, and these numbers show it.
 
-Limits are against the policy that reinforcement learning began with, at the same number of samples. Arrays are [K],
-one entry a seed.
+Limits are relative to the policy that reinforcement learning began with, measured on as many samples.
 """
 
 import dataclasses
 
 import jax.numpy as jnp
-import numpy as np
 
 WATCHED = ("distinct2", "repeat_rate", "entropy", "length", "kl_exact")
 
@@ -17,40 +15,47 @@ class Config:
     """Outside these limits a policy has collapsed, whatever its reward."""
 
     distinct2: float = 0.7  # least distinct word bigrams, as a share of those before
-    repeat_rate: float = 0.05  # most samples in which one word stands four times, beyond those before: longer texts do
+    repeat_rate: float = 0.05  # allowed increase of the share of samples that repeat a word four times
     entropy: float = 0.3  # least nats per token, as a share of those before
     length: float = 0.5  # least tokens, as a share of those before
     kl_exact: float = 5.0  # most nats a sequence from the reference; 0: any
-    patience: int = 10  # iterations that the running means go back
-    freeze: bool = True  # an alarm ends the learning of its seed; False: it is only counted
+    patience: int = 10  # iterations over which the running means forget
+    freeze: bool = True  # an alarm ends the learning; False: it is only counted
+
+    @property
+    def active(self):
+        """Whether there is any limit."""
+        limits = dataclasses.replace(self, patience=OFF.patience, freeze=OFF.freeze)
+        return limits != OFF
+
+
+OFF = Config(distinct2=0.0, repeat_rate=1.0, entropy=0.0, length=0.0, kl_exact=0.0, freeze=False)  # no limit
 
 
 def outside(numbers, before, config):
-    """{name: [K] bool}, which of WATCHED are out of bounds; before is {name: number}."""
+    """{name: bool}, which of WATCHED are beyond their limits; before is {name: number} of the first policy."""
     wrong = {
         "distinct2": numbers["distinct2"] < config.distinct2 * before["distinct2"],
         "repeat_rate": numbers["repeat_rate"] > before["repeat_rate"] + config.repeat_rate,
         "entropy": numbers["entropy"] < config.entropy * before["entropy"],
         "length": numbers["length"] < config.length * before["length"],
+        "kl_exact": bool(config.kl_exact) and numbers["kl_exact"] > config.kl_exact,
     }
-    if config.kl_exact:
-        wrong["kl_exact"] = numbers["kl_exact"] > config.kl_exact
-    return {name: np.atleast_1d(value) for name, value in wrong.items()}
+    return {name: bool(value) for name, value in wrong.items()}
 
 
-def begin(before, seeds):
-    """The state before the first iteration: running means at what they are before, and no alarm."""
-    return {
-        "mean": {name: jnp.full(seeds, before[name], jnp.float32) for name in WATCHED},
-        "rung": jnp.zeros(seeds, bool),
-    }
+def begin(before):
+    """The state before the first iteration: running means of the first policy's numbers, and no alarm."""
+    return {"mean": {name: jnp.float32(before[name]) for name in WATCHED}, "tripped": jnp.array(False)}
 
 
-def listen(state, numbers, before, config):
-    """(the next state, {name: [K]} of new alarms) after one iteration's numbers. An alarm that has rung stays on."""
+def track(state, numbers, before, config):
+    """(the next state, names of the limits that trip now) after one iteration's numbers. An alarm stays on."""
     mean = {name: state["mean"][name] + (numbers[name] - state["mean"][name]) / config.patience for name in WATCHED}
-    rung_K = np.asarray(state["rung"])
-    wrong = outside({name: np.asarray(value) for name, value in mean.items()}, before, config)
-    new = {name: wrong_K & ~rung_K for name, wrong_K in wrong.items()}
-    rung_K = rung_K | np.any(list(wrong.values()), axis=0)
-    return {"mean": {name: jnp.asarray(value) for name, value in mean.items()}, "rung": jnp.asarray(rung_K)}, new
+    wrong = [name for name, value in outside(mean, before, config).items() if value]
+    tripped = bool(state["tripped"])
+    after = {
+        "mean": {name: jnp.float32(value) for name, value in mean.items()},
+        "tripped": jnp.array(tripped or bool(wrong)),
+    }
+    return after, [] if tripped else wrong

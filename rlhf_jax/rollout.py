@@ -1,6 +1,6 @@
 """Prompts -> Rollout: completions, and everything that stays frozen while the policy learns from them."""
 
-from typing import Any, NamedTuple
+from typing import Any, NamedTuple, Protocol
 
 import flax
 import jax
@@ -10,14 +10,46 @@ from rlhf_jax import generate
 from rlhf_jax.ops import kl, masked, padding
 
 
+class Policy(Protocol):
+    """A language model as pure functions of its parameters; models/heads.py has the real one."""
+
+    def init(self, key) -> Any:
+        """Random parameters."""
+
+    def prefill(self, params, tokens_BP, mask_BP, slots) -> tuple[jax.Array, Any]:
+        """Reads the prompts: (hidden states [B, D] of the last prompt token, a cache with `slots` places)."""
+
+    def decode(self, params, token_B, mask_B, cache, slot=None) -> tuple[jax.Array, Any]:
+        """Reads one more token a row: (hidden states [B, D], cache)."""
+
+    def hidden(self, params, tokens_BT, mask_BT, count=None, dropout_key=None) -> jax.Array:
+        """The hidden states before each of the last `count` tokens, [B, count, D]."""
+
+    def logits(self, params, hidden) -> jax.Array:
+        """hidden [..., D] -> logits [..., V] in float32."""
+
+    def logprobs(self, params, tokens_BT, mask_BT, count, *, temperature=1.0, dropout_key=None) -> jax.Array:
+        """Log-probs [B, count] of the last `count` tokens, in nats, at the temperature."""
+
+    def compare(self, policy, hidden, reference, hidden_ref, targets, *, temperature=1.0) -> tuple[jax.Array, ...]:
+        """(log-probs of the reference, exact KL, entropy), each [B, R], in nats."""
+
+
+class Scalar(Protocol):
+    """A model with one number a position: value model or reward model."""
+
+    def values(self, params, tokens_BT, mask_BT, count) -> jax.Array:
+        """The value before each of the last `count` tokens, [B, count]."""
+
+    def score(self, params, tokens_BT, mask_BT) -> jax.Array:
+        """The score [B] of each sequence, read at its last real token."""
+
+
 class Apply(NamedTuple):
-    """The functions of parameters that rollouts and algorithms call; see models/heads.py for the real ones.
+    """The functions of parameters that rollouts and algorithms call."""
 
-    policy: prefill, decode, logits, hidden, compare, logprobs. scalar: values, score.
-    """
-
-    policy: Any
-    scalar: Any
+    policy: Policy
+    scalar: Scalar
 
 
 @flax.struct.dataclass
@@ -124,35 +156,49 @@ def sample(apply, policy, reference, prompt_BP, prompt_mask_BP, keys_B, sampling
 
 
 def judge(apply, state, prompt_BP, prompt_mask_BP, drawn, sampling):
-    """`compare`, the reward model's scores and the values, sampling.lanes rows at a time: all that PPO needs."""
+    """`compare`, and the values where the state has a value model: what an algorithm needs beside the score."""
 
-    def read(rows):
-        *prompts, drawn = rows
+    def read(prompt_BP, prompt_mask_BP, drawn):
+        prompts = (prompt_BP, prompt_mask_BP)
+        compared = compare(apply, state.policy, state.reference, *prompts, drawn, sampling)
+        judged = compared if state.value is None else value(apply, state.value, compared)
+        return judged.replace(prompt_BP=None, prompt_mask_BP=None)
 
-        def at_width(*prompts):
-            compared = compare(apply, state.policy, state.reference, *prompts, drawn, sampling)
-            judged = value(apply, state.value, score(apply, state.reward, compared))
-            return judged.replace(prompt_BP=None, prompt_mask_BP=None)
-
-        judged = padding.cut(at_width, *prompts, sampling.widths)
-        return judged.replace(prompt_BP=prompts[0], prompt_mask_BP=prompts[1].astype(bool))
-
-    B, rows = len(prompt_BP), (prompt_BP, prompt_mask_BP, drawn.replace(step=None, keys_B=None, cache=None))
-    if sampling.lanes in (0, B):
-        return read(rows)
-    order_B = padding.alike(prompt_mask_BP, B // sampling.lanes)
-    # Dealt out in turn, as optim.accumulate does, so that rows laid over devices stay balanced.
-    dealt = jax.tree.map(lambda x: x[order_B].reshape(sampling.lanes, -1, *x.shape[1:]).swapaxes(0, 1), rows)
-    parts, back_B = jax.lax.map(read, dealt), jnp.argsort(order_B)
-    return jax.tree.map(lambda x: x.swapaxes(0, 1).reshape(B, *x.shape[2:])[back_B], parts)
+    rows = drawn.replace(step=None, keys_B=None, cache=None)
+    judged = _by_slices(read, prompt_BP, prompt_mask_BP, rows, sampling)
+    return judged.replace(prompt_BP=prompt_BP, prompt_mask_BP=prompt_mask_BP.astype(bool))
 
 
-def score(apply, reward, rollout):
-    """The rollout with the reward model's score of each completion, read at its last token."""
-    return rollout.replace(score_B=apply.scalar.score(reward, rollout.tokens_BT, rollout.attend_BT))
+def score(apply, reward, rollout, sampling):
+    """The reward model's score of each completion [B], read at its last token."""
+
+    def read(prompt_BP, prompt_mask_BP, response):
+        tokens_BT = jnp.concatenate([prompt_BP, response[0]], axis=1)
+        attend_BT = jnp.concatenate([prompt_mask_BP, response[1]], axis=1).astype(bool)
+        return apply.scalar.score(reward, tokens_BT, attend_BT)
+
+    response = (rollout.response_BR, rollout.mask_BR)
+    return _by_slices(read, rollout.prompt_BP, rollout.prompt_mask_BP, response, sampling)
 
 
 def value(apply, value, rollout):
     """The rollout with the value before each response token."""
     values_BR = apply.scalar.values(value, rollout.tokens_BT, rollout.attend_BT, rollout.mask_BR.shape[1])
     return rollout.replace(values_BR=jnp.where(rollout.mask_BR, values_BR, 0))
+
+
+def _by_slices(read, prompt_BP, prompt_mask_BP, rows, sampling):
+    """read(prompt, mask, rows) of all rows, sampling.lanes of them at a time, without padding that they share."""
+
+    def at_width(part):
+        prompt_BP, prompt_mask_BP, rows = part
+        return padding.cut(lambda *prompts: read(*prompts, rows), prompt_BP, prompt_mask_BP, sampling.widths)
+
+    B, rows = len(prompt_BP), (prompt_BP, prompt_mask_BP, rows)
+    if sampling.lanes in (0, B):
+        return at_width(rows)
+    order_B = padding.alike(prompt_mask_BP, B // sampling.lanes)
+    # Dealt out in turn, as optim.accumulate does, so that rows laid over devices stay balanced.
+    dealt = jax.tree.map(lambda x: x[order_B].reshape(sampling.lanes, -1, *x.shape[1:]).swapaxes(0, 1), rows)
+    parts, back_B = jax.lax.map(at_width, dealt), jnp.argsort(order_B)
+    return jax.tree.map(lambda x: x.swapaxes(0, 1).reshape(B, *x.shape[2:])[back_B], parts)

@@ -1,7 +1,7 @@
 """Proximal policy optimization (Schulman et al. 2017) for language models. Trains `policy` and `value`.
 
-One step is: sample a Rollout from the policy, score it, `estimate` advantages, then `update` for some epochs of
-minibatches on the frozen rollout. Sampling and scoring are rollout.py's; this file starts where the score is known.
+An iteration samples a Rollout from the policy, scores it, estimates advantages, then learns for some epochs of
+minibatches on the frozen rollout. This file is the part of it that makes it PPO; policy.py has the rest.
 """
 
 import dataclasses
@@ -9,73 +9,28 @@ import dataclasses
 import jax
 import jax.numpy as jnp
 
-from rlhf_jax.ops import advantages, kl, losses, masked, padding
-from rlhf_jax.training import optim
-from rlhf_jax.training.state import TrainState
+from rlhf_jax.algorithms import policy
+from rlhf_jax.ops import advantages, losses, masked
+
+NEEDS_VALUE = True
+SHUFFLES = True  # every epoch has its own order of the rows
 
 
 @dataclasses.dataclass(frozen=True)
-class Config(optim.Config):
+class Config(policy.Config):
     """Defaults are the published TL;DR recipe (arXiv 2403.17031): about 1M episodes."""
 
-    steps: int = 1_953  # rollouts
-    batch: int = 512  # episodes a rollout
-    lanes: int = 0  # of them written at a time, a lane that is free gets the next prompt, and scored at a time; 0: all
-    widths: int = 1  # of prompts, in equal steps up to the longest: slices of like prompts are read without padding
-    epochs: int = 4
-    minibatches: int = 1
-    microbatches: int = 1  # slices of a minibatch whose gradients are summed, to save memory
-    temperature: float = 0.7
-    top_k: int = 0  # must stay 0: rollouts draw from the distribution that the update differentiates
-    top_p: float = 1.0  # must stay 1
-    kl_coef: float = 0.05
-    kl_target: float = 0.0  # nats a sequence that an adaptive kl_coef steers to; 0: kl_coef is fixed
-    kl_horizon: int = 10_000  # episodes over which it adapts
-    gamma: float = 1.0
     lam: float = 0.95
     clip: float = 0.2
     value_clip: float = 0.2
     value_coef: float = 0.1
-    value_init: str = "reward"  # reward: trunk and head of the reward model; zero: the SFT trunk under a zero head
-    missing_eos: str = "replace"  # a response without EOS: replace its score by the penalty, or subtract it
-    missing_eos_penalty: float = 1.0  # replace: the score becomes -penalty; subtract: score - penalty
+    value_init: str = "auto"
     whiten_rewards: bool = False
-    whiten_advantages: bool = True
-    trace_epochs: bool = False  # log approx KL and clip fraction after each epoch too, to compare with a published run
-    eval_every: int = 50
-    save_every: int = 100
-
-
-def init(policy, value, reward, key, *, config, tx):
-    """The state before the first rollout; the reference is the policy as it is now."""
-    # Copies, because the trees may share arrays: the state is donated to the update, and a buffer can be only once.
-    policy, reference, value, reward = jax.tree.map(jnp.copy, (policy, policy, value, reward))
-    return TrainState.create(
-        key,
-        policy=policy,
-        reference=reference,
-        value=value,
-        reward=reward,
-        optimizer={"policy": tx.init(policy), "value": tx.init(value)},
-        kl_coef=jnp.float32(config.kl_coef),
-    )
-
-
-def final_score(score_B, eos_B, *, missing_eos, penalty):
-    """The score that PPO is given: responses that never ended are punished.
-
-    missing_eos "replace": their score becomes -penalty (the default: a good start does not pay for no end);
-    "subtract": it becomes score - penalty.
-    """
-    punished_B = jnp.full_like(score_B, -penalty) if missing_eos == "replace" else score_B - penalty
-    return jnp.where(eos_B, score_B, punished_B)
 
 
 def estimate(rollout, kl_coef, *, config):
     """The rollout with advantages and returns: from here on they are constants."""
-    score_B = final_score(
-        rollout.score_B, rollout.eos_B, missing_eos=config.missing_eos, penalty=config.missing_eos_penalty
-    )
+    score_B = policy.scored(rollout, config)
     shape = jax.vmap(lambda score, kl_R, mask_R: advantages.shape_rewards(score, kl_R, mask_R, kl_coef=kl_coef))
     rewards_BR = shape(score_B, rollout.kl_BR, rollout.mask_BR)
     if config.whiten_rewards:
@@ -104,94 +59,25 @@ def loss(params, batch, *, config, apply):
         values_BR, batch.values_BR, batch.returns_BR, batch.mask_BR, clip=config.value_clip
     )
     return policy_loss + config.value_coef * value_loss, {
-        "ppo/policy_loss": policy_loss,
-        "ppo/value_loss": value_loss,
-        "ppo/clip_fraction": policy_aux["clip_fraction"],
-        "ppo/approx_kl": policy_aux["approx_kl"],
-        "ppo/ratio": policy_aux["ratio"],
-        "ppo/ratio_square": policy_aux["ratio_square"],
-        "ppo/value_clip_fraction": value_aux["clip_fraction"],
+        "policy_loss": policy_loss,
+        "value_loss": value_loss,
+        "clip_fraction": policy_aux["clip_fraction"],
+        "approx_kl": policy_aux["approx_kl"],
+        "ratio": policy_aux["ratio"],
+        "ratio_square": policy_aux["ratio_square"],
+        "value_clip_fraction": value_aux["clip_fraction"],
     }
 
 
-def update(state, rollout, *, config, apply, tx):
-    """All epochs and minibatches on one rollout: (state, metrics [epochs, minibatches] each).
-
-    One compiled scan; every epoch draws its own permutation. Reference and reward pass through untouched.
-    """
-    B = rollout.mask_BR.shape[0]
-    shuffle_key = jax.random.fold_in(state.step_key, 1)
-
-    def minibatch(carry, rows):
-        params, opt = carry
-        if config.widths > 1:
-            rows = rows[padding.alike(rollout.prompt_mask_BP[rows], config.microbatches)]
-        batch = jax.tree.map(lambda x: x[rows], rollout)
-
-        def grads(part):
-            def at_width(prompt_BP, prompt_mask_BP):
-                narrow = part.replace(prompt_BP=prompt_BP, prompt_mask_BP=prompt_mask_BP)
-                (_, aux), grads = jax.value_and_grad(loss, has_aux=True)(params, narrow, config=config, apply=apply)
-                return grads, aux
-
-            return padding.cut(at_width, part.prompt_BP, part.prompt_mask_BP, config.widths)
-
-        grads, aux = optim.accumulate(grads, batch, jnp.sum(batch.mask_BR, axis=1), config.microbatches)
-        moved = {name: optim.update(tx, grads[name], opt[name], params[name]) for name in params}
-        aux |= {f"ppo/{name}_grad_norm": optim.norm(grads[name]) for name in params}
-        return ({name: moved[name][0] for name in params}, {name: moved[name][1] for name in params}), aux
-
-    def epoch(carry, key):
-        rows = jax.random.permutation(key, B).reshape(config.minibatches, -1)
-        return jax.lax.scan(minibatch, carry, rows)
-
-    start = ({"policy": state.policy, "value": state.value}, state.optimizer)
-    (params, opt), aux = jax.lax.scan(epoch, start, jax.random.split(shuffle_key, config.epochs))
-    state = state.replace(step=state.step + 1, policy=params["policy"], value=params["value"], optimizer=opt)
-    return state, aux
-
-
-def step(state, rollout, *, config, apply, tx):
-    """Advantages, update and KL controller for a scored rollout with values: (state, metrics)."""
-    rollout = estimate(rollout, state.kl_coef, config=config)
-    numbers = metrics(rollout, kl_coef=state.kl_coef, config=config)
-    state, aux = update(state, rollout, config=config, apply=apply, tx=tx)
-    control = {"target": config.kl_target, "horizon": config.kl_horizon, "episodes": rollout.mask_BR.shape[0]}
-    state = state.replace(kl_coef=kl.adapt(state.kl_coef, numbers["ppo/kl"], **control))
-    aux["ppo/ess"] = jnp.square(aux["ppo/ratio"]) / aux.pop("ppo/ratio_square")
-    if config.trace_epochs:
-        numbers |= trace(aux)
-    numbers |= {name: jnp.mean(value) for name, value in aux.items()}
-    numbers |= {f"{name}_last": aux[name][-1, -1] for name in ("ppo/approx_kl", "ppo/ess")}
-    return state, numbers
-
-
-def trace(aux):
-    """How far the policy has moved after each epoch of an update: means over the epochs so far, counted from 1.
-
-    aux is that of `update`. Of one minibatch an epoch the first entries are 0: nothing has moved when it is measured.
-    """
-    numbers = {}
-    for name in ("ppo/approx_kl", "ppo/clip_fraction"):
-        mean_E = jnp.mean(aux[name], axis=1)
-        running_E = jnp.cumsum(mean_E) / jnp.arange(1, len(mean_E) + 1)
-        numbers |= {f"{name}_epoch_{epoch}": running for epoch, running in enumerate(running_E, start=1)}
-    return numbers
-
-
 def metrics(rollout, *, kl_coef, config):
-    """What a rollout says, before the policy learns from it: Rollout.statistics, and what PPO adds to the score."""
+    """The rollout's own statistics, the total that PPO maximizes, and how well the value explains the returns."""
     mask_BR = rollout.mask_BR
-    score_B = final_score(
-        rollout.score_B, rollout.eos_B, missing_eos=config.missing_eos, penalty=config.missing_eos_penalty
-    )
     residual_BR = rollout.returns_BR - rollout.values_BR
     explained = 1 - masked.var(residual_BR, mask_BR) / jnp.maximum(masked.var(rollout.returns_BR, mask_BR), 1e-8)
-    numbers = rollout.statistics(kl_coef) | {
-        "score_final": jnp.mean(score_B),  # after the rule for a missing EOS
-        "score_total": jnp.mean(score_B - kl_coef * masked.sum(rollout.kl_BR, mask_BR, axis=1)),
+    return {
+        **rollout.statistics(kl_coef),
+        **policy.totals(rollout, kl_coef, config),
         "value": masked.mean(rollout.values_BR, mask_BR),
         "returns": masked.mean(rollout.returns_BR, mask_BR),
         "explained_variance": explained,
     }
-    return {f"ppo/{name}": value for name, value in numbers.items()}

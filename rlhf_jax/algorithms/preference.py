@@ -48,13 +48,13 @@ def loss(reward, batch, *, apply):
     value = jnp.mean(losses.bradley_terry(chosen_B, rejected_B))
     margin_B = chosen_B - rejected_B
     return value, {
-        "reward/loss": value,
-        "reward/accuracy": jnp.mean((margin_B > 0) + 0.5 * (margin_B == 0)),
-        "reward/margin": jnp.mean(margin_B),
+        "loss": value,
+        "accuracy": jnp.mean((margin_B > 0) + 0.5 * (margin_B == 0)),
+        "margin": jnp.mean(margin_B),
     }
 
 
-def step(state, batch, *, config, apply, tx):
+def step(state, batch, *, config, apply, tx, guard="off"):
     """One optimizer step: (state, metrics)."""
 
     def grads(part):
@@ -63,11 +63,7 @@ def step(state, batch, *, config, apply, tx):
 
     pairs_B = jnp.ones(batch["prompt_BP"].shape[0])
     grads, aux = optim.accumulate(grads, batch, pairs_B, config.microbatches)
-    reward, opt_state = optim.update(tx, grads, state.optimizer["reward"], state.reward)
-    state = state.replace(step=state.step + 1, reward=reward, optimizer={"reward": opt_state})
-    return state, metrics(aux, grads)
-
-
-def metrics(aux, grads):
-    """What is logged each step."""
-    return {**aux, "reward/grad_norm": optim.norm(grads)}
+    update = optim.begin(state, ("reward",), batch, guard=guard)
+    update, norms = optim.step(update, state, {"reward": grads}, aux, tx=tx, guard=guard)
+    state, skipped = optim.end(state, update, guard=guard)
+    return state, {**aux, "grad_norm": norms["reward_grad_norm"], **skipped}

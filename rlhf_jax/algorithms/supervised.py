@@ -44,7 +44,7 @@ def loss(policy, batch, *, config, apply, dropout_key=None):
     tokens_BT, real_BT, mask_BT = tokens(batch, config.loss_on)
     logp_BT = apply.policy.logprobs(policy, tokens_BT, real_BT, mask_BT.shape[1], dropout_key=dropout_key)
     value = losses.cross_entropy(logp_BT, mask_BT)
-    return value, {"sft/loss": value}
+    return value, {"loss": value}
 
 
 def token_logprobs(policy, batch, *, config, apply):
@@ -53,7 +53,7 @@ def token_logprobs(policy, batch, *, config, apply):
     return apply.policy.logprobs(policy, tokens_BT, real_BT, mask_BT.shape[1]), mask_BT
 
 
-def step(state, batch, *, config, apply, tx):
+def step(state, batch, *, config, apply, tx, guard="off"):
     """One optimizer step: (state, metrics)."""
     *_, mask_BT = tokens(batch, config.loss_on)
 
@@ -66,11 +66,7 @@ def step(state, batch, *, config, apply, tx):
         return grads, aux
 
     grads, aux = optim.accumulate(grads, batch, jnp.sum(mask_BT, axis=1), config.microbatches)
-    policy, opt_state = optim.update(tx, grads, state.optimizer["policy"], state.policy)
-    state = state.replace(step=state.step + 1, policy=policy, optimizer={"policy": opt_state})
-    return state, metrics(aux, grads)
-
-
-def metrics(aux, grads):
-    """What is logged each step."""
-    return {**aux, "sft/grad_norm": optim.norm(grads)}
+    update = optim.begin(state, ("policy",), batch, guard=guard)
+    update, norms = optim.step(update, state, {"policy": grads}, aux, tx=tx, guard=guard)
+    state, skipped = optim.end(state, update, guard=guard)
+    return state, {**aux, "grad_norm": norms["policy_grad_norm"], **skipped}

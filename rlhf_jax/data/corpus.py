@@ -95,6 +95,15 @@ def openings(rows, tokenizer, length):
     return _arrays(tokens_NT, tokens_NT != tokenizer.pad_id)
 
 
+def pairs(rows, tokenizer, length):
+    """Rows {"chosen", "rejected"} as two `openings` each, after one start."""
+    sides = {name: openings([{"text": row[name]} for row in rows], tokenizer, length) for name in ("chosen", "rejected")}
+    arrays = {name: sides["chosen"][name] for name in ("prompt_NP", "prompt_mask_NP", "index_N")}
+    for name, side in sides.items():
+        arrays |= {f"{name}_NR": side["response_NR"], f"{name}_mask_NR": side["response_mask_NR"]}
+    return arrays
+
+
 def starts(count, tokenizer):
     """`count` prompts of EOS alone: what samples are drawn from."""
     index_N = np.arange(count, dtype=np.int32)

@@ -1,45 +1,64 @@
-"""Any Python function of texts is a reward.
+"""Any Python function of texts, or of rows and texts, is a reward.
 
     def polite(texts):                          # list of N completions
         return [float("please" in text) for text in texts]
 
+    def correct(rows, texts):                   # rows: the N rows of the data, with all their columns
+        return [float(text.strip() == row["answer"]) for row, text in zip(rows, texts)]
+
 It returns N numbers, or {component: N numbers}: then the reward is their sum, and each is logged under its name.
-`--config.reward=path/to/file.py:polite` uses it; a bare name is a function of this package (NAMED).
+`--config.reward=path/to/file.py:polite` uses it; NAMED has the ones of this package.
 """
 
+import hashlib
 import importlib.util
+import inspect
+import sys
+import traceback
 from collections.abc import Callable, Mapping
 from pathlib import Path
+from types import ModuleType
+from typing import Any
 
 import numpy as np
 
 from rlhf_jax.errors import InputError
-from rlhf_jax.rewards import sentiment
+from rlhf_jax.rewards import Completions, gold, sentiment
 
-NAMED = {"sentiment": sentiment.compound}
+NAMED = {"sentiment": sentiment.compound, "gold": gold.of_rows}
 
 
-class Reward:
-    """A checked reward function: reward(texts) -> (rewards [N] float32, {component: [N]})."""
+class Function:
+    """A checked reward function, as a Reward that runs on the host."""
+
+    metric, params, on_host = "reward", None, True
 
     def __init__(self, function: Callable, name: str):
-        self._function, self._name = function, name
+        self._function, self.name = function, name
+        self.takes_rows = _takes_rows(function)
 
-    def __call__(self, texts: list[str]) -> tuple[np.ndarray, dict[str, np.ndarray]]:
-        """Raises InputError, naming the function and the text's number, where it raises or its result is no reward."""
+    def __call__(self, params: Any, completions: Completions) -> dict[str, np.ndarray]:
+        """{"reward": [N]}, or {"reward_<component>": [N]} where the function returns several, float32."""
+        return self.scores(completions.rows, completions.texts)
+
+    def scores(self, rows, texts: list[str]) -> dict[str, np.ndarray]:
+        """The same of rows (ignored by a function of texts alone) and texts.
+
+        Raises InputError, naming the function and the text's number, where it raises or its result is no reward.
+        """
+        args = (list(rows), list(texts)) if self.takes_rows else (list(texts),)
         try:
-            scored = self._function(list(texts))
-        except Exception as error:
-            raise InputError(f"reward {self._name}: {type(error).__name__}: {error}") from error
-        if isinstance(scored, Mapping):
-            parts = {str(name): self._checked(values, len(texts), f", {name}") for name, values in scored.items()}
-            if not parts:
-                raise InputError(f"reward {self._name}: expected at least one component, got none")
-            return np.sum(list(parts.values()), axis=0), parts
-        return self._checked(scored, len(texts), ""), {}
+            scored = self._function(*args)
+        except (Exception, SystemExit) as error:
+            raise InputError(f"reward {self.name}: {_raised(error)}") from error
+        if not isinstance(scored, Mapping):
+            return {self.metric: self._checked(scored, len(texts), "")}
+        if not scored:
+            raise InputError(f"reward {self.name}: expected at least one component, got none")
+        return {f"reward_{name}": self._checked(part, len(texts), f", {name}") for name, part in scored.items()}
 
     def _checked(self, values, count: int, part: str) -> np.ndarray:
-        where = f"reward {self._name}{part}"
+        where = f"reward {self.name}{part}"
         try:
             values_N = np.asarray(values, np.float32)
         except (TypeError, ValueError):
@@ -52,25 +71,68 @@ class Reward:
         return values_N
 
 
-def load(spec: str) -> Reward:
+def load(spec: str) -> Function:
     """The reward that a config names: one of NAMED, or "path/to/file.py:function".
 
     Raises InputError for an unknown name, a missing file or function, or a file that does not import.
     """
     if spec in NAMED:
-        return Reward(NAMED[spec], spec)
-    path, colon, name = spec.rpartition(":")
-    if not colon or not path.endswith(".py"):
-        raise InputError(f"reward: expected {' or '.join(NAMED)}, or path/to/file.py:function; got {spec!r}")
-    if not Path(path).is_file():
-        raise InputError(f"reward: {path}: no such file")
-    module_spec = importlib.util.spec_from_file_location(Path(path).stem, path)
-    module = importlib.util.module_from_spec(module_spec)
-    try:
-        module_spec.loader.exec_module(module)
-    except Exception as error:
-        raise InputError(f"reward: {path}: {type(error).__name__}: {error}") from error
-    function = getattr(module, name, None)
+        return Function(NAMED[spec], spec)
+    path, name = _split(spec)
+    function = getattr(_module(path), name, None)
     if not callable(function):
         raise InputError(f"reward: {path}: expected a function {name!r}, found none")
-    return Reward(function, spec)
+    return Function(function, spec)
+
+
+def fingerprint(spec: str) -> str:
+    """sha256 (hex) of the file that a reward is in; empty for those of this package."""
+    return "" if spec in NAMED else hashlib.sha256(_split(spec)[0].read_bytes()).hexdigest()
+
+
+def _split(spec: str) -> tuple[Path, str]:
+    path, colon, name = spec.rpartition(":")
+    if not colon or not path.endswith(".py"):
+        raise InputError(
+            f"reward: expected learned, {' or '.join(NAMED)}, or path/to/file.py:function; got {spec!r}"
+        )
+    if not Path(path).is_file():
+        raise InputError(f"reward: {path}: no such file")
+    return Path(path), name
+
+
+def _module(path: Path) -> ModuleType:
+    """The file as a module that is imported as any other: its neighbours can be imported, and its classes pickled."""
+    folder = str(path.absolute().parent)
+    if folder not in sys.path:
+        sys.path.append(folder)
+    spec = importlib.util.spec_from_file_location(path.stem, path)
+    module = importlib.util.module_from_spec(spec)
+    known = sys.modules.get(path.stem)
+    if known is not None and getattr(known, "__file__", None) != str(path.absolute()):
+        spec.name = module.__name__ = f"{path.stem}_{hashlib.sha256(folder.encode()).hexdigest()[:8]}"
+    sys.modules[spec.name] = module
+    try:
+        spec.loader.exec_module(module)
+    except (Exception, SystemExit) as error:
+        del sys.modules[spec.name]
+        raise InputError(f"reward: {path}: {_raised(error)}") from error
+    return module
+
+
+def _raised(error: BaseException) -> str:
+    """What was raised and where: "ValueError: no (rules.py:12)"."""
+    frames = [frame for frame in traceback.extract_tb(error.__traceback__) if frame.filename != __file__]
+    own = [frame for frame in frames if "importlib" not in frame.filename]
+    where = f" ({Path(own[-1].filename).name}:{own[-1].lineno})" if own else ""
+    return f"{type(error).__name__}: {error}{where}"
+
+
+def _takes_rows(function: Callable) -> bool:
+    """Whether it is a function of rows and texts: two parameters that must be given."""
+    try:
+        parameters = inspect.signature(function).parameters.values()
+    except (TypeError, ValueError):
+        return False
+    needed = [p for p in parameters if p.default is p.empty and p.kind in (p.POSITIONAL_ONLY, p.POSITIONAL_OR_KEYWORD)]
+    return len(needed) == 2

@@ -55,6 +55,14 @@ def score(record: Mapping[str, str], summary: str) -> float:
     return max(part["coverage"] - cost, LOWEST_SCORE)
 
 
+def of_rows(rows, texts: list[str]) -> list[float]:
+    """`score` of each text for its row's record: the reward `gold`."""
+    for row in rows:
+        if "record" not in row:
+            raise InputError("gold: expected rows with a record, as those of the embedded world have")
+    return [score(row["record"], text) for row, text in zip(rows, texts, strict=True)]
+
+
 def parts(record: Mapping[str, str], summary: str) -> dict[str, float]:
     """What the score is made of, on whole words in either case; saying a word twice counts once, except as length.
 

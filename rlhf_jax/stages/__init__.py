@@ -1,72 +1,142 @@
-"""Typed config -> a finished stage, and the jobs that run several in a row.
+"""A stage is a value made of values: what it starts from, its compiled step, its evaluation, and what it is for.
 
-The functions that XLA compiles are named here, once a stage; what they call is pure.
+training/fit.py trains one. language_model.py, preference.py and rl.py make them; nothing here writes or prints.
 """
 
-import json
-import shutil
+import dataclasses
+import functools
+from collections.abc import Callable
+from typing import Any, NamedTuple
 
-from rlhf_jax.report import metrics, plots
-from rlhf_jax.stages import common
-from rlhf_jax.stages.ppo import ppo
-from rlhf_jax.stages.ppo import prepare as prepare_ppo
-from rlhf_jax.stages.reuse import reuse
-from rlhf_jax.stages.reward import prepare as prepare_reward
-from rlhf_jax.stages.reward import reward
-from rlhf_jax.stages.supervised import prepare as prepare_supervised
-from rlhf_jax.stages.supervised import pretrain, sft
-from rlhf_jax.stages.verifiable import prepare as prepare_rl
-from rlhf_jax.stages.verifiable import rl
+import jax
+import numpy as np
 
-__all__ = ["ppo", "prepare", "pretrain", "reuse", "reward", "rl", "sft", "summarize", "write"]
+from rlhf_jax import generate, text
+from rlhf_jax.data import batches
+from rlhf_jax.errors import InputError
+from rlhf_jax.rollout import Apply
+from rlhf_jax.tasks import Encoded, Task
+from rlhf_jax.text import Tokenizer
+from rlhf_jax.training import guard, sharding
 
-
-def prepare(run, name):
-    """What the stage of this name trains, a common.Training: its state, its compiled step, its evaluation."""
-    prepares = {"reward": prepare_reward, "ppo": prepare_ppo, "rl": prepare_rl}
-    return prepares.get(name, prepare_supervised)(run, name)
+# The index is folded into the seed: append only; reordering changes the numbers of old runs.
+PURPOSES = ("sft", "reward", "ppo", "policy init", "reward head", "evaluation", "pretrain", "rl")
 
 
-def summarize(run):
-    """The main job, fine-tuning -> reward model -> PPO, without what is finished already: the run's summary."""
+class Step(NamedTuple):
+    """What one step of a stage returns."""
 
-    def draw(rows, path):
-        plots.pipeline(*rows.values(), path, title=f"seed {run.config.seed}")
-
-    return _job(run, {"sft": sft, "reward": reward, "ppo": ppo}, draw)
-
-
-def write(run):
-    """Pretraining -> fine-tuning -> reinforcement learning on run.reward, without what is finished: its summary."""
-
-    def draw(rows, path):
-        plots.writing(*rows.values(), path, title=f"seed {run.config.seed}")
-
-    return _job(run, {"pretrain": pretrain, "sft": sft, "rl": rl}, draw)
+    state: Any
+    numbers: dict  # {name: scalar}, without the stage's name
+    rollout: Any = None  # what the update was given, where that is not the batch
+    notes: tuple[str, ...] = ()
 
 
-def _job(run, stages, draw):
-    todo = [name for name in stages if not run.finished(name)]
-    if next(iter(stages)) in todo:
-        run.weights()  # what cannot be downloaded is told before hours of tokens
-    for name in todo:  # what is wrong with the data is found now, not when its stage begins
-        common.check_batch(run, name)
-    for name, stage in stages.items():
-        if name in todo:
-            stage(run)
-        else:
-            run.reporter.note(f"{name}: finished with this config, skipped")
-    if not todo and (run.workdir / "summary.json").exists():
-        return json.loads((run.workdir / "summary.json").read_text())
-    draw(
-        {name: metrics.read(run.workdir / name / "metrics.jsonl") for name in stages},
-        run.workdir / "plots" / "pipeline.png",
-    )
-    shutil.copyfile(run.workdir / name / "samples.jsonl", run.workdir / "samples.jsonl")  # of the last stage
-    numbers, seconds = {}, 0
-    for name in stages:
-        summary = run.summary(name)
-        numbers |= {key: value for key, value in summary.items() if key.startswith(f"{name}/")}
-        numbers[f"{name}/seconds"] = summary["seconds"]
-        seconds += summary["seconds"]
-    return common.write_summary(run, run.workdir, seconds, numbers)
+class Evaluation(NamedTuple):
+    """What a policy or a reward model is worth on held-out rows."""
+
+    numbers: dict  # {name: float}
+    details: Any = None  # what the stage's `summarize` makes its samples and plots of
+    samples: tuple[dict, ...] = ()  # completions to show on the way
+
+
+class Summary(NamedTuple):
+    """What a finished stage leaves beside its parameters."""
+
+    numbers: dict  # {name: number or nested}, without the stage's name
+    samples: list[dict]
+    plot: Callable[[list[dict], Any], dict]  # (rows of metrics, folder) -> more numbers, taken from those rows
+    table: tuple = ()  # rows (name, before, after, change, its 95% interval)
+
+
+@dataclasses.dataclass(frozen=True)
+class Stage:
+    """What training/fit.py trains."""
+
+    name: str
+    config: Any  # steps, batch, eval_every, save_every, schedule
+    state: Any  # at step 0
+    batch_at: Callable[[int], dict]  # step, from 0 -> its batch on the device: a function of the seed and the step
+    step: Callable[[Any, dict], Step]  # may donate the state
+    learn: Callable  # the compiled update alone: (state, batch or rollout) -> (state, numbers)
+    evaluate: Callable[[Any], Evaluation]
+    best: tuple[str, Callable]  # the number of an evaluation by which checkpoints are compared; min or max of it
+    result: tuple[str, ...]  # fields of the state that the stage is for
+    summarize: Callable[[Any, Evaluation], Summary]  # (state, its last evaluation) -> Summary
+    headlines: tuple[str, ...] = ()  # numbers of the summary that are shown when the stage is done
+    eligible: Callable = lambda numbers: True  # whether a checkpoint with this evaluation may be kept as one of the best
+    keep: Callable | None = None  # (state, Evaluation) -> state: what an evaluation found may be put aside
+    complete: Callable | None = None  # (last state, its Evaluation) -> (the result's state, numbers)
+    frozen: tuple[str, ...] = ()  # fields that no step changes: they are saved by the stage that made them
+    guard: guard.Config = guard.Config()
+
+
+@dataclasses.dataclass(frozen=True, eq=False)
+class Setup:
+    """The values that the stages of a run have in common."""
+
+    seed: int
+    task: Task
+    tokenizer: Tokenizer
+    apply: Apply
+    evaluation: Any  # config.Evaluation
+    guard: guard.Config = guard.Config()
+    mesh: Any = dataclasses.field(default_factory=sharding.mesh)
+    jit: Callable = jax.jit  # replay.py takes another, to look at every operation
+
+    @functools.cache  # noqa: B019 (a setup lives as long as its run)
+    def arrays(self, kind: str) -> Encoded:
+        """(train, held-out) arrays of a kind of rows."""
+        return self.task.arrays(kind, self.tokenizer)
+
+    def questions(self, kind: str) -> tuple[dict, list[dict]]:
+        """(arrays, rows) of the held-out prompts that a stage which trains on this kind is measured on."""
+        kind = self.task.questions[kind]
+        arrays, rows = self.arrays(kind).held_out, self.task.rows(kind).held_out
+        return arrays, [rows[i] for i in arrays["index_N"][: self.evaluation.prompts]]
+
+    def key(self, purpose: str) -> jax.Array:
+        """The random key of one of PURPOSES."""
+        return jax.random.fold_in(jax.random.key(self.seed), PURPOSES.index(purpose))
+
+    def batch_at(self, kind: str, batch: int, purpose: str, field: str) -> Callable[[int], dict]:
+        """A stage's batches on the devices, in an order of its own. `field` is the config's, for an error."""
+        arrays = self.arrays(kind).train
+        if batch > (rows := len(arrays["index_N"])):
+            raise InputError(f"{field}: expected at most {rows}, the rows there are to train on, got {batch}")
+        seed = int(jax.random.randint(self.key(purpose), (), 0, 2**31 - 1))
+        at = batches.batch_at(arrays, batch=batch, seed=seed)
+        return lambda step: sharding.shard(at(step), self.mesh)
+
+    def sampling(self, temperature: float, **changes: Any) -> generate.Sampling:
+        """How responses are sampled, with `changes` of the other fields of a Sampling."""
+        return generate.Sampling(
+            max_tokens=self.task.response_length,
+            eos_id=self.tokenizer.eos_id,
+            pad_id=self.tokenizer.pad_id,
+            temperature=temperature,
+            **changes,
+        )
+
+    def decode(self, response_BR, mask_BR) -> list[str]:
+        """Responses as texts, without the space that they begin with."""
+        return text.responses(self.tokenizer, response_BR, mask_BR)
+
+    def over(self, arrays: dict, function: Callable, rows: int | None = None) -> Any:
+        """function(batch) over the first `rows` rows (default: all), a device batch at a time: NumPy results by row.
+
+        The last batch is filled up from the first rows, and their results are cut off: every batch has one shape.
+        """
+        count = rows or len(arrays["index_N"])
+        size = min(self.evaluation.batch, count)
+        size += -size % self.mesh.size
+        parts = []
+        for start in range(0, count, size):
+            batch = batches.take(arrays, np.arange(start, start + size) % count)
+            parts.append(sharding.gather(function(sharding.shard(batch, self.mesh))))
+        return jax.tree.map(lambda *x: np.concatenate(x)[:count], *parts)
+
+
+def row_keys(key, batch):
+    """A key for each held-out row [B], the same in any batch: two policies meet the same prompts and the same noise."""
+    return jax.vmap(jax.random.fold_in, (None, 0))(key, batch["index_B"])

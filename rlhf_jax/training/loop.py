@@ -11,63 +11,75 @@ AGAIN = "the same command goes on from there"
 
 
 class Stopped(BaseException):
-    """The run was asked to stop (SIGTERM, SIGINT); the same command goes on from there.
+    """SIGTERM or SIGINT has stopped the run; the same command goes on from there.
 
     Like KeyboardInterrupt it is no Exception: a signal may come anywhere, and no `except Exception` may eat it.
     """
 
 
-def run(state, batches, *, config, step_fn, evaluate, checkpoints, log, reporter, stop, incident, row=None, keep=None):
-    """Trains from state.step to config.steps and returns the last state, which the caller evaluates.
+def run(stage, state, *, checkpoints, log, reporter, stop, incident, row=None):
+    """Trains a Stage from state.step to its last step and returns the last state, which the caller evaluates.
 
-    step_fn(state, batch) -> (state, numbers) may donate the state. evaluate(state) -> (numbers, details) is called
-    every config.eval_every steps, and keep(state, details) -> state may put aside what it found. A checkpoint is taken
-    every config.save_every steps, at the best evaluation, after the last step, and when `stop()` says so; then Stopped
-    is raised. Beside the state it holds the position of `batches` and the row of its step; `row` is that of the state
-    given, and its evaluation is made up for where a signal came before it.
+    The stage is evaluated every config.eval_every steps. A checkpoint is taken every config.save_every steps, at the
+    best evaluation, after the last step, and when `stop()` is true; then Stopped is raised. Beside the state it holds
+    the row of metrics of its step; `row` is that of the state given. If the run stopped before that step's evaluation,
+    the evaluation runs now.
 
-    A number that is not finite is logged and handed to incident(state, step, batch, names, skipped), which raises
-    NonFinite or lets the run go on; then the loop waits for each step (incident.waits), to have its state at hand.
+    A number that is not finite is logged and handed to incident(state, step, batch, rollout, names, skipped), which
+    raises NonFinite or lets the run go on; then each step is awaited (incident.waits), to have its state at hand.
     """
+    config = stage.config
     pending = None  # the step on the device, whose numbers are read while the next one runs
     skipped = int(state.skipped)
 
-    def tell(step, numbers):
+    def write(step, numbers):
         log.write(step, numbers)
         reporter.update(step, numbers)
 
-    def read(step, batch, numbers):
+    def named(numbers):
+        return {f"{stage.name}/{name}": float(value) for name, value in numbers.items()}
+
+    def read(step, batch, done):
         nonlocal skipped
-        numbers = floats(numbers)
-        count = int(next((value for name, value in numbers.items() if name.endswith("/skipped")), skipped))
+        numbers = named(done.numbers)
+        count = int(numbers.get(f"{stage.name}/skipped", skipped))
         if (names := not_finite(numbers)) or count > skipped:
             try:
-                incident(state, step, batch, names, count)
+                incident(state, step, batch, done.rollout, names, count)
             except NonFinite:
-                tell(step, numbers)
+                write(step, numbers)
                 raise
         skipped = count
+        for note in done.notes:
+            reporter.note(f"{stage.name}: {note}")
         return numbers
 
     def evaluated(state):
         """(state, numbers), or None for the numbers where a signal came first."""
         try:
             with stop.at_once():
-                found, details = evaluate(state)
+                evaluation = stage.evaluate(state)
         except Stopped:
             return state, None
-        return keep(state, details) if keep else state, floats(found)
+        reporter.samples(evaluation.samples)
+        return stage.keep(state, evaluation) if stage.keep else state, evaluation.numbers
 
     def end_step(state, step, numbers):
-        """Evaluates if it is due, and logs: (state, row, the evaluation's numbers or None)."""
-        asked, found = due(config.eval_every, step), None
-        if asked and step < config.steps:  # the last one is the caller's
+        """Evaluates if it is due, and logs: (state, row, the evaluation's numbers where its checkpoint may be kept)."""
+        is_due, found = due(config.eval_every, step), None
+        if is_due and step < config.steps:  # the last one is the caller's
             state, found = evaluated(state)
-        numbers = numbers | (found or {})
-        tell(step, numbers)
-        if found and (wrong := not_finite(found)):
+        evaluation = named(found or {})
+        numbers = numbers | evaluation
+        write(step, numbers)
+        if wrong := not_finite(evaluation):
             raise NonFinite(f"step {step}: {', '.join(wrong)} not finite")
-        return state, {"numbers": numbers, "complete": not asked or found is not None}, found
+        row = {"numbers": numbers, "complete": not is_due or found is not None}
+        return state, row, evaluation if found and stage.eligible(found) else None
+
+    def save(state, step, row, found):
+        kept = state.replace(**dict.fromkeys(stage.frozen))
+        checkpoints.save(step, kept, {"row": row}, found)
 
     def leave(step):
         if stop():
@@ -75,22 +87,25 @@ def run(state, batches, *, config, step_fn, evaluate, checkpoints, log, reporter
 
     start = int(state.step)
     if row is not None and row["complete"]:
-        tell(start, row["numbers"])
+        write(start, row["numbers"])
     elif row is not None:
-        state, _, _ = end_step(state, start, row["numbers"])
+        state, row, found = end_step(state, start, row["numbers"])
+        if row["complete"]:  # saved once more, with the evaluation that it lacked
+            save(state, start, row, found)
         leave(start)
     for step in range(start + 1, config.steps + 1):
-        batch = next(batches)
-        state, numbers = step_fn(state, batch)
+        batch = stage.batch_at(step - 1)
+        done = stage.step(state, batch)
+        state = done.state
         if pending:
-            tell(pending[0], read(*pending))
-        pending = step, batch, numbers
+            write(pending[0], read(*pending))
+        pending = step, batch, done._replace(state=None)
         saves = step == config.steps or due(config.save_every, step)
         if saves or due(config.eval_every, step) or stop() or incident.waits:
             numbers, pending = read(*pending), None
             state, row, found = end_step(state, step, numbers)
             if saves or stop() or (found and checkpoints.is_best(found)):
-                checkpoints.save(step, state, {"position": batches.get_state(), "row": row}, found)
+                save(state, step, row, found)
             leave(step)
     return state
 
@@ -98,11 +113,6 @@ def run(state, batches, *, config, step_fn, evaluate, checkpoints, log, reporter
 def due(every, step):
     """True on every `every`-th step; never for 0."""
     return every > 0 and step % every == 0
-
-
-def floats(numbers):
-    """The numbers, waited for."""
-    return {name: float(value) for name, value in numbers.items()}
 
 
 def not_finite(numbers):
@@ -114,14 +124,14 @@ class Stop:
     """Whether SIGTERM or SIGINT has come. A second one ends the program, whatever it is doing: all files are whole."""
 
     def __init__(self):
-        self._asked = self._raises = False
+        self._requested = self._raises = False
 
     def __call__(self):
-        return self._asked
+        return self._requested
 
-    def ask(self, number, _=None):
+    def request(self, number, _=None):
         """The handler of the signals."""
-        self._asked = True
+        self._requested = True
         for each in (signal.SIGTERM, signal.SIGINT):
             signal.signal(each, signal.SIG_DFL)
         self._check(f"stopped by {signal.Signals(number).name}; {AGAIN}")
@@ -144,16 +154,16 @@ class Stop:
             self._raises = before
         self._check()
 
-    def _check(self, told=f"stopped; {AGAIN}"):
-        if self._asked and self._raises:
-            raise Stopped(told)
+    def _check(self, message=f"stopped; {AGAIN}"):
+        if self._requested and self._raises:
+            raise Stopped(message)
 
 
 @contextlib.contextmanager
 def stop_signal():
-    """Yields a Stop that is told of SIGTERM and SIGINT. The handlers of before are put back in the end."""
+    """Yields a Stop that notes SIGTERM and SIGINT. The handlers of before are put back in the end."""
     stop = Stop()
-    before = {number: signal.signal(number, stop.ask) for number in (signal.SIGTERM, signal.SIGINT)}
+    before = {number: signal.signal(number, stop.request) for number in (signal.SIGTERM, signal.SIGINT)}
     try:
         yield stop
     finally:

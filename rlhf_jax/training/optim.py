@@ -1,7 +1,9 @@
 """AdamW, its schedules, and gradients summed over microbatches."""
 
 import dataclasses
+from typing import Any
 
+import flax
 import jax
 import jax.numpy as jnp
 import optax
@@ -43,10 +45,73 @@ def adamw(config, updates):
     return optax.chain(clip, adam)
 
 
-def update(tx, grads, opt_state, params):
-    """One optimizer step: (params, opt_state)."""
-    changes, opt_state = tx.update(grads, opt_state, params)
-    return optax.apply_updates(params, changes), opt_state
+@flax.struct.dataclass
+class Update:
+    """What one update carries from optimizer step to optimizer step: trees by name ("policy", "value", ...)."""
+
+    params: Any
+    optimizer: Any
+    finite: jax.Array  # () bool, all numbers of this update so far, and of the updates before it
+    taken: jax.Array  # () int32, optimizer steps counted so far
+
+
+def begin(state, names, given, *, guard):
+    """The Update of these trees of a TrainState, before its first optimizer step. `given` is what it learns from."""
+    params = {name: getattr(state, name) for name in names}
+    finite = jnp.array(True) if guard == "off" else all_finite(given)
+    if guard == "stop":  # the first update that is not finite is the last, however many were dispatched after it
+        finite &= state.skipped == 0
+    return Update(params, state.optimizer, finite, jnp.zeros((), jnp.int32))
+
+
+def step(update, state, grads, numbers, *, tx, guard):
+    """One optimizer step with gradients by name: (Update, {"<name>_grad_norm": norm before clipping}).
+
+    Unless guard is "off", nothing changes from the first step on whose numbers or gradient norms are not finite. Only
+    scalars are looked at: the choice is part of the kernels that write the parameters, and no second copy of them is
+    kept. Steps that `state.applied` counts already are not taken again.
+    """
+    norms = {f"{name}_grad_norm": norm(grads[name]) for name in grads}
+    if guard == "off":
+        finite, take = update.finite, jnp.array(True)
+    else:
+        finite = update.finite & all_finite((numbers, norms))
+        take = finite & (update.taken >= state.applied)
+
+    def keep(new, old):
+        return new if guard == "off" else jax.tree.map(lambda x, y: jnp.where(take, x, y), new, old)
+
+    params, optimizer = {}, {}
+    for name, params_old in update.params.items():
+        changes, optimizer_new = tx.update(grads[name], update.optimizer[name], params_old)
+        params[name] = keep(optax.apply_updates(params_old, changes), params_old)
+        optimizer[name] = keep(optimizer_new, update.optimizer[name])
+    taken = update.taken + (finite | (update.taken < state.applied))
+    return Update(params, optimizer, finite, taken), norms
+
+
+def end(state, update, *, guard):
+    """(TrainState after the update, {"skipped": updates left out so far}).
+
+    guard "stop": after a number that is not finite the state stays where it is, `applied` counts the optimizer steps
+    that were taken before it, and nothing moves any more. "skip": the run goes on with the next step.
+    """
+    new = state.replace(step=state.step + 1, optimizer=update.optimizer, **update.params)
+    if guard == "off":
+        return new, {"skipped": state.skipped}
+    skipped = state.skipped + ~update.finite
+    if guard == "stop":
+        first = ~update.finite & (state.skipped == 0)
+        new = new.replace(
+            step=state.step + update.finite, applied=jnp.where(first, update.taken, state.applied * ~update.finite)
+        )
+    return new.replace(skipped=skipped), {"skipped": skipped}
+
+
+def all_finite(tree):
+    """() bool: no number of the tree is NaN or infinite."""
+    leaves = [leaf for leaf in jax.tree.leaves(tree) if jnp.issubdtype(jnp.result_type(leaf), jnp.floating)]
+    return jnp.all(jnp.stack([jnp.all(jnp.isfinite(leaf)) for leaf in leaves])) if leaves else jnp.array(True)
 
 
 def accumulate(grad_fn, batch, weights, microbatches):

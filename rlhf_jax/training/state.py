@@ -12,7 +12,7 @@ class TrainState:
     """Parameters as separate pytrees; those a stage does not have are None.
 
     `optimizer` holds an optax state for each of the parameter trees that the stage trains, by field name. All
-    randomness of step i comes from fold_in(key, i), so a run restored at i draws what it would have drawn.
+    randomness of step i comes from fold_in(key, i), so a run restored at i samples what it would have sampled.
     """
 
     step: jax.Array  # () int32, steps done
@@ -23,14 +23,16 @@ class TrainState:
     reward: Any = None
     optimizer: Any = None
     kl_coef: jax.Array | None = None  # () float32, the KL controller's state
-    best: Any = None  # {"policy", "reward", "step"} of the best policy seen
-    alarms: Any = None  # alarms.py: running means, and whether they are out of bounds
-    skipped: jax.Array | None = None  # () int32, updates left out because they were not finite: guard.py
+    best: Any = None  # {"policy", "score", "step"} of the best policy seen
+    alarms: Any = None  # alarms.py: running means, and whether an alarm has tripped
+    skipped: jax.Array | None = None  # () int32, updates that were left out because a number was not finite
+    applied: jax.Array | None = None  # () int32, optimizer steps taken of the update at `step`; 0 but in an incident
 
     @classmethod
     def create(cls, key, **parts):
         """Step 0. Counts are arrays from the start: a Python int would cost a second compilation."""
-        return cls(step=jnp.zeros((), jnp.int32), key=key, skipped=jnp.zeros((), jnp.int32), **parts)
+        counts = {name: jnp.zeros((), jnp.int32) for name in ("step", "skipped", "applied")}
+        return cls(key=key, **counts, **parts)
 
     @property
     def step_key(self):

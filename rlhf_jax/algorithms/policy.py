@@ -1,0 +1,160 @@
+"""What every policy algorithm shares: its config, its state, and one update on a scored rollout.
+
+An algorithm is a module with a `Config` of the one below, NEEDS_VALUE, SHUFFLES, and three pure functions:
+
+    estimate(rollout, kl_coef, *, config) -> rollout with advantages (and returns)
+    loss(params, batch, *, config, apply) -> (scalar, metrics); params are trees by name: "policy" (and "value")
+    metrics(rollout, *, kl_coef, config) -> {name: scalar}, of the rollout before the update
+
+`step` makes an iteration's update of them. Sampling and scoring are rollout.py's and the reward's.
+"""
+
+import dataclasses
+
+import jax
+import jax.numpy as jnp
+
+from rlhf_jax.ops import kl, masked, padding
+from rlhf_jax.training import optim
+from rlhf_jax.training.state import TrainState
+
+
+@dataclasses.dataclass(frozen=True)
+class Config(optim.Config):
+    """Defaults are the published TL;DR recipe (arXiv 2403.17031)."""
+
+    steps: int = 1_953  # rollouts
+    batch: int = 512  # episodes a rollout
+    lanes: int = 0  # of them written at a time, a lane that is free gets the next prompt, and scored at a time; 0: all
+    widths: int = 1  # of prompts, in equal steps up to the longest: slices of like prompts are read without padding
+    epochs: int = 4
+    minibatches: int = 1
+    microbatches: int = 1  # slices of a minibatch whose gradients are summed, to save memory
+    temperature: float = 0.7
+    top_k: int = 0  # must stay 0: rollouts draw from the distribution that the update differentiates
+    top_p: float = 1.0  # must stay 1
+    kl_coef: float = 0.05
+    kl_target: float = 0.0  # nats a sequence that an adaptive kl_coef steers to; 0: kl_coef is fixed
+    kl_horizon: int = 10_000  # episodes over which it adapts
+    gamma: float = 1.0
+    missing_eos: str = "replace"  # a response without EOS: replace its score by the penalty, or subtract it
+    missing_eos_penalty: float = 1.0  # replace: the score becomes -penalty; subtract: score - penalty
+    whiten_advantages: bool = True
+    trace_epochs: bool = False  # log approx KL and clip fraction after each epoch too, to compare with a published run
+    eval_every: int = 50
+    save_every: int = 100
+
+    @property
+    def updates(self):
+        """Optimizer steps of the whole stage."""
+        return self.steps * self.epochs * self.minibatches
+
+
+def init(policy, key, *, config, tx, value=None, reward=None):
+    """The state before the first rollout; the reference is the policy as it is now."""
+    # Copies, because the trees may share arrays: the state is donated to the update, and a buffer can be only once.
+    policy, reference, value, reward = jax.tree.map(jnp.copy, (policy, policy, value, reward))
+    trained = {"policy": policy} | ({} if value is None else {"value": value})
+    return TrainState.create(
+        key,
+        policy=policy,
+        reference=reference,
+        value=value,
+        reward=reward,
+        optimizer={name: tx.init(params) for name, params in trained.items()},
+        kl_coef=jnp.float32(config.kl_coef),
+    )
+
+
+def final_score(score_B, eos_B, *, missing_eos, penalty):
+    """The score that is maximized: responses that never ended are punished.
+
+    missing_eos "replace": their score becomes -penalty (a good start does not pay for no end); "subtract": it becomes
+    score - penalty.
+    """
+    punished_B = jnp.full_like(score_B, -penalty) if missing_eos == "replace" else score_B - penalty
+    return jnp.where(eos_B, score_B, punished_B)
+
+
+def scored(rollout, config):
+    """`final_score` of a rollout's scores."""
+    return final_score(
+        rollout.score_B, rollout.eos_B, missing_eos=config.missing_eos, penalty=config.missing_eos_penalty
+    )
+
+
+def update(algorithm, state, rollout, *, config, apply, tx, guard="off"):
+    """All epochs and minibatches on one rollout with advantages: (state, metrics [epochs, minibatches] each).
+
+    One compiled scan; every epoch has its own permutation. Reference and reward pass through untouched. With a `guard`
+    nothing changes from the first optimizer step on that is not finite (training/optim.py).
+    """
+    B = rollout.mask_BR.shape[0]
+    shuffle_key = jax.random.fold_in(state.step_key, 1)
+
+    def minibatch(carry, rows):
+        if config.widths > 1:
+            rows = rows[padding.alike(rollout.prompt_mask_BP[rows], config.microbatches)]
+        batch = jax.tree.map(lambda x: x[rows], rollout)
+
+        def grads(part):
+            def at_width(prompt_BP, prompt_mask_BP):
+                narrow = part.replace(prompt_BP=prompt_BP, prompt_mask_BP=prompt_mask_BP)
+                (_, aux), grads = jax.value_and_grad(algorithm.loss, has_aux=True)(
+                    carry.params, narrow, config=config, apply=apply
+                )
+                return grads, aux
+
+            return padding.cut(at_width, part.prompt_BP, part.prompt_mask_BP, config.widths)
+
+        grads, aux = optim.accumulate(grads, batch, jnp.sum(batch.mask_BR, axis=1), config.microbatches)
+        carry, norms = optim.step(carry, state, grads, aux, tx=tx, guard=guard)
+        return carry, aux | norms
+
+    def epoch(carry, key):
+        rows = jax.random.permutation(key, B) if algorithm.SHUFFLES else jnp.arange(B)
+        return jax.lax.scan(minibatch, carry, rows.reshape(config.minibatches, -1))
+
+    start = optim.begin(state, tuple(state.optimizer), rollout, guard=guard)
+    end, aux = jax.lax.scan(epoch, start, jax.random.split(shuffle_key, config.epochs))
+    state, skipped = optim.end(state, end, guard=guard)
+    return state, aux | skipped
+
+
+def step(algorithm, state, rollout, *, config, apply, tx, guard="off"):
+    """Advantages, update and KL controller for a scored rollout (with values, where NEEDS_VALUE): (state, metrics)."""
+    rollout = algorithm.estimate(rollout, state.kl_coef, config=config)
+    numbers = algorithm.metrics(rollout, kl_coef=state.kl_coef, config=config)
+    new, aux = update(algorithm, state, rollout, config=config, apply=apply, tx=tx, guard=guard)
+    control = {"target": config.kl_target, "horizon": config.kl_horizon, "episodes": rollout.mask_BR.shape[0]}
+    adapted = kl.adapt(state.kl_coef, numbers["kl"], **control)
+    new = new.replace(kl_coef=jnp.where(new.skipped == state.skipped, adapted, state.kl_coef))
+    skipped = aux.pop("skipped")
+    aux["ess"] = jnp.square(aux["ratio"]) / aux.pop("ratio_square")
+    if config.trace_epochs:
+        numbers |= trace(aux)
+    numbers |= {name: jnp.mean(value) for name, value in aux.items()}
+    numbers |= {f"{name}_last": aux[name][-1, -1] for name in ("approx_kl", "ess")}
+    return new, numbers | {"skipped": skipped}
+
+
+def trace(aux):
+    """How far the policy has moved after each epoch of an update: means over the epochs so far, counted from 1.
+
+    aux is that of `update`. With one minibatch an epoch the first entries are 0: nothing has moved when it is measured.
+    """
+    numbers = {}
+    for name in {"approx_kl", "clip_fraction"} & aux.keys():
+        mean_E = jnp.mean(aux[name], axis=1)
+        running_E = jnp.cumsum(mean_E) / jnp.arange(1, len(mean_E) + 1)
+        numbers |= {f"{name}_epoch_{epoch}": running for epoch, running in enumerate(running_E, start=1)}
+    return numbers
+
+
+def totals(rollout, kl_coef, config):
+    """{"score_final", "score_total"}: the score after the rule for a missing EOS, and what is maximized in all."""
+    score_B = scored(rollout, config)
+    return {
+        "score_final": jnp.mean(score_B),
+        "score_total": jnp.mean(score_B - kl_coef * masked.sum(rollout.kl_BR, rollout.mask_BR, axis=1)),
+    }

@@ -1,0 +1,65 @@
+"""Next-token training: pretraining on plain texts, and supervised fine-tuning."""
+
+import functools
+
+import numpy as np
+
+from rlhf_jax.algorithms import supervised
+from rlhf_jax.evaluate import perplexity
+from rlhf_jax.generate import generate
+from rlhf_jax.report import plots
+from rlhf_jax.stages import Evaluation, Setup, Stage, Step, Summary, row_keys
+from rlhf_jax.training import optim, sharding
+
+
+def language_model(name: str, setup: Setup, config: supervised.Config, policy) -> Stage:
+    """The stage `name`, "pretrain" or "sft", of the policy given: its rows are of the kind of the same name."""
+    apply = setup.apply
+    held_out = setup.arrays(name).held_out
+    starts, questions = setup.questions(name)
+    tx = optim.adamw(config, config.steps)
+    learn = functools.partial(supervised.step, config=config, apply=apply, tx=tx, guard=setup.guard.action)
+    learn = setup.jit(learn, donate_argnums=0)
+    logprobs = setup.jit(functools.partial(supervised.token_logprobs, config=config, apply=apply))
+    sampling = setup.sampling(setup.evaluation.temperature)
+
+    @setup.jit
+    def sample(policy, batch):
+        prompts = (batch["prompt_BP"], batch["prompt_mask_BP"])
+        drawn = generate(apply.policy, policy, *prompts, row_keys(setup.key("evaluation"), batch), sampling)
+        return {"response": drawn.response_BR, "mask": drawn.mask_BR, "eos_rate": drawn.done_B}
+
+    def step(state, batch):
+        return Step(*learn(state, batch))
+
+    def evaluate(state):
+        nats_N, tokens_N = perplexity.nll(*setup.over(held_out, lambda batch: logprobs(state.policy, batch)))
+        numbers = {f"eval_{key}": value for key, value in perplexity.perplexity(nats_N, tokens_N)}
+        drawn = setup.over(starts, lambda batch: sample(state.policy, batch), len(questions))
+        texts = setup.decode(drawn["response"], drawn["mask"])
+        rows = setup.task.judge(questions, texts) | {"eos_rate": drawn["eos_rate"], "length": drawn["mask"].sum(axis=1)}
+        numbers |= {key: float(np.mean(values)) for key, values in rows.items()}
+        shown = [{key: row[key] for key in ("prompt", "label") if key in row} for row in questions]
+        return Evaluation(numbers, [row | {"completion": text} for row, text in zip(shown, texts, strict=True)])
+
+    def summarize(state, evaluation):
+        def plot(rows, folder):
+            plots.supervised(rows, folder / f"{name}.png", name)
+            return {}
+
+        return Summary(evaluation.numbers, evaluation.details, plot)
+
+    return Stage(
+        name=name,
+        config=config,
+        state=sharding.replicate(supervised.init(policy, setup.key(name), tx=tx), setup.mesh),
+        batch_at=setup.batch_at(name, config.batch, name, f"{name}.batch"),
+        step=step,
+        learn=learn,
+        evaluate=evaluate,
+        best=("eval_loss", min),
+        result=("policy",),
+        summarize=summarize,
+        headlines=("loss", "gold", "reward", "eos_rate"),
+        guard=setup.guard,
+    )

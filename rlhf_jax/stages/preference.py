@@ -1,0 +1,103 @@
+"""The reward model: from preference pairs, on the trunk of the fine-tuned policy."""
+
+import functools
+
+import numpy as np
+
+from rlhf_jax.algorithms import preference, supervised
+from rlhf_jax.errors import InputError
+from rlhf_jax.evaluate import accuracy
+from rlhf_jax.report import plots
+from rlhf_jax.stages import Evaluation, Setup, Stage, Step, Summary
+from rlhf_jax.training import optim, sharding
+
+LEAST_STD = 1e-6  # of the scores of the references: below it they are one number, and cannot be normalized
+
+
+def reward_model(name: str, setup: Setup, config: preference.Config, policy) -> Stage:
+    """A reward model on (prompt, chosen, rejected) rows, under a new head. References are the held-out SFT rows."""
+    apply = setup.apply
+    held_out, rows = setup.arrays("preferences").held_out, setup.task.rows("preferences").held_out
+    references = setup.arrays("sft").held_out
+    _check_references(references)
+    tx = optim.adamw(config, config.steps)
+    learn = functools.partial(preference.step, config=config, apply=apply, tx=tx, guard=setup.guard.action)
+    learn = setup.jit(learn, donate_argnums=0)
+    scores = setup.jit(functools.partial(preference.scores, apply=apply))
+
+    @setup.jit
+    def score(reward, batch):
+        tokens_BT, real_BT, _ = supervised.tokens(batch, "all")
+        return apply.scalar.score(reward, tokens_BT, real_BT)
+
+    def normalize(state):
+        """(the state whose references score mean 0 and standard deviation 1, what they scored before)."""
+        scores_N = setup.over(references, lambda batch: score(state.reward, batch))
+        mean, std = float(np.mean(scores_N)), float(np.std(scores_N))
+        if np.isfinite(std) and std < LEAST_STD:
+            raise InputError(
+                f"data.sft: the {len(scores_N)} held-out references all score {mean:.4g}; expected a spread, to "
+                "normalize the reward model by"
+            )
+        numbers = {"reference_mean": mean, "reference_std": std}
+        return state.replace(reward=apply.scalar.normalize(state.reward, mean, std)), numbers
+
+    def complete(state, evaluation):
+        """Normalizes. `eval_loss` stays that of the model as it was trained; the normalized one's has its own name."""
+        state, numbers = normalize(state)
+        margin_N = np.array([row["score_chosen"] - row["score_rejected"] for row in evaluation.details[1]])
+        loss = float(np.mean(np.logaddexp(0, -margin_N / numbers["reference_std"])))
+        return state, numbers | {"eval_loss": evaluation.numbers["eval_loss"], "eval_loss_normalized": loss}
+
+    def step(state, batch):
+        return Step(*learn(state, batch))
+
+    def evaluate(state):
+        chosen_N, rejected_N = setup.over(held_out, lambda batch: scores(state.reward, batch))
+        rate, ci95 = accuracy.accuracy(chosen_N, rejected_N)
+        samples = [
+            {name: rows[i][name] for name in ("prompt", "chosen", "rejected")}
+            | {"score_chosen": float(chosen), "score_rejected": float(rejected)}
+            for i, chosen, rejected in zip(held_out["index_N"], chosen_N, rejected_N, strict=True)
+        ]
+        loss = float(np.mean(np.logaddexp(0, rejected_N - chosen_N)))
+        return Evaluation({"eval_accuracy": rate, "eval_loss": loss}, (ci95, samples))
+
+    def summarize(state, evaluation):
+        ci95, samples = evaluation.details
+
+        def plot(rows, folder):
+            plots.reward(rows, folder / "reward.png", name)
+            return {}
+
+        return Summary(evaluation.numbers | {"accuracy_ci95": ci95}, samples, plot)
+
+    state = preference.init(apply.scalar.init(setup.key("reward head"), policy), setup.key("reward"), tx=tx)
+    state = sharding.replicate(state, setup.mesh)
+    if config.normalize_before:
+        state, _ = normalize(state)
+    return Stage(
+        name=name,
+        config=config,
+        state=state,
+        batch_at=setup.batch_at("preferences", config.batch, "reward", f"{name}.batch"),
+        step=step,
+        learn=learn,
+        evaluate=evaluate,
+        best=("eval_accuracy", max),
+        result=("reward",),
+        summarize=summarize,
+        headlines=("loss", "accuracy"),
+        complete=complete,
+        guard=setup.guard,
+    )
+
+
+def _check_references(references):
+    """Refuses, before anything is trained, references that cannot have a spread."""
+    rows_NT = np.concatenate([references["prompt_NP"], references["response_NR"]], axis=1)
+    if len(np.unique(rows_NT, axis=0)) < 2:
+        raise InputError(
+            f"data.sft: expected at least 2 different held-out rows, to normalize the reward model by; of "
+            f"{len(rows_NT)} there is 1"
+        )

@@ -1,0 +1,63 @@
+"""What is learned on: rows, their arrays, and the held-out questions that policies are compared on.
+
+A task is a frozen value, made without side effects: rows are read when they are first asked for, and what had to be
+cut or skipped is returned as notes. TASKS lists those that a config's `task` chooses from.
+
+Kinds of rows: "pretrain" (plain texts), "sft" (prompt and label), "preferences" (prompt, chosen, rejected), "prompts".
+"""
+
+from typing import NamedTuple, Protocol
+
+import numpy as np
+
+from rlhf_jax.text import Tokenizer
+
+Arrays = dict[str, np.ndarray]
+
+
+class Rows(NamedTuple):
+    """Rows of one kind, on both sides of the split."""
+
+    train: list[dict]
+    held_out: list[dict]
+    notes: tuple[str, ...] = ()  # what was left out
+
+
+class Encoded(NamedTuple):
+    """The arrays of such rows, as data/batches.py makes them; `index_N` is each one's place in the rows."""
+
+    train: Arrays
+    held_out: Arrays
+    notes: tuple[str, ...] = ()  # what was read, cut or skipped
+
+
+class Task(Protocol):
+    """A task's values and functions. Each raises InputError, naming the field, file and row at fault."""
+
+    response_length: int  # R, tokens, EOS included
+    prompt_length: int  # P
+    same_prompt: bool  # every question is the same: samples are of one distribution
+    rows_known: bool  # a reward may see the row of a completion
+    questions: dict[str, str]  # {kind that a stage trains on: kind whose held-out prompts its policy is sampled on}
+
+    def files(self) -> dict[str, str]:
+        """{field of the config: path} of the local files that the rows are read from."""
+
+    def texts(self) -> list[str]:
+        """The texts that a tokenizer is trained on."""
+
+    def rows(self, kind: str) -> Rows:
+        """The rows of a kind."""
+
+    def arrays(self, kind: str, tokenizer: Tokenizer) -> Encoded:
+        """Their arrays."""
+
+    def judge(self, rows: list[dict], texts: list[str]) -> dict[str, np.ndarray]:
+        """{name: [N]} numbers of completions that anyone can compute; empty where there are none."""
+
+
+def load(config) -> Task:
+    """The task of a whole config."""
+    from rlhf_jax.tasks import prompts, summarize, write
+
+    return {"summarize": summarize.make, "write": write.make, "prompts": prompts.make}[config.task](config)

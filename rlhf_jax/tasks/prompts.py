@@ -1,0 +1,80 @@
+"""Prompts of any form from a file or the hub, with labels and preference pairs where they are given."""
+
+import dataclasses
+import functools
+
+from rlhf_jax.data import batches, sources
+from rlhf_jax.errors import InputError
+from rlhf_jax.tasks import Encoded, Rows
+
+
+@dataclasses.dataclass(frozen=True)
+class Prompts:
+    """Completions of prompts; a row keeps all its columns for the reward."""
+
+    config: sources.Config
+    seed: int  # which prompts are held out
+
+    same_prompt = False
+    rows_known = True
+    questions = {"sft": "sft", "prompts": "prompts"}
+
+    @property
+    def response_length(self):
+        return self.config.response_length
+
+    @property
+    def prompt_length(self):
+        return self.config.prompt_length
+
+    def files(self):
+        config = self.config
+        if config.source != "files":
+            return {}
+        named = {kind: getattr(config, kind) for kind in ("sft", "preferences", "prompts")}
+        return {f"data.{kind}": path for kind, path in named.items() if path}
+
+    def texts(self):
+        if self.config.source == "world" or self.config.sft:
+            return [f"{row['prompt']} {row['label']}" for row in self.rows("sft").train]
+        return [row["prompt"] for row in self.rows("prompts").train]
+
+    def rows(self, kind):
+        return _rows(self.config, kind, self.seed)
+
+    def arrays(self, kind, tokenizer):
+        if kind == "pretrain":
+            raise InputError("pretrain.steps: expected 0, as only task = write has plain texts to pretrain on")
+        config, source = self.config, f"data.{kind}"
+        lengths = {"prompt_length": config.prompt_length, "cut": config.cut}
+        if kind == "sft":
+            encode = functools.partial(batches.encode_sft, response_length=config.response_length, **lengths)
+        elif kind == "preferences":
+            longest = config.pair_length or config.response_length
+            encode = functools.partial(batches.encode_pairs, response_length=longest, **lengths)
+        else:
+            encode = functools.partial(batches.encode_prompts, **lengths)
+        sides, notes = [], list(self.rows(kind).notes)
+        for side, rows in (("train", self.rows(kind).train), ("held out", self.rows(kind).held_out)):
+            arrays, counts = encode(rows, tokenizer, source=f"{source}, {side}")
+            counted = ", ".join(f"{count} {what.replace('_', ' ')}" for what, count in counts.items() if count)
+            notes.append(f"{source}, {side}: {counted}")
+            sides.append(arrays)
+        return Encoded(*sides, tuple(notes))
+
+    def judge(self, rows, texts):
+        return {}
+
+
+def make(config):
+    """The task of a whole config whose `task` is prompts."""
+    if config.data.source == "world":
+        raise InputError("data.source: expected files or hub where task is prompts, got 'world'")
+    return Prompts(config.data, config.seed)
+
+
+@functools.lru_cache(maxsize=8)
+def _rows(config, kind, seed):
+    (train, held_out), skipped = sources.load(kind, config, seed)
+    notes = (f"data.{kind}: {len(skipped)} rows skipped; the first: {skipped[0]}",) if skipped else ()
+    return Rows(train, held_out, notes)

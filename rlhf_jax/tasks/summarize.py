@@ -1,0 +1,22 @@
+"""Posts and their summaries: the embedded world, whose true reward is known, or Reddit TL;DR and its like."""
+
+import dataclasses
+
+import numpy as np
+
+from rlhf_jax.rewards import gold
+from rlhf_jax.tasks.prompts import Prompts
+
+
+@dataclasses.dataclass(frozen=True)
+class Summarize(Prompts):
+    """Posts in the TL;DR query format."""
+
+    def judge(self, rows, texts):
+        """{"gold": the true reward of each text}; nothing where the rows have no record, as those of files."""
+        return {"gold": np.array(gold.of_rows(rows, texts))} if "record" in rows[0] else {}
+
+
+def make(config):
+    """The task of a whole config whose `task` is summarize."""
+    return Summarize(config.data, config.seed)

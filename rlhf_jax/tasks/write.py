@@ -1,0 +1,114 @@
+"""Texts from nothing: pretraining on all of them, fine-tuning on the happy ones, samples that start with EOS."""
+
+import dataclasses
+import functools
+import random
+
+from rlhf_jax.data import corpus
+from rlhf_jax.errors import InputError
+from rlhf_jax.rewards import function
+from rlhf_jax.tasks import Encoded, Rows
+
+STARTS = 65_536  # prompts of EOS alone: more than any batch
+START = {"prompt": ""}
+
+
+@dataclasses.dataclass(frozen=True)
+class Write:
+    """Tweets or stories. `reward`, a name as in a config, says which texts are happy and what a sample is worth."""
+
+    config: corpus.Config
+    seed: int  # which texts are held out
+    reward: str
+
+    same_prompt = True
+    rows_known = False
+    questions = {"pretrain": "prompts", "sft": "prompts", "prompts": "prompts"}
+    prompt_length = 1
+
+    @property
+    def response_length(self):
+        return self.config.response_length
+
+    def files(self):
+        return {"data.path": self.config.path} if self.config.source == "file" else {}
+
+    def texts(self):
+        return [row["text"] for row in self.rows("pretrain").train]
+
+    def rows(self, kind):
+        return _rows(self, kind)
+
+    def arrays(self, kind, tokenizer):
+        if kind == "prompts":
+            starts = corpus.starts(STARTS, tokenizer)
+            return Encoded(starts, starts)
+        rows = self.rows(kind)
+        make_arrays = {"pretrain": corpus.windows, "sft": corpus.openings, "preferences": corpus.pairs}[kind]
+        sides = [make_arrays(side, tokenizer, self.config.length) for side in (rows.train, rows.held_out)]
+        notes = [
+            f"{kind}, {side}: {len(texts)} texts, {len(arrays['index_N'])} rows"
+            for side, texts, arrays in zip(("train", "held out"), (rows.train, rows.held_out), sides, strict=True)
+        ]
+        return Encoded(*sides, (*rows.notes, *notes))
+
+    def judge(self, rows, texts):
+        """{"reward": [N]} of the texts, and its components where it has several."""
+        components = function.load(self.reward).scores(rows, texts)
+        if "reward" in components:
+            return components
+        return {"reward": sum(components.values())} | components
+
+
+def make(config):
+    """The task of a whole config whose `task` is write. A learned reward is learned of pairs that VADER would rank."""
+    reward = "sentiment" if config.reward.kind == "learned" else config.reward.kind
+    if function.load(reward).takes_rows:
+        raise InputError(
+            f"reward: {reward} is a function of rows and texts, and the samples of write have no rows; "
+            "expected a function of texts"
+        )
+    return Write(config.data, config.seed, reward)
+
+
+@functools.lru_cache(maxsize=8)
+def _rows(task, kind):
+    config = task.config
+    if kind == "prompts":
+        return Rows([START] * STARTS, [START] * STARTS)
+    if kind == "pretrain":
+        (train, held_out), skipped = corpus.load(config, task.seed)
+        notes = (f"data: {len(skipped)} rows skipped; the first: {skipped[0]}",) if skipped else ()
+        return Rows(train, held_out, notes)
+    everything = task.rows("pretrain")
+    split = [_by_mood(task, side) for side in (everything.train, everything.held_out)]
+    if kind == "preferences":
+        sides = [_pairs(happy, others, task.seed) for happy, others in split]
+    else:
+        sides = [happy for happy, _ in split]
+    if not all(sides):
+        if config.kind == "tweets":
+            why = f"data.sentiment: expected texts labelled {config.sentiment!r}"
+        else:
+            why = f"data.min_reward: expected texts with a reward above {config.min_reward}"
+        raise InputError(f"{why} on both sides of data.held_out, got {len(sides[0])} and {len(sides[1])}")
+    return Rows(*sides)
+
+
+def _by_mood(task, rows):
+    """(the happy rows, the others)."""
+    if task.config.kind == "tweets":
+        happy = [row["sentiment"] == task.config.sentiment for row in rows]
+    else:
+        happy = task.judge(rows, [row["text"] for row in rows])["reward"] > task.config.min_reward
+    return [row for row, yes in zip(rows, happy, strict=True) if yes], [
+        row for row, yes in zip(rows, happy, strict=True) if not yes
+    ]
+
+
+def _pairs(happy, others, seed):
+    """Preference rows: each happy text beside another that is not, in an order from the seed."""
+    if not others:
+        return []
+    rng = random.Random(f"pairs/{seed}")
+    return [{"prompt": "", "chosen": row["text"], "rejected": rng.choice(others)["text"]} for row in happy]

@@ -1,0 +1,152 @@
+"""Trains a Stage in its folder: the only function with side effects. It writes, prints and heeds signals."""
+
+import contextlib
+import dataclasses
+import time
+from typing import Any
+
+from rlhf_jax.errors import InputError
+from rlhf_jax.report import metrics
+from rlhf_jax.report.console import Silent, number
+from rlhf_jax.training import checkpoint, guard, loop
+from rlhf_jax.training.checkpoint import Checkpoints
+from rlhf_jax.training.workdir import Workdir
+
+
+@dataclasses.dataclass(frozen=True)
+class Fitted:
+    """A trained stage: its state, with the result's parameters, and its summary.json."""
+
+    state: Any
+    summary: dict
+
+
+def fit(stage, workdir, *, depends=None, config=None, keep=checkpoint.Config(), reporter=None, stop=None) -> Fitted:
+    """Trains the stage in workdir/<its name>, from its last checkpoint if it has one.
+
+    workdir is a path or a Workdir. depends is what the stage's numbers depend on (default: its own config), and config
+    the whole config of the run, for incidents. A folder made with anything else is refused, and so is one that another
+    process writes to. The result is saved apart: a stage that is given more steps goes on from where its training was.
+    """
+    workdir = workdir if isinstance(workdir, Workdir) else Workdir(workdir)
+    reporter = reporter or Silent()
+    depends = depends or {"section": stage.name, stage.name: dataclasses.asdict(stage.config)}
+    workdir.check(stage.name, depends)
+    began = _began(workdir, stage.name)
+    workdir.open(stage.name, depends)
+    with contextlib.ExitStack() as stack:
+        stop = stop or stack.enter_context(loop.stop_signal())
+        state, evaluation, numbers = _train(stage, workdir, config or depends, keep, reporter, stop)
+    summary = _finish(stage, workdir, state, evaluation, numbers, began, reporter, depends.get("seed"))
+    return Fitted(state, summary)
+
+
+def _train(stage, workdir, config, keep, reporter, stop):
+    """(the result's state, its evaluation, the numbers of the last row)."""
+    folder, steps = workdir / stage.name, stage.config.steps
+    name, better = stage.best
+    incident = _Incidents(stage, workdir, config, reporter)
+    with Checkpoints(folder / "checkpoints", keep, (f"{stage.name}/{name}", better)) as checkpoints:
+        state, row = _resume(stage, checkpoints, folder, reporter)
+        done = int(state.step)
+        # The row of the checkpoint's own step is in the checkpoint, and is written again.
+        with metrics.Writer(folder, resume_step=done - 1 if done else None) as log:
+            reporter.stage(stage.name, steps, start=done)
+            parts = {"checkpoints": checkpoints, "log": log, "reporter": reporter, "row": row, "stop": stop}
+            with stop.later():
+                state = loop.run(stage, state, incident=incident, **parts)
+            evaluation, numbers = stage.evaluate(state), {}
+            reporter.samples(evaluation.samples)
+            if stage.keep:
+                state = stage.keep(state, evaluation)
+            if stage.complete:
+                state, numbers = stage.complete(state, evaluation)
+                evaluation = stage.evaluate(state)
+                reporter.samples(evaluation.samples)
+            numbers = {key: float(value) for key, value in (evaluation.numbers | numbers).items()}
+            named = {f"{stage.name}/{key}": value for key, value in numbers.items()}
+            log.write(steps, named)
+            reporter.update(steps, named)
+            if wrong := loop.not_finite(named):
+                raise guard.NonFinite(f"{stage.name}, after the last step: {', '.join(wrong)} not finite")
+        with Checkpoints(folder / "result") as result:
+            result.save(steps, {field: getattr(state, field) for field in stage.result}, {}, named)
+        if stop():
+            raise loop.Stopped(f"stopped after the last step of {stage.name}; {loop.AGAIN}")
+    return state, evaluation, numbers
+
+
+def _resume(stage, checkpoints, folder, reporter):
+    """(state, row of its step) of the newest sound checkpoint; the stage's own and None where there is none."""
+    frozen = {name: getattr(stage.state, name) for name in stage.frozen}
+    restored = checkpoints.restore(stage.state.replace(**dict.fromkeys(frozen)))
+    if restored is None:
+        return stage.state, None
+    if restored.step > stage.config.steps:
+        expected = f"at least {restored.step}, which {folder} has done"
+        raise InputError(f"{stage.name}.steps: expected {expected}, got {stage.config.steps}")
+    for damage in restored.damaged:
+        reporter.note(f"{stage.name}: {damage}")
+    for step in (step for step in checkpoints.steps if step > restored.step):
+        reporter.note(f"{stage.name}: checkpoint {step} is now {checkpoints.put_aside(step)}")
+    reporter.note(f"{stage.name}: goes on after step {restored.step}")
+    return restored.tree.replace(**frozen), restored.notes["row"]
+
+
+class _Incidents:
+    """Keeps an update that is not finite, and ends the run or lets it go on."""
+
+    def __init__(self, stage, workdir, config, reporter):
+        self._stage, self._workdir, self._config, self._reporter = stage, workdir, config, reporter
+        self.waits = stage.guard.action == "skip"
+
+    def __call__(self, state, step, batch, rollout, names, skipped):
+        name, limits = self._stage.name, self._stage.guard
+        aside = {"step": state.step * 0 + (step - 1), "skipped": state.skipped * 0}  # as it was before the update
+        incident = guard.Incident(
+            stage=name,
+            step=step,
+            names=tuple(names),
+            config=self._config,
+            state=state.replace(**aside),
+            batch=batch,
+            rollout=rollout,
+        )
+        folder = guard.write(self._workdir.path, incident)
+        what = f"{name} step {step}: {guard.message(names)} not finite, the step was not taken"
+        if self.waits and skipped <= limits.limit:
+            self._reporter.note(f"{what}; skipped, {skipped} of at most {limits.limit}; kept in {folder}")
+            return
+        why = f"; guard.limit: expected at most {limits.limit} such updates" if self.waits else ""
+        raise guard.NonFinite(f"{what}{why}; python -m rlhf_jax.replay {folder} shows where it begins")
+
+
+def _began(workdir, name):
+    """When the stage would have begun, by time.monotonic, had it never been stopped."""
+    path = workdir / name / "metrics.jsonl"
+    rows = metrics.read(path) if path.exists() else []
+    return time.monotonic() - (rows[-1]["time"] if rows else 0)
+
+
+def _finish(stage, workdir, state, evaluation, numbers, began, reporter, seed):
+    """Plots, samples and, last, the summary of a stage: it is finished. Held-out numbers lose their `eval_`."""
+    folder = workdir / stage.name
+    found = stage.summarize(state, evaluation)
+    more = found.plot(metrics.read(folder / "metrics.jsonl"), folder / "plots")
+    workdir.write_lines(f"{stage.name}/samples.jsonl", found.samples)
+    numbers = {key.replace("eval_", ""): value for key, value in numbers.items()}
+    numbers |= found.numbers | more | {"steps": stage.config.steps}
+    numbers = {f"{stage.name}/{key.replace('eval_', '')}": value for key, value in numbers.items()}
+    summary = write_summary(workdir, f"{stage.name}/summary.json", time.monotonic() - began, numbers, seed)
+    shown = [(key, summary.get(f"{stage.name}/{key}")) for key in stage.headlines]
+    reporter.finish("held out: " + "  ".join(f"{key} {number(value)}" for key, value in shown if value is not None))
+    if found.table:
+        reporter.before_after(found.table)
+    return summary
+
+
+def write_summary(workdir, name, seconds, numbers, seed):
+    """Writes and returns summary.json: the numbers, and what they depend on."""
+    summary = {**metrics.environment(), "seed": seed, "seconds": round(seconds, 1), **numbers}
+    workdir.write_json(name, summary)
+    return summary

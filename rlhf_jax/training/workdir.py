@@ -1,0 +1,159 @@
+"""A run's folder, and everything that is written to it: lock, configs, metrics, checkpoints, samples, summaries.
+
+A stage's folder is its proof: config.json holds what its numbers depend on, result/ what it is for, checkpoints/ what
+it goes on from, and summary.json, written last, says that it is finished.
+"""
+
+import contextlib
+import dataclasses
+import fcntl
+import json
+import os
+from pathlib import Path
+from typing import Any
+
+from rlhf_jax.errors import InputError
+from rlhf_jax.report import metrics
+from rlhf_jax.training.checkpoint import Checkpoints
+
+MAY_CHANGE = ("steps", "eval_every", "save_every")  # of a stage's own section, from one start to the next
+
+
+@dataclasses.dataclass
+class Workdir:
+    """The folder of a run. Raises InputError, in one line, where it cannot be written or read."""
+
+    path: Path
+    _lock: int | None = None
+
+    def __post_init__(self):
+        self.path = Path(self.path).expanduser().absolute()
+
+    def __truediv__(self, name: str) -> Path:
+        return self.path / name
+
+    def lock(self) -> None:
+        """Locks the folder, which is made if it is not there, until the process ends, however it ends."""
+        if self._lock is not None:
+            return
+        with self._writing(self.path):
+            self.path.mkdir(parents=True, exist_ok=True)
+            path = self.path / "lock"
+            file = os.open(path, os.O_RDWR | os.O_CREAT)
+        try:
+            fcntl.lockf(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        except BlockingIOError:
+            os.close(file)
+            owner = f"{self.path} is in use by process {path.read_text() or 'unknown'}"
+            raise InputError(f"workdir: {owner}; choose another --workdir") from None
+        self._lock = file  # stays open: closing it would give up the lock
+        os.truncate(path, 0)
+        os.write(file, str(os.getpid()).encode())
+
+    def open(self, stage: str, depends: dict) -> Path:
+        """The stage's folder, with its config in it; no other process may write now."""
+        self.lock()
+        folder = self.path / stage
+        with self._writing(folder):
+            (folder / "plots").mkdir(parents=True, exist_ok=True)
+            metrics.summarize(folder / "config.json", depends)
+        return folder
+
+    def write_json(self, name: str, value: Any) -> None:
+        """Writes a JSON file of the run, whole or not at all."""
+        self.lock()
+        with self._writing(self.path / name):
+            metrics.summarize(self.path / name, value)
+
+    def write_lines(self, name: str, rows: list[dict]) -> None:
+        """Writes a JSONL file of the run."""
+        with self._writing(self.path / name), open(self.path / name, "w", encoding="utf-8") as file:
+            file.writelines(json.dumps(row) + "\n" for row in rows)
+
+    def read_json(self, name: str) -> Any:
+        """The value of a JSON file of the run."""
+        path = self.path / name
+        try:
+            return json.loads(path.read_text())
+        except (OSError, ValueError) as error:
+            what = getattr(error, "strerror", None) or error
+            raise InputError(f"workdir: {path}: expected JSON ({what}); remove it to make it again") from None
+
+    def started(self, stage: str) -> bool:
+        """True where the stage has left anything."""
+        return (self.path / stage / "config.json").exists()
+
+    def finished(self, stage: str, steps: int) -> bool:
+        """True where all these steps of the stage are done."""
+        path = self.path / stage / "summary.json"
+        return path.exists() and self.summary(stage).get(f"{stage}/steps") == steps
+
+    def summary(self, stage: str) -> dict:
+        """The finished stage's summary.json."""
+        summary = self.read_json(f"{stage}/summary.json")
+        if not isinstance(summary, dict):
+            raise InputError(f"workdir: {self.path / stage / 'summary.json'}: expected an object; remove it")
+        return summary
+
+    def samples(self, stage: str) -> list[dict]:
+        """The rows of the finished stage's samples.jsonl."""
+        path = self.path / stage / "samples.jsonl"
+        try:
+            return [json.loads(line) for line in path.read_text(encoding="utf-8").splitlines()]
+        except (OSError, ValueError) as error:
+            raise InputError(f"workdir: {path}: expected the samples of the stage ({error})") from None
+
+    def check(self, stage: str, depends: dict) -> None:
+        """Refuses a stage's folder that was made with anything else; both values are in the message."""
+        path = self.path / stage / "config.json"
+        if not path.exists():
+            return
+        there, here = flat(self.read_json(f"{stage}/config.json")), flat(json.loads(json.dumps(depends)))
+        section = depends["section"]
+        free = {f"{section}.{field}" for field in MAY_CHANGE}
+        for name in sorted((there | here).keys() - free):
+            if there.get(name) != here.get(name):
+                raise InputError(f"workdir: {path} was made with {_differing(name, there, here)}")
+        before, now = there.get(f"{section}.steps"), here.get(f"{section}.steps")
+        if before != now and here.get(f"{section}.schedule") != "constant":
+            raise InputError(
+                f"{section}.steps: {path} was made with {before} steps of a {here.get(f'{section}.schedule')} schedule, "
+                f"and with {now} the learning rate would jump; expected {before}, or another --workdir"
+            )
+
+    def parameters(self, stage: str, steps: int, field: str, like: Any) -> Any:
+        """A parameter tree of the finished stage, shaped like `like`. A damaged result is an error, never an older one."""
+        if not self.finished(stage, steps):
+            raise InputError(f"workdir: expected a finished {stage} stage in {self.path / stage}; run it first")
+        folder = self.path / stage / "result"
+        again = f"remove {self.path / stage / 'summary.json'} to make it again"
+        with Checkpoints(folder, read_only=folder.exists()) as checkpoints:
+            restored = checkpoints.restore({field: like})
+        if restored is None or restored.damaged or restored.step != steps:
+            what = "; ".join(restored.damaged) if restored and restored.damaged else f"{folder}: no step {steps}"
+            raise InputError(f"workdir: expected the result of {stage} ({what}); {again}")
+        return restored.tree[field]
+
+    @contextlib.contextmanager
+    def _writing(self, path):
+        try:
+            yield
+        except OSError as error:
+            raise InputError(f"workdir: cannot write {path} ({error.strerror})") from error
+
+
+def flat(tree: dict, prefix: str = "") -> dict:
+    """{"a": {"b": 1}} -> {"a.b": 1}."""
+    values = {}
+    for name, value in tree.items():
+        values |= flat(value, f"{prefix}{name}.") if isinstance(value, dict) else {f"{prefix}{name}": value}
+    return values
+
+
+def _differing(name, there, here):
+    """One line on a field, or a file, that is not what it was."""
+    if name.startswith("sha256."):
+        place = name.removeprefix("sha256.")
+        was, now = (str(values.get(name))[:12] for values in (there, here))
+        return f"other contents of {place} (sha256 {was}..., now {now}...); restore them, or choose another --workdir"
+    return f"{name} = {there.get(name)!r}, not {here.get(name)!r}; choose another --workdir"
