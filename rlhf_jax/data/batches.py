@@ -1,4 +1,4 @@
-"""Rows of text -> padded arrays of ids -> shuffled batches, with a position that can be saved.
+"""Rows of text -> padded arrays of ids -> the shuffled batch of any step.
 
 N counts rows. Prompts are padded on the left and responses on the right, so that they meet where generation starts.
 A response is its text, then EOS. Masks are True on all but padding.
@@ -7,10 +7,8 @@ A response is its text, then EOS. Masks are True on all but padding.
 import contextlib
 import functools
 import hashlib
-import sys
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 
-import grain
 import numpy as np
 
 from rlhf_jax.data import tldr
@@ -76,30 +74,25 @@ def encode_pairs(
     return _encode_answered(rows, responses, tokenizer, prompt_length, response_length, source)
 
 
-def iterate(
-    arrays: Arrays, *, batch: int, seed: int, shuffle: bool = True, epochs: int | None = None
-) -> grain.DatasetIterator[Arrays]:
-    """Batches of rows, `prompt_NP` as `prompt_BP` and so on; without end if `epochs` is None.
+def batch_at(arrays: Arrays, *, batch: int, seed: int) -> Callable[[int], Arrays]:
+    """The batch of each step, from 0, as a function of nothing but the seed and the step; `take` names its arrays.
 
-    Each epoch has an order of its own, drawn from `seed`, and drops the rows left over by its last batch. `get_state()`
-    is the position; `set_state()` on another iterator over the same arrays goes on from there.
+    Each epoch has an order of its own, drawn from `seed`, and drops the rows left over by its last batch.
     """
     rows = len(arrays["index_N"])
     if not 0 < batch <= rows:
         raise InputError(f"batch: expected 1 to {rows}, the number of rows, got {batch}")
-    steps = rows // batch
+    steps = rows // batch  # of an epoch
 
     @functools.lru_cache(maxsize=1)
-    def order(epoch):  # by NumPy: Grain's shuffle takes up to milliseconds a row
-        return np.random.default_rng((seed, epoch)).permutation(rows) if shuffle else np.arange(rows)
+    def order(epoch):
+        return np.random.default_rng((seed, epoch)).permutation(rows)
 
     def at(step):
         epoch, i = divmod(step, steps)
         return take(arrays, order(epoch)[i * batch : (i + 1) * batch])
 
-    batches = grain.MapDataset.range(sys.maxsize if epochs is None else epochs * steps).map(at)
-    no_threads = grain.ReadOptions(num_threads=0, prefetch_buffer_size=0)  # nothing is read, so nothing to read ahead
-    return iter(batches.to_iter_dataset(no_threads))
+    return at
 
 
 def split(rows: list[dict], fraction: float, seed: int, column: str = "prompt") -> tuple[list[dict], list[dict]]:

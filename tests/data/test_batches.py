@@ -1,6 +1,3 @@
-import json
-from itertools import islice
-
 import numpy as np
 import pytest
 
@@ -120,15 +117,29 @@ def index(batch):
     return batch["index_B"].tolist()
 
 
+def order(n, *, steps, **options):
+    """index_B of the first steps."""
+    at = batches.batch_at(arrays_of(n), **options)
+    return [index(at(step)) for step in range(steps)]
+
+
 def test_a_batch_is_the_same_rows_of_every_array():
-    for batch in islice(batches.iterate(arrays_of(10), batch=4, seed=0), 20):
+    at = batches.batch_at(arrays_of(10), batch=4, seed=0)
+    for batch in map(at, range(20)):
         assert batch.keys() == {"prompt_BP", "index_B"}
         assert batch["prompt_BP"].tolist() == [[10 * i] for i in index(batch)]
 
 
+def test_the_batches_by_hand():
+    # 10 rows in batches of 4: an epoch is the first 8 of a permutation, drawn from the seed and the epoch
+    for epoch, pair in enumerate(zip(*[iter(order(10, steps=12, batch=4, seed=3))] * 2, strict=True)):
+        permutation = np.random.default_rng((3, epoch)).permutation(10).tolist()
+        assert pair == (permutation[:4], permutation[4:8])
+
+
 def test_an_epoch_has_every_row_at_most_once_and_drops_the_rest():
     # 10 rows in batches of 4: two batches, two rows left over
-    epochs = np.reshape([index(batch) for batch in batches.iterate(arrays_of(10), batch=4, seed=0, epochs=50)], (50, 8))
+    epochs = np.reshape(order(10, steps=100, batch=4, seed=0), (50, 8))
     assert all(len(set(epoch)) == 8 for epoch in epochs)
     assert len({tuple(epoch) for epoch in epochs}) == 50
     assert set(epochs.flat) == set(range(10))  # not always the same two
@@ -136,41 +147,29 @@ def test_an_epoch_has_every_row_at_most_once_and_drops_the_rest():
 
 def test_every_row_is_as_likely_in_every_place():
     # 2,000 epochs of 4 rows: each row is first 500 times, give or take 5 standard deviations of 19
-    first = [index(batch)[0] for batch in batches.iterate(arrays_of(4), batch=4, seed=0, epochs=2_000)]
+    first = [rows[0] for rows in order(4, steps=2_000, batch=4, seed=0)]
     assert np.all(np.abs(np.bincount(first) - 500) < 100)
 
 
 def test_the_seed_decides_the_order():
-    def order(seed):
-        return [index(batch) for batch in islice(batches.iterate(arrays_of(10), batch=5, seed=seed), 12)]
-
-    assert order(1) == order(1)
-    assert order(1) != order(2)
-    assert order(1)[2:] != order(2)[:-2]  # a seed is not the one before it, an epoch late
+    one, two = (order(10, steps=12, batch=5, seed=seed) for seed in (1, 2))
+    assert one == order(10, steps=12, batch=5, seed=1)
+    assert one != two
+    assert one[2:] != two[:-2]  # a seed is not the one before it, an epoch late
 
 
-def test_without_shuffling_the_order_is_the_rows():
-    ordered = batches.iterate(arrays_of(5), batch=2, seed=0, shuffle=False, epochs=2)
-    assert [index(batch) for batch in ordered] == [[0, 1], [2, 3], [0, 1], [2, 3]]
-
-
-@pytest.mark.parametrize("taken", [0, 1, 2, 7])
-def test_a_saved_position_goes_on_exactly(taken):
-    through = batches.iterate(arrays_of(10), batch=4, seed=3)
-    for _ in range(taken):
-        next(through)
-    state = json.loads(json.dumps(through.get_state()))
-    again = batches.iterate(arrays_of(10), batch=4, seed=3)
-    next(again)
-    again.set_state(state)
-    assert [index(next(again)) for _ in range(5)] == [index(next(through)) for _ in range(5)]
+def test_a_step_needs_none_of_the_steps_before_it():
+    in_order = order(10, steps=9, batch=4, seed=3)
+    at = batches.batch_at(arrays_of(10), batch=4, seed=3)
+    for step in (7, 0, 8, 7, 3, 2):
+        assert index(at(step)) == in_order[step]
 
 
 @pytest.mark.parametrize("batch", [0, 11])
 def test_a_batch_has_at_least_one_row_and_no_more_than_there_are(batch):
     with pytest.raises(InputError, match=f"batch: expected 1 to 10, the number of rows, got {batch}"):
-        batches.iterate(arrays_of(10), batch=batch, seed=0)
-    assert len(index(next(batches.iterate(arrays_of(10), batch=10, seed=0)))) == 10
+        batches.batch_at(arrays_of(10), batch=batch, seed=0)
+    assert sorted(*order(10, steps=1, batch=10, seed=0)) == list(range(10))
 
 
 PROMPTS = [{"prompt": str(i // 2), "label": str(i)} for i in range(2_000)]  # each prompt twice
