@@ -29,7 +29,7 @@ def test_sft_by_hand():
     assert {name: array.tolist() for name, array in arrays.items()} == expected
     assert {array.dtype.name for name, array in arrays.items() if "mask" in name} == {"bool"}
     assert {array.dtype.name for name, array in arrays.items() if "mask" not in name} == {"int32"}
-    assert counts == {"rows": 2, "cut_prompts": 0, "skipped_labels": 0}
+    assert counts == {"rows": 2, "cut_prompts": 0, "skipped_prompts": 0, "skipped_labels": 0}
 
 
 def test_pairs_by_hand():
@@ -46,7 +46,7 @@ def test_pairs_by_hand():
         "rejected_mask_NR": [[1, 1, 1, 1]],
     }
     assert {name: array.tolist() for name, array in arrays.items()} == expected
-    assert counts == {"rows": 1, "cut_prompts": 0, "skipped_labels": 0}
+    assert counts == {"rows": 1, "cut_prompts": 0, "skipped_prompts": 0, "skipped_labels": 0}
 
 
 def test_prompts_by_hand():
@@ -55,7 +55,7 @@ def test_prompts_by_hand():
     )
     expected = {"prompt_NP": [[A, B], [PAD, C]], "prompt_mask_NP": [[1, 1], [0, 1]], "index_N": [0, 1]}
     assert {name: array.tolist() for name, array in arrays.items()} == expected
-    assert counts == {"rows": 2, "cut_prompts": 0}
+    assert counts == {"rows": 2, "cut_prompts": 0, "skipped_prompts": 0}
 
 
 def test_a_label_without_room_for_eos_is_skipped():
@@ -63,7 +63,7 @@ def test_a_label_without_room_for_eos_is_skipped():
     arrays, counts = batches.encode_sft(
         rows(("a", "abc"), ("b", "ab"), ("c", "a")), TOKENIZER, prompt_length=1, response_length=4
     )
-    assert counts == {"rows": 3, "cut_prompts": 0, "skipped_labels": 1}
+    assert counts == {"rows": 3, "cut_prompts": 0, "skipped_prompts": 0, "skipped_labels": 1}
     assert arrays["index_N"].tolist() == [1, 2]
     assert arrays["prompt_NP"].tolist() == [[B], [C]]
     assert arrays["response_NR"].tolist() == [[SPACE, A, B, EOS], [SPACE, A, EOS, PAD]]
@@ -83,8 +83,83 @@ def test_a_long_post_is_cut_and_counted():
         TOKENIZER,
         prompt_length=len(HEADER) + 1,
     )
-    assert counts == {"rows": 2, "cut_prompts": 1}
+    assert counts == {"rows": 2, "cut_prompts": 1, "skipped_prompts": 0}
     assert [TOKENIZER.decode(ids) for ids in arrays["prompt_NP"]] == [tldr.format_query("a", "b", "c")] * 2
+
+
+LONG = [("a", "a"), ("abc", "b"), ("abcab", "ab"), ("ab", "abc")]  # prompts of 1, 3, 5 and 2 tokens
+
+
+@pytest.mark.parametrize(
+    ("cut", "prompts", "cut_prompts", "index"),
+    [
+        ("left", [[PAD, PAD, A], [A, B, C], [C, A, B], [PAD, A, B]], 1, [0, 1, 2, 3]),
+        ("right", [[PAD, PAD, A], [A, B, C], [A, B, C], [PAD, A, B]], 1, [0, 1, 2, 3]),
+        ("skip", [[PAD, PAD, A], [A, B, C], [PAD, A, B]], 0, [0, 1, 3]),
+    ],
+)
+def test_what_happens_to_a_prompt_that_is_too_long(cut, prompts, cut_prompts, index):
+    arrays, counts = batches.encode_prompts(rows(*LONG), TOKENIZER, prompt_length=3, cut=cut)
+    assert arrays["prompt_NP"].tolist() == prompts
+    assert arrays["prompt_mask_NP"].tolist() == [[id != PAD for id in ids] for ids in prompts]
+    assert arrays["index_N"].tolist() == index and arrays["index_N"].dtype == np.int32
+    assert counts == {"rows": 4, "cut_prompts": cut_prompts, "skipped_prompts": 4 - len(index)}
+
+
+@pytest.mark.parametrize("cut", batches.CUTS)
+def test_a_prompt_that_fits_is_left_alone(cut):
+    for encode, lengths in ((batches.encode_prompts, {}), (batches.encode_sft, {"response_length": 5})):
+        arrays, counts = encode(rows(*LONG), TOKENIZER, prompt_length=5, cut=cut, **lengths)
+        assert arrays["prompt_NP"].tolist()[2] == [A, B, C, A, B] and len(arrays["index_N"]) == 4
+        assert set(counts.values()) == {4, 0}
+
+
+def test_an_answer_stays_with_its_prompt_where_rows_are_skipped():
+    # Row 2's prompt is too long, row 3's label: what is left is rows 0 and 1, and each is counted once.
+    arrays, counts = batches.encode_sft(rows(*LONG), TOKENIZER, prompt_length=3, response_length=4, cut="skip")
+    assert arrays["index_N"].tolist() == [0, 1]
+    assert arrays["prompt_NP"].tolist() == [[PAD, PAD, A], [A, B, C]]
+    assert arrays["response_NR"].tolist() == [[SPACE, A, EOS, PAD], [SPACE, B, EOS, PAD]]
+    assert counts == {"rows": 4, "cut_prompts": 0, "skipped_prompts": 1, "skipped_labels": 1}
+    pairs = rows(("abc", "abc", "a"), ("a", "b", "c"), columns=("prompt", "chosen", "rejected"))
+    arrays, counts = batches.encode_pairs(pairs, TOKENIZER, prompt_length=2, response_length=4, cut="skip")
+    assert {name: array.tolist() for name, array in arrays.items() if "mask" not in name} == {
+        "prompt_NP": [[PAD, A]],
+        "index_N": [1],
+        "chosen_NR": [[SPACE, B, EOS, PAD]],
+        "rejected_NR": [[SPACE, C, EOS, PAD]],
+    }
+    assert counts == {"rows": 2, "cut_prompts": 0, "skipped_prompts": 1, "skipped_labels": 0}
+
+
+@pytest.mark.parametrize("encode", [batches.encode_sft, batches.encode_pairs])
+@pytest.mark.parametrize(("cut", "ids"), [("left", [C, A]), ("right", [A, B])])
+def test_prompts_with_answers_are_cut_the_same_way(encode, cut, ids):
+    pairs = [{"prompt": "abca", "label": "a", "chosen": "a", "rejected": "b"}]
+    arrays, counts = encode(pairs, TOKENIZER, prompt_length=2, response_length=3, cut=cut)
+    assert arrays["prompt_NP"].tolist() == [ids]
+    assert counts == {"rows": 1, "cut_prompts": 1, "skipped_prompts": 0, "skipped_labels": 0}
+
+
+@pytest.mark.parametrize(
+    ("cut", "message"),
+    [
+        ("error", "data.sft row 3: prompt: expected at most 3 tokens, got 5"),
+        ("newline", "data.sft row 3: prompt: expected at most 3 tokens or a post to cut"),
+        ("middle", "cut: expected one of left, right, newline, skip, error; got 'middle'"),
+    ],
+)
+def test_a_long_prompt_that_may_not_be_cut_is_an_error(cut, message):
+    with pytest.raises(InputError, match=f"^{message}"):
+        batches.encode_sft(rows(*LONG), TOKENIZER, prompt_length=3, response_length=5, cut=cut)
+
+
+def test_skipping_leaves_a_row():
+    with pytest.raises(InputError, match="^data.prompts: expected prompts of at most 2 tokens, but no row has that$"):
+        batches.encode_prompts(rows(*LONG[1:3]), TOKENIZER, prompt_length=2, cut="skip")
+    expected = "^data.sft: expected label of less than 4 tokens, but no row whose prompt fits has that$"
+    with pytest.raises(InputError, match=expected):
+        batches.encode_sft(rows(*LONG[2:]), TOKENIZER, prompt_length=3, response_length=4, cut="skip")
 
 
 def test_every_row_keeps_its_place_when_they_are_tokenized_in_chunks(monkeypatch):
