@@ -1,4 +1,4 @@
-"""Rows of text -> padded arrays of ids -> shuffled batches, with a position that can be saved.
+"""Rows of text -> padded arrays of ids -> the shuffled batch of any step.
 
 N counts rows. Prompts are padded on the left and responses on the right, so that they meet where generation starts.
 A response is its text, then EOS. Masks are True on all but padding.
@@ -7,10 +7,8 @@ A response is its text, then EOS. Masks are True on all but padding.
 import contextlib
 import functools
 import hashlib
-import sys
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 
-import grain
 import numpy as np
 
 from rlhf_jax.data import tldr
@@ -20,44 +18,69 @@ from rlhf_jax.text import Tokenizer
 Arrays = dict[str, np.ndarray]
 Counts = dict[str, int]
 
+# What happens to a prompt that is too long. left: its first tokens are dropped; right: its last tokens are dropped;
+# newline: the post of a TL;DR query is cut (tldr.fit), another prompt is an error; skip: its row is left out.
+CUTS = ("left", "right", "newline", "skip", "error")
+
 CHUNK = 1_000  # texts tokenized at once: fast, and never the ids of a whole data set as Python objects
 
 
 def encode_prompts(
-    rows: list[dict], tokenizer: Tokenizer, *, prompt_length: int, source: str = "data.prompts"
+    rows: list[dict],
+    tokenizer: Tokenizer,
+    *,
+    prompt_length: int,
+    cut: str = "newline",
+    source: str = "data.prompts",
 ) -> tuple[Arrays, Counts]:
-    """Each row's `prompt`: (prompt_NP, prompt_mask_NP, index_N) and the counts (rows, cut_prompts).
+    """Each row's `prompt`: (prompt_NP, prompt_mask_NP, index_N) and the counts (rows, cut_prompts, skipped_prompts).
 
-    index_N is the row's place in `rows`, from 0. A prompt that is too long is cut as `tldr.fit` says. An InputError
-    starts with `source` and the row, from 1.
+    `cut`, one of CUTS, decides what happens to a prompt of more than `prompt_length` tokens. index_N is the row's place
+    in `rows`, from 0. An InputError starts with `source` and the row, from 1.
     """
+    if cut not in CUTS:
+        raise InputError(f"cut: expected one of {', '.join(CUTS)}; got {cut!r}")
     if not rows:
         raise InputError(f"{source}: expected at least one row, got none")
     prompts = [row["prompt"] for row in rows]
     prompt_NP = np.full((len(rows), prompt_length), tokenizer.pad_id, np.int32)
+    kept_N = np.ones(len(rows), bool)
     cut_prompts = 0
     for i, ids in enumerate(_encode(prompts, tokenizer, rows, source, "prompt")):
         if len(ids) > prompt_length:
+            if cut == "skip":
+                kept_N[i] = False
+                continue
             with _naming(rows, i, source, "prompt"):
-                ids, _ = tldr.fit(prompts[i], tokenizer, prompt_length)
+                ids = _shorten(ids, prompts[i], tokenizer, prompt_length, cut)
             cut_prompts += 1
         prompt_NP[i, prompt_length - len(ids) :] = ids
+    if not kept_N.any():
+        raise InputError(f"{source}: expected prompts of at most {prompt_length} tokens, but no row has that")
+    prompt_NP = prompt_NP[kept_N]
     arrays = {
         "prompt_NP": prompt_NP,
         "prompt_mask_NP": prompt_NP != tokenizer.pad_id,
-        "index_N": np.arange(len(rows), dtype=np.int32),
+        "index_N": np.flatnonzero(kept_N).astype(np.int32),
     }
-    return arrays, {"rows": len(rows), "cut_prompts": cut_prompts}
+    return arrays, {"rows": len(rows), "cut_prompts": cut_prompts, "skipped_prompts": int(np.sum(~kept_N))}
 
 
 def encode_sft(
-    rows: list[dict], tokenizer: Tokenizer, *, prompt_length: int, response_length: int, source: str = "data.sft"
+    rows: list[dict],
+    tokenizer: Tokenizer,
+    *,
+    prompt_length: int,
+    response_length: int,
+    cut: str = "newline",
+    source: str = "data.sft",
 ) -> tuple[Arrays, Counts]:
     """`encode_prompts`, and each row's `label`: (response_NR, response_mask_NR) and the count skipped_labels.
 
-    A row is skipped if its label is too long: cut, it would teach a summary that does not end.
+    A row is skipped if its label is too long: cut, it would teach a summary that does not end. skipped_labels counts
+    these among the rows whose prompt is kept.
     """
-    return _encode_answered(rows, {"label": "response"}, tokenizer, prompt_length, response_length, source)
+    return _encode_answered(rows, {"label": "response"}, tokenizer, prompt_length, response_length, cut, source)
 
 
 def encode_pairs(
@@ -66,6 +89,7 @@ def encode_pairs(
     *,
     prompt_length: int,
     response_length: int,
+    cut: str = "newline",
     source: str = "data.preferences",
 ) -> tuple[Arrays, Counts]:
     """As `encode_sft`, with two responses: (chosen_NR, chosen_mask_NR) and (rejected_NR, rejected_mask_NR).
@@ -73,33 +97,28 @@ def encode_pairs(
     A row is skipped if either is too long.
     """
     responses = {"chosen": "chosen", "rejected": "rejected"}
-    return _encode_answered(rows, responses, tokenizer, prompt_length, response_length, source)
+    return _encode_answered(rows, responses, tokenizer, prompt_length, response_length, cut, source)
 
 
-def iterate(
-    arrays: Arrays, *, batch: int, seed: int, shuffle: bool = True, epochs: int | None = None
-) -> grain.DatasetIterator[Arrays]:
-    """Batches of rows, `prompt_NP` as `prompt_BP` and so on; without end if `epochs` is None.
+def batch_at(arrays: Arrays, *, batch: int, seed: int) -> Callable[[int], Arrays]:
+    """The batch of each step, from 0, as a function of nothing but the seed and the step; `take` names its arrays.
 
-    Each epoch has an order of its own, drawn from `seed`, and drops the rows left over by its last batch. `get_state()`
-    is the position; `set_state()` on another iterator over the same arrays goes on from there.
+    Each epoch has an order of its own, drawn from `seed`, and drops the rows left over by its last batch.
     """
     rows = len(arrays["index_N"])
     if not 0 < batch <= rows:
         raise InputError(f"batch: expected 1 to {rows}, the number of rows, got {batch}")
-    steps = rows // batch
+    steps = rows // batch  # of an epoch
 
     @functools.lru_cache(maxsize=1)
-    def order(epoch):  # by NumPy: Grain's shuffle takes up to milliseconds a row
-        return np.random.default_rng((seed, epoch)).permutation(rows) if shuffle else np.arange(rows)
+    def order(epoch):
+        return np.random.default_rng((seed, epoch)).permutation(rows)
 
     def at(step):
         epoch, i = divmod(step, steps)
         return take(arrays, order(epoch)[i * batch : (i + 1) * batch])
 
-    batches = grain.MapDataset.range(sys.maxsize if epochs is None else epochs * steps).map(at)
-    no_threads = grain.ReadOptions(num_threads=0, prefetch_buffer_size=0)  # nothing is read, so nothing to read ahead
-    return iter(batches.to_iter_dataset(no_threads))
+    return at
 
 
 def split(rows: list[dict], fraction: float, seed: int, column: str = "prompt") -> tuple[list[dict], list[dict]]:
@@ -122,11 +141,12 @@ def _encode_answered(
     tokenizer: Tokenizer,
     prompt_length: int,
     response_length: int,
+    cut: str,
     source: str,
 ) -> tuple[Arrays, Counts]:
     """`encode_prompts` and the columns that `responses` gives a name to; only the rows in which all of these fit."""
-    arrays, counts = encode_prompts(rows, tokenizer, prompt_length=prompt_length, source=source)
-    fits_N = np.ones(len(rows), bool)
+    arrays, counts = encode_prompts(rows, tokenizer, prompt_length=prompt_length, cut=cut, source=source)
+    answers, fits_N = {}, np.ones(len(rows), bool)
     for column, name in responses.items():
         texts = [tldr.completion(row[column]) for row in rows]
         response_NR = np.full((len(rows), response_length), tokenizer.pad_id, np.int32)
@@ -135,12 +155,26 @@ def _encode_answered(
                 response_NR[i, : len(ids) + 1] = [*ids, tokenizer.eos_id]
             else:
                 fits_N[i] = False
-        arrays |= {f"{name}_NR": response_NR, f"{name}_mask_NR": response_NR != tokenizer.pad_id}
+        answers |= {f"{name}_NR": response_NR, f"{name}_mask_NR": response_NR != tokenizer.pad_id}
+    fits_N = fits_N[arrays["index_N"]]
     if not fits_N.any():
-        columns = " and ".join(responses)
-        raise InputError(f"{source}: expected {columns} of less than {response_length} tokens, but no row has that")
+        columns, row = " and ".join(responses), "row whose prompt fits" if counts["skipped_prompts"] else "row"
+        raise InputError(f"{source}: expected {columns} of less than {response_length} tokens, but no {row} has that")
     arrays = {name: array[fits_N] for name, array in arrays.items()}
+    arrays |= {name: array[arrays["index_N"]] for name, array in answers.items()}
     return arrays, counts | {"skipped_labels": int(np.sum(~fits_N))}
+
+
+def _shorten(ids: list[int], text: str, tokenizer: Tokenizer, limit: int, cut: str) -> list[int]:
+    """The ids of `text`, more than `limit`, cut to at most that. InputError if `cut` does not allow it."""
+    match cut:
+        case "left":
+            return ids[len(ids) - limit :]
+        case "right":
+            return ids[:limit]
+        case "newline":
+            return tldr.fit(text, tokenizer, limit)[0]
+    raise InputError(f"expected at most {limit} tokens, got {len(ids)}")
 
 
 def _encode(texts: list[str], tokenizer: Tokenizer, rows: list[dict], source: str, column: str) -> Iterator[list[int]]:

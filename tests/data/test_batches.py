@@ -1,6 +1,3 @@
-import json
-from itertools import islice
-
 import numpy as np
 import pytest
 
@@ -32,7 +29,7 @@ def test_sft_by_hand():
     assert {name: array.tolist() for name, array in arrays.items()} == expected
     assert {array.dtype.name for name, array in arrays.items() if "mask" in name} == {"bool"}
     assert {array.dtype.name for name, array in arrays.items() if "mask" not in name} == {"int32"}
-    assert counts == {"rows": 2, "cut_prompts": 0, "skipped_labels": 0}
+    assert counts == {"rows": 2, "cut_prompts": 0, "skipped_prompts": 0, "skipped_labels": 0}
 
 
 def test_pairs_by_hand():
@@ -49,7 +46,7 @@ def test_pairs_by_hand():
         "rejected_mask_NR": [[1, 1, 1, 1]],
     }
     assert {name: array.tolist() for name, array in arrays.items()} == expected
-    assert counts == {"rows": 1, "cut_prompts": 0, "skipped_labels": 0}
+    assert counts == {"rows": 1, "cut_prompts": 0, "skipped_prompts": 0, "skipped_labels": 0}
 
 
 def test_prompts_by_hand():
@@ -58,7 +55,7 @@ def test_prompts_by_hand():
     )
     expected = {"prompt_NP": [[A, B], [PAD, C]], "prompt_mask_NP": [[1, 1], [0, 1]], "index_N": [0, 1]}
     assert {name: array.tolist() for name, array in arrays.items()} == expected
-    assert counts == {"rows": 2, "cut_prompts": 0}
+    assert counts == {"rows": 2, "cut_prompts": 0, "skipped_prompts": 0}
 
 
 def test_a_label_without_room_for_eos_is_skipped():
@@ -66,7 +63,7 @@ def test_a_label_without_room_for_eos_is_skipped():
     arrays, counts = batches.encode_sft(
         rows(("a", "abc"), ("b", "ab"), ("c", "a")), TOKENIZER, prompt_length=1, response_length=4
     )
-    assert counts == {"rows": 3, "cut_prompts": 0, "skipped_labels": 1}
+    assert counts == {"rows": 3, "cut_prompts": 0, "skipped_prompts": 0, "skipped_labels": 1}
     assert arrays["index_N"].tolist() == [1, 2]
     assert arrays["prompt_NP"].tolist() == [[B], [C]]
     assert arrays["response_NR"].tolist() == [[SPACE, A, B, EOS], [SPACE, A, EOS, PAD]]
@@ -86,8 +83,83 @@ def test_a_long_post_is_cut_and_counted():
         TOKENIZER,
         prompt_length=len(HEADER) + 1,
     )
-    assert counts == {"rows": 2, "cut_prompts": 1}
+    assert counts == {"rows": 2, "cut_prompts": 1, "skipped_prompts": 0}
     assert [TOKENIZER.decode(ids) for ids in arrays["prompt_NP"]] == [tldr.format_query("a", "b", "c")] * 2
+
+
+LONG = [("a", "a"), ("abc", "b"), ("abcab", "ab"), ("ab", "abc")]  # prompts of 1, 3, 5 and 2 tokens
+
+
+@pytest.mark.parametrize(
+    ("cut", "prompts", "cut_prompts", "index"),
+    [
+        ("left", [[PAD, PAD, A], [A, B, C], [C, A, B], [PAD, A, B]], 1, [0, 1, 2, 3]),
+        ("right", [[PAD, PAD, A], [A, B, C], [A, B, C], [PAD, A, B]], 1, [0, 1, 2, 3]),
+        ("skip", [[PAD, PAD, A], [A, B, C], [PAD, A, B]], 0, [0, 1, 3]),
+    ],
+)
+def test_what_happens_to_a_prompt_that_is_too_long(cut, prompts, cut_prompts, index):
+    arrays, counts = batches.encode_prompts(rows(*LONG), TOKENIZER, prompt_length=3, cut=cut)
+    assert arrays["prompt_NP"].tolist() == prompts
+    assert arrays["prompt_mask_NP"].tolist() == [[id != PAD for id in ids] for ids in prompts]
+    assert arrays["index_N"].tolist() == index and arrays["index_N"].dtype == np.int32
+    assert counts == {"rows": 4, "cut_prompts": cut_prompts, "skipped_prompts": 4 - len(index)}
+
+
+@pytest.mark.parametrize("cut", batches.CUTS)
+def test_a_prompt_that_fits_is_left_alone(cut):
+    for encode, lengths in ((batches.encode_prompts, {}), (batches.encode_sft, {"response_length": 5})):
+        arrays, counts = encode(rows(*LONG), TOKENIZER, prompt_length=5, cut=cut, **lengths)
+        assert arrays["prompt_NP"].tolist()[2] == [A, B, C, A, B] and len(arrays["index_N"]) == 4
+        assert set(counts.values()) == {4, 0}
+
+
+def test_an_answer_stays_with_its_prompt_where_rows_are_skipped():
+    # Row 2's prompt is too long, row 3's label: what is left is rows 0 and 1, and each is counted once.
+    arrays, counts = batches.encode_sft(rows(*LONG), TOKENIZER, prompt_length=3, response_length=4, cut="skip")
+    assert arrays["index_N"].tolist() == [0, 1]
+    assert arrays["prompt_NP"].tolist() == [[PAD, PAD, A], [A, B, C]]
+    assert arrays["response_NR"].tolist() == [[SPACE, A, EOS, PAD], [SPACE, B, EOS, PAD]]
+    assert counts == {"rows": 4, "cut_prompts": 0, "skipped_prompts": 1, "skipped_labels": 1}
+    pairs = rows(("abc", "abc", "a"), ("a", "b", "c"), columns=("prompt", "chosen", "rejected"))
+    arrays, counts = batches.encode_pairs(pairs, TOKENIZER, prompt_length=2, response_length=4, cut="skip")
+    assert {name: array.tolist() for name, array in arrays.items() if "mask" not in name} == {
+        "prompt_NP": [[PAD, A]],
+        "index_N": [1],
+        "chosen_NR": [[SPACE, B, EOS, PAD]],
+        "rejected_NR": [[SPACE, C, EOS, PAD]],
+    }
+    assert counts == {"rows": 2, "cut_prompts": 0, "skipped_prompts": 1, "skipped_labels": 0}
+
+
+@pytest.mark.parametrize("encode", [batches.encode_sft, batches.encode_pairs])
+@pytest.mark.parametrize(("cut", "ids"), [("left", [C, A]), ("right", [A, B])])
+def test_prompts_with_answers_are_cut_the_same_way(encode, cut, ids):
+    pairs = [{"prompt": "abca", "label": "a", "chosen": "a", "rejected": "b"}]
+    arrays, counts = encode(pairs, TOKENIZER, prompt_length=2, response_length=3, cut=cut)
+    assert arrays["prompt_NP"].tolist() == [ids]
+    assert counts == {"rows": 1, "cut_prompts": 1, "skipped_prompts": 0, "skipped_labels": 0}
+
+
+@pytest.mark.parametrize(
+    ("cut", "message"),
+    [
+        ("error", "data.sft row 3: prompt: expected at most 3 tokens, got 5"),
+        ("newline", "data.sft row 3: prompt: expected at most 3 tokens or a post to cut"),
+        ("middle", "cut: expected one of left, right, newline, skip, error; got 'middle'"),
+    ],
+)
+def test_a_long_prompt_that_may_not_be_cut_is_an_error(cut, message):
+    with pytest.raises(InputError, match=f"^{message}"):
+        batches.encode_sft(rows(*LONG), TOKENIZER, prompt_length=3, response_length=5, cut=cut)
+
+
+def test_skipping_leaves_a_row():
+    with pytest.raises(InputError, match="^data.prompts: expected prompts of at most 2 tokens, but no row has that$"):
+        batches.encode_prompts(rows(*LONG[1:3]), TOKENIZER, prompt_length=2, cut="skip")
+    expected = "^data.sft: expected label of less than 4 tokens, but no row whose prompt fits has that$"
+    with pytest.raises(InputError, match=expected):
+        batches.encode_sft(rows(*LONG[2:]), TOKENIZER, prompt_length=3, response_length=4, cut="skip")
 
 
 def test_every_row_keeps_its_place_when_they_are_tokenized_in_chunks(monkeypatch):
@@ -120,15 +192,29 @@ def index(batch):
     return batch["index_B"].tolist()
 
 
+def order(n, *, steps, **options):
+    """index_B of the first steps."""
+    at = batches.batch_at(arrays_of(n), **options)
+    return [index(at(step)) for step in range(steps)]
+
+
 def test_a_batch_is_the_same_rows_of_every_array():
-    for batch in islice(batches.iterate(arrays_of(10), batch=4, seed=0), 20):
+    at = batches.batch_at(arrays_of(10), batch=4, seed=0)
+    for batch in map(at, range(20)):
         assert batch.keys() == {"prompt_BP", "index_B"}
         assert batch["prompt_BP"].tolist() == [[10 * i] for i in index(batch)]
 
 
+def test_the_batches_by_hand():
+    # 10 rows in batches of 4: an epoch is the first 8 of a permutation, drawn from the seed and the epoch
+    for epoch, pair in enumerate(zip(*[iter(order(10, steps=12, batch=4, seed=3))] * 2, strict=True)):
+        permutation = np.random.default_rng((3, epoch)).permutation(10).tolist()
+        assert pair == (permutation[:4], permutation[4:8])
+
+
 def test_an_epoch_has_every_row_at_most_once_and_drops_the_rest():
     # 10 rows in batches of 4: two batches, two rows left over
-    epochs = np.reshape([index(batch) for batch in batches.iterate(arrays_of(10), batch=4, seed=0, epochs=50)], (50, 8))
+    epochs = np.reshape(order(10, steps=100, batch=4, seed=0), (50, 8))
     assert all(len(set(epoch)) == 8 for epoch in epochs)
     assert len({tuple(epoch) for epoch in epochs}) == 50
     assert set(epochs.flat) == set(range(10))  # not always the same two
@@ -136,41 +222,29 @@ def test_an_epoch_has_every_row_at_most_once_and_drops_the_rest():
 
 def test_every_row_is_as_likely_in_every_place():
     # 2,000 epochs of 4 rows: each row is first 500 times, give or take 5 standard deviations of 19
-    first = [index(batch)[0] for batch in batches.iterate(arrays_of(4), batch=4, seed=0, epochs=2_000)]
+    first = [rows[0] for rows in order(4, steps=2_000, batch=4, seed=0)]
     assert np.all(np.abs(np.bincount(first) - 500) < 100)
 
 
 def test_the_seed_decides_the_order():
-    def order(seed):
-        return [index(batch) for batch in islice(batches.iterate(arrays_of(10), batch=5, seed=seed), 12)]
-
-    assert order(1) == order(1)
-    assert order(1) != order(2)
-    assert order(1)[2:] != order(2)[:-2]  # a seed is not the one before it, an epoch late
+    one, two = (order(10, steps=12, batch=5, seed=seed) for seed in (1, 2))
+    assert one == order(10, steps=12, batch=5, seed=1)
+    assert one != two
+    assert one[2:] != two[:-2]  # a seed is not the one before it, an epoch late
 
 
-def test_without_shuffling_the_order_is_the_rows():
-    ordered = batches.iterate(arrays_of(5), batch=2, seed=0, shuffle=False, epochs=2)
-    assert [index(batch) for batch in ordered] == [[0, 1], [2, 3], [0, 1], [2, 3]]
-
-
-@pytest.mark.parametrize("taken", [0, 1, 2, 7])
-def test_a_saved_position_goes_on_exactly(taken):
-    through = batches.iterate(arrays_of(10), batch=4, seed=3)
-    for _ in range(taken):
-        next(through)
-    state = json.loads(json.dumps(through.get_state()))
-    again = batches.iterate(arrays_of(10), batch=4, seed=3)
-    next(again)
-    again.set_state(state)
-    assert [index(next(again)) for _ in range(5)] == [index(next(through)) for _ in range(5)]
+def test_a_step_needs_none_of_the_steps_before_it():
+    in_order = order(10, steps=9, batch=4, seed=3)
+    at = batches.batch_at(arrays_of(10), batch=4, seed=3)
+    for step in (7, 0, 8, 7, 3, 2):
+        assert index(at(step)) == in_order[step]
 
 
 @pytest.mark.parametrize("batch", [0, 11])
 def test_a_batch_has_at_least_one_row_and_no_more_than_there_are(batch):
     with pytest.raises(InputError, match=f"batch: expected 1 to 10, the number of rows, got {batch}"):
-        batches.iterate(arrays_of(10), batch=batch, seed=0)
-    assert len(index(next(batches.iterate(arrays_of(10), batch=10, seed=0)))) == 10
+        batches.batch_at(arrays_of(10), batch=batch, seed=0)
+    assert sorted(*order(10, steps=1, batch=10, seed=0)) == list(range(10))
 
 
 PROMPTS = [{"prompt": str(i // 2), "label": str(i)} for i in range(2_000)]  # each prompt twice
