@@ -16,8 +16,9 @@ import dataclasses
 from ml_collections import ConfigDict
 
 from rlhf_jax import alarms
-from rlhf_jax.algorithms import policy_gradient, ppo, supervised
-from rlhf_jax.config import Evaluation, Text, Writing
+from rlhf_jax import config as configs
+from rlhf_jax.algorithms import policy_gradient, ppo
+from rlhf_jax.config import Evaluation, Supervised, Text
 from rlhf_jax.data import corpus
 from rlhf_jax.errors import InputError
 from rlhf_jax.models import gpt2
@@ -28,18 +29,18 @@ def get_config(arg="made"):
     arguments = {"made": made, "stories": stories}
     if arg not in arguments:
         raise InputError(f"--config=...:{arg}: expected {', '.join(arguments)}")
-    return ConfigDict(dataclasses.asdict(arguments[arg]()))
+    return ConfigDict(configs.tree(arguments[arg]()))
 
 
 def stories():
     """The article's sizes: 64 tokens, 64 samples an iteration. The learning rate is ours: 1e-5 moves little in 100."""
     adam = dict(schedule="cosine", warmup=50, adam_b2=0.95, loss_on="all")
-    return Writing(
+    return configs.write(
         text=Text(kind="bpe", vocab_size=1_024),
         data=corpus.Config(kind="stories", source="file", length=64),
         model=gpt2.preset("micro", heads=4, head_size=32, context=64, init_std=0.08),
-        pretrain=supervised.Config(**adam, lr=1e-3, steps=1_500, batch=32, eval_every=500),
-        sft=supervised.Config(**adam, lr=5e-4, steps=200, batch=32, eval_every=100),
+        pretrain=Supervised(**adam, lr=1e-3, steps=1_500, batch=32, eval_every=500),
+        sft=Supervised(**adam, lr=5e-4, steps=200, batch=32, eval_every=100),
         policy_gradient=policy_gradient.Config(
             lr=5e-5, schedule="linear", steps=100, batch=64, kl_coef=0.03, eval_every=20
         ),
@@ -55,7 +56,7 @@ def stories():
             eval_every=10,
         ),
         alarms=alarms.Config(repeat_rate=0.15),  # half of all openings of 60 words have one word four times
-        evaluation=Evaluation(prompts=512, batch=256, temperature=1.0),
+        evaluation=Evaluation(prompts=512, batch=256, temperature=1.0, result="best"),
     )
 
 

@@ -18,8 +18,9 @@ import dataclasses
 from ml_collections import ConfigDict
 
 from rlhf_jax import alarms
-from rlhf_jax.algorithms import policy_gradient, ppo, supervised
-from rlhf_jax.config import Evaluation, Text, Writing
+from rlhf_jax import config as configs
+from rlhf_jax.algorithms import policy_gradient, ppo
+from rlhf_jax.config import Evaluation, Supervised, Text
 from rlhf_jax.data import corpus
 from rlhf_jax.errors import InputError
 from rlhf_jax.models import gpt2
@@ -30,18 +31,18 @@ def get_config(arg="made"):
     arguments = {"made": made, "tweets": tweets, "article": article}
     if arg not in arguments:
         raise InputError(f"--config=...:{arg}: expected {', '.join(arguments)}")
-    return ConfigDict(dataclasses.asdict(arguments[arg]()))
+    return ConfigDict(configs.tree(arguments[arg]()))
 
 
 def tweets():
     """The article's sizes: 4 layers, width 128, 32 characters, 32 samples an iteration."""
     adam = dict(schedule="cosine", warmup=50, adam_b2=0.95, loss_on="all")
-    return Writing(
+    return configs.write(
         text=Text(kind="char"),
         data=corpus.Config(kind="tweets", source="file", length=32),
         model=gpt2.preset("micro", heads=4, head_size=32, context=32, init_std=0.08),
-        pretrain=supervised.Config(**adam, lr=1e-3, steps=1_000, batch=64, eval_every=250),
-        sft=supervised.Config(**adam, lr=5e-4, steps=500, batch=64, eval_every=100),
+        pretrain=Supervised(**adam, lr=1e-3, steps=1_000, batch=64, eval_every=250),
+        sft=Supervised(**adam, lr=5e-4, steps=500, batch=64, eval_every=100),
         policy_gradient=policy_gradient.Config(
             lr=5e-5,
             schedule="linear",
@@ -63,7 +64,7 @@ def tweets():
             missing_eos_penalty=0.0,  # a tweet cut at 31 characters is no failure
             eval_every=10,
         ),
-        evaluation=Evaluation(prompts=512, batch=512, temperature=1.0),
+        evaluation=Evaluation(prompts=512, batch=512, temperature=1.0, result="best"),
     )
 
 

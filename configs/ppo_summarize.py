@@ -31,8 +31,9 @@ import dataclasses
 
 from ml_collections import ConfigDict
 
-from rlhf_jax.algorithms import ppo, preference, supervised
-from rlhf_jax.config import Config, Evaluation, Text
+from rlhf_jax import config as configs
+from rlhf_jax.algorithms import ppo
+from rlhf_jax.config import Config, Evaluation, Reward, Supervised, Text
 from rlhf_jax.data import sources
 from rlhf_jax.errors import InputError
 from rlhf_jax.models import gpt2
@@ -57,7 +58,7 @@ def get_config(arg="tiny"):
     }
     if arg not in arguments:
         raise InputError(f"--config=...:{arg}: expected {', '.join(arguments)}")
-    return ConfigDict(dataclasses.asdict(arguments[arg]()))
+    return ConfigDict(configs.tree(arguments[arg]()))
 
 
 def tiny():
@@ -66,10 +67,8 @@ def tiny():
         text=Text(kind="bpe", vocab_size=800),
         data=sources.Config(prompt_length=56, response_length=22),
         model=gpt2.preset("micro", heads=4, head_size=32, context=80, init_std=0.08),
-        sft=supervised.Config(
-            lr=2e-3, warmup=100, adam_b2=0.95, steps=600, batch=32, loss_on="response", eval_every=200
-        ),
-        reward=preference.Config(lr=1e-3, warmup=20, adam_b2=0.95, steps=150, batch=32, eval_every=50),
+        sft=Supervised(lr=2e-3, warmup=100, adam_b2=0.95, steps=600, batch=32, loss_on="response", eval_every=200),
+        reward=Reward(lr=1e-3, warmup=20, adam_b2=0.95, steps=150, batch=32, eval_every=50),
         ppo=ppo.Config(lr=3e-4, steps=50, batch=64, epochs=2, temperature=1.0, eval_every=10),
         evaluation=Evaluation(prompts=512, batch=256, temperature=1.0),
     )
@@ -83,8 +82,8 @@ def files():
     return Config(
         data=sources.Config(source="files", prompt_length=128),
         model=gpt2.preset("micro", layers=2, heads=4, head_size=32, context=192, init_std=0.08),
-        sft=supervised.Config(lr=2e-3, warmup=50, adam_b2=0.95, steps=250, batch=8, loss_on="response", eval_every=50),
-        reward=preference.Config(lr=1e-3, warmup=20, adam_b2=0.95, steps=120, batch=16, eval_every=20),
+        sft=Supervised(lr=2e-3, warmup=50, adam_b2=0.95, steps=250, batch=8, loss_on="response", eval_every=50),
+        reward=Reward(lr=1e-3, warmup=20, adam_b2=0.95, steps=120, batch=16, eval_every=20),
         ppo=ppo.Config(lr=5e-4, steps=30, batch=32, epochs=2, temperature=1.0, kl_coef=0.005, eval_every=10),
         evaluation=Evaluation(prompts=128, batch=16, temperature=1.0),
     )
@@ -112,10 +111,10 @@ def published(place, model, *, response_length, pair_length):
             pair_length=pair_length,
         ),
         model=dataclasses.replace(model, init=place),
-        sft=supervised.Config(
+        sft=Supervised(
             **adam, schedule="cosine", steps=POSTS // 128, batch=128, loss_on="all", eval_every=300, microbatches=8
         ),
-        reward=preference.Config(
+        reward=Reward(
             **adam, schedule="cosine", steps=PAIRS // 64, batch=64, eval_every=0, microbatches=8
         ),  # evaluated once, for there are as many held-out pairs as others
         ppo=ppo.Config(

@@ -1,6 +1,7 @@
 """What every experiment does first: flags -> typed config, the compilation cache, errors as one line."""
 
 import os
+import re
 import sys
 from pathlib import Path
 
@@ -9,6 +10,7 @@ from absl import app, flags, logging
 from ml_collections import config_flags
 
 from rlhf_jax import config as configs
+from rlhf_jax import pipeline
 from rlhf_jax.errors import InputError
 from rlhf_jax.report.console import Reporter
 from rlhf_jax.training import guard, loop
@@ -19,9 +21,12 @@ WORKDIR = flags.DEFINE_string("workdir", None, "Folder of the run; started again
 BAD_INPUT, STOPPED, NOT_FINITE = 2, 3, 4  # exit codes
 
 
-def launch(job, kind):
-    """Runs job(run), where run is of that kind. Bad input is one line and exit code 2; a stop by a signal 3; NaN 4."""
-    app.run(lambda _: _run(job, kind), flags_parser=parser("config", "workdir"))
+def launch(task, only=None, job=pipeline.run):
+    """Runs job(config, workdir, reporter, stop, only) for a config of that task.
+
+    Bad input is one line and exit code 2; a stop by a signal 3; a number that is not finite 4.
+    """
+    app.run(lambda _: _run(task, only, job), flags_parser=parser("config", "workdir"))
 
 
 def parser(*required):
@@ -29,7 +34,7 @@ def parser(*required):
 
     def parse(argv):
         try:
-            rest = flags.FLAGS(argv)
+            rest = flags.FLAGS([_section(arg) for arg in argv])
             for name in required:
                 if not flags.FLAGS[name].value:
                     raise InputError(f"--{name}: expected, got none")
@@ -44,6 +49,11 @@ def parser(*required):
     return parse
 
 
+def _section(arg):
+    """`--config.reward=gold` sets the field `kind` of the section `reward`."""
+    return re.sub(r"^(--?config\.reward)=", r"\1.kind=", arg)
+
+
 def _told(error, argv):
     """What was wrong with a flag: ml_collections says it in several lines, at times with a traceback in them."""
     text = str(error.args[0] if error.args else error).strip()
@@ -56,7 +66,7 @@ def _told(error, argv):
     return text.replace(f"{InputError.__module__}.{InputError.__name__}: ", "")
 
 
-def _run(job, kind):
+def _run(task, only, job):
     # Compiled programs are kept: a second start takes seconds.
     cache = Path(os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache", "rlhf_jax", "xla")
     jax.config.update("jax_compilation_cache_dir", str(cache))
@@ -64,10 +74,12 @@ def _run(job, kind):
     logging.set_verbosity(logging.FATAL)  # Orbax tells of every file it touches; its errors are raised as well
     try:
         with loop.stop_signal() as stop, stop.at_once(), Reporter() as reporter:
-            config = configs.parse(CONFIG.value.to_dict(), kind.CONFIG)
+            config = configs.parse(CONFIG.value.to_dict())
+            if config.task != task:
+                raise InputError(f"--config: expected a config whose task is {task}, got one for {config.task}")
             if config.deterministic:  # read when the first device is asked for, which is below
                 os.environ["XLA_FLAGS"] = f"{os.environ.get('XLA_FLAGS', '')} --xla_gpu_deterministic_ops=true"
-            job(kind(config, WORKDIR.value, reporter, stop))
+            job(config, WORKDIR.value, reporter, stop, only)
     except InputError as error:
         leave(error)
     except OSError as error:  # a disk that is full, a folder that cannot be written

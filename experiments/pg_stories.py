@@ -5,8 +5,5 @@ python experiments/pg_stories.py --config=configs/pg_stories.py --workdir=runs/s
 
 from launch import launch
 
-from rlhf_jax import stages
-from rlhf_jax.run import Writing
-
 if __name__ == "__main__":
-    launch(stages.write, Writing)
+    launch(task="write")

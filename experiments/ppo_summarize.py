@@ -5,8 +5,5 @@ python experiments/ppo_summarize.py --config=configs/ppo_summarize.py --workdir=
 
 from launch import launch
 
-from rlhf_jax import stages
-from rlhf_jax.run import Summarization
-
 if __name__ == "__main__":
-    launch(stages.summarize, Summarization)
+    launch(task="summarize")

@@ -6,9 +6,7 @@ The workdir has its pretrain and sft stages already (experiments/pg_tweets.py); 
 """
 
 from launch import launch
-
-from rlhf_jax import stages
-from rlhf_jax.run import Writing
+from rlhf_jax.commands.reuse import reuse
 
 if __name__ == "__main__":
-    launch(stages.reuse, Writing)
+    launch(task="write", job=reuse)

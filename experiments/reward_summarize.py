@@ -5,8 +5,5 @@ python experiments/reward_summarize.py --config=configs/ppo_summarize.py --workd
 
 from launch import launch
 
-from rlhf_jax import stages
-from rlhf_jax.run import Summarization
-
 if __name__ == "__main__":
-    launch(stages.reward, Summarization)
+    launch(task="summarize", only="reward")

@@ -2,73 +2,79 @@
 
 import dataclasses
 import difflib
-import functools
+from collections.abc import Mapping
 from pathlib import Path
+from typing import Any
 
-from rlhf_jax import alarms as collapse
-from rlhf_jax import hub
-from rlhf_jax.algorithms import policy_gradient as pg_algorithm
-from rlhf_jax.algorithms import ppo as ppo_algorithm
-from rlhf_jax.algorithms import preference, supervised
+from rlhf_jax import alarms as limits
+from rlhf_jax import fields, hub
+from rlhf_jax.algorithms import POLICY, preference, supervised
+from rlhf_jax.algorithms import policy_gradient as policy_gradients
+from rlhf_jax.algorithms import ppo as ppos
 from rlhf_jax.data import corpus, sources
 from rlhf_jax.errors import InputError
 from rlhf_jax.models import gpt2
+from rlhf_jax.rewards import function
 from rlhf_jax.training import checkpoint
 from rlhf_jax.training import guard as guards
+
+LEARNED = "learned"  # the reward that is a reward model
 
 
 @dataclasses.dataclass(frozen=True)
 class Text:
     """The tokenizer."""
 
-    kind: str = "gpt2"  # gpt2: byte-level BPE from `path`; bpe or char: made from the SFT rows
+    kind: str = fields.choice("gpt2", "gpt2", "bpe", "char")  # gpt2: from `path`; bpe, char: made from the texts
     path: str = ""  # a folder with tokenizer.json or the like, or NAME or NAME@REVISION on the hub: gpt2
-    vocab_size: int = 800  # of bpe
+    vocab_size: int = fields.number(800, least=1)  # of bpe
 
 
 @dataclasses.dataclass(frozen=True)
 class Evaluation:
-    """How the finished policies are compared, on held-out prompts."""
+    """How policies are compared, on held-out prompts."""
 
-    prompts: int = 512  # at most; as many as are held out
-    batch: int = 64  # rows on the device at a time
-    temperature: float = 0.01
-    samples: int = 3  # shown on the way; all go to samples.jsonl at the end
+    prompts: int = fields.number(512, least=2)  # at most; as many as are held out
+    batch: int = fields.number(64, least=1, neutral=True)  # rows on the device at a time
+    temperature: float = fields.number(0.01, least=0, most=100)
+    samples: int = fields.number(3, least=0, neutral=True)  # shown on the way; all go to samples.jsonl at the end
+    # Of reinforcement learning: the last policy, or the best evaluated one within the limits of `alarms`.
+    result: str = fields.choice("last", "last", "best")
+
+
+@dataclasses.dataclass(frozen=True)
+class Supervised(supervised.Config):
+    """A stage of next-token training; with 0 steps it is left out."""
+
+    from_: str = fields.neutral("")  # another workdir whose finished stage is used, if it depends on the same
+
+
+@dataclasses.dataclass(frozen=True)
+class Reward(preference.Config):
+    """The reward of reinforcement learning, and the training of the reward model where it is learned."""
+
+    # learned | gold: the embedded world's truth | sentiment: VADER's | path/to/file.py:function (rewards/function.py)
+    kind: str = LEARNED
+    from_: str = fields.neutral("")  # another workdir whose finished reward model is used
 
 
 @dataclasses.dataclass(frozen=True)
 class Config:
-    """A run of the main job, summarization. Each section's defaults are beside the code that reads it."""
+    """A run: a task, a reward, an algorithm and a model. A section's defaults stand beside the code that reads it."""
 
-    seed: int = 1
+    seed: int = fields.number(1, least=0, below=2**32, most=2**32)
+    seeds: int = fields.number(1, least=1)  # runs of the last stage, one after another; curves get their 95% band
+    task: str = fields.choice("summarize", "summarize", "write", "prompts")
+    algorithm: str = fields.choice("ppo", *POLICY)  # the section that the last stage reads
     text: Text = Text()
-    data: sources.Config = sources.Config()
+    data: Any = sources.Config()  # DATA has its type for each task
     model: gpt2.Config = gpt2.Config()
-    sft: supervised.Config = supervised.Config()
-    reward: preference.Config = preference.Config()
-    ppo: ppo_algorithm.Config = ppo_algorithm.Config()
-    evaluation: Evaluation = Evaluation()
-    keep: checkpoint.Config = checkpoint.Config()
-    guard: guards.Config = guards.Config()
-    deterministic: bool = False  # on a GPU: the same seed gives the same run, some operations are slower
-
-
-@dataclasses.dataclass(frozen=True)
-class Writing:
-    """A run on plain texts and a reward that anyone can compute: pretraining, fine-tuning, reinforcement learning."""
-
-    seed: int = 1
-    seeds: int = 1  # runs of the last stage, all at once
-    algorithm: str = "policy_gradient"  # or ppo: the section that the last stage reads
-    reward: str = "sentiment"  # or path/to/file.py:function, of a list of texts; see rewards/function.py
-    text: Text = Text(kind="char")
-    data: corpus.Config = corpus.Config()
-    model: gpt2.Config = gpt2.Config()
-    pretrain: supervised.Config = supervised.Config()
-    sft: supervised.Config = supervised.Config()
-    policy_gradient: pg_algorithm.Config = pg_algorithm.Config()
-    ppo: ppo_algorithm.Config = ppo_algorithm.Config()
-    alarms: collapse.Config = collapse.Config()
+    pretrain: Supervised = Supervised(steps=0)
+    sft: Supervised = Supervised()
+    reward: Reward = Reward()
+    ppo: ppos.Config = ppos.Config()
+    policy_gradient: policy_gradients.Config = policy_gradients.Config()
+    alarms: limits.Config = limits.OFF
     evaluation: Evaluation = Evaluation()
     keep: checkpoint.Config = checkpoint.Config()
     guard: guards.Config = guards.Config()
@@ -79,173 +85,154 @@ class Writing:
         """The section of the algorithm that was chosen."""
         return getattr(self, self.algorithm)
 
+    @property
+    def learned(self):
+        """Whether the reward is a reward model."""
+        return self.reward.kind == LEARNED
 
-def parse(tree, kind=Config, path=""):
-    """A nested dict (a ConfigDict's) as dataclasses. InputError names an unknown, missing or mistyped field."""
-    fields = {field.name: field for field in dataclasses.fields(kind)}
-    for name in tree:
-        if name not in fields:
-            near = difflib.get_close_matches(name, fields, n=1)
+
+DATA = {"summarize": sources.Config, "prompts": sources.Config, "write": corpus.Config}
+WRITE = {  # defaults of the task `write`, where they are not those of Config
+    "task": "write",
+    "algorithm": "policy_gradient",
+    "text": Text(kind="char"),
+    "data": corpus.Config(),
+    "pretrain": Supervised(),
+    "reward": Reward(kind="sentiment"),
+    "alarms": limits.Config(),
+    "evaluation": Evaluation(temperature=1.0, result="best"),
+}
+
+
+def write(**sections) -> Config:
+    """The config of a run that writes texts from nothing, with these sections in place of its defaults."""
+    return Config(**(WRITE | sections))
+
+
+def tree(config) -> dict:
+    """The config as nested dicts: what a config file's get_config returns, and `parse` reads."""
+    values = {field.name: getattr(config, field.name) for field in dataclasses.fields(config)}
+    return {
+        name.rstrip("_"): tree(value) if dataclasses.is_dataclass(value) else value for name, value in values.items()
+    }
+
+
+def parse(values: Mapping, kind: type = Config, path: str = "") -> Any:
+    """Nested dicts (a ConfigDict's) as dataclasses. InputError names an unknown, missing or mistyped field."""
+    known = {field.name.rstrip("_"): field for field in dataclasses.fields(kind)}
+    for name in values:
+        if name.rstrip("_") not in known:
+            near = difflib.get_close_matches(name, known, n=1)
             raise InputError(f"{path}{name}: no such field{f'; did you mean {near[0]}?' if near else ''}")
-    values = {}
-    for name, field in fields.items():
-        if name not in tree:
-            raise InputError(f"{path}{name}: missing, expected {field.type}")
-        value = tree[name]
-        if dataclasses.is_dataclass(field.type):
-            values[name] = parse(value, field.type, f"{path}{name}.")
+    parsed = {}
+    for name, field in known.items():
+        if name not in values:
+            raise InputError(f"{path}{name}: missing, expected {getattr(field.type, '__name__', field.type)}")
+        value, wanted = values[name], field.type
+        if kind is Config and name == "data":
+            wanted = DATA.get(values.get("task"), sources.Config)
+        if dataclasses.is_dataclass(wanted):
+            if wanted is Reward and isinstance(value, str):
+                parsed[field.name] = Reward(kind=value)
+                continue
+            if not isinstance(value, Mapping):
+                raise InputError(f"{path}{name}: expected a section of fields, got {value!r}")
+            parsed[field.name] = parse(value, wanted, f"{path}{name}.")
             continue
-        if field.type is float and type(value) is int:
+        if wanted is float and type(value) is int:
             value = float(value)
-        if type(value) is not field.type:
-            raise InputError(f"{path}{name}: expected {field.type.__name__}, got {value!r}")
-        values[name] = value
-    return kind(**values)
+        if type(value) is not wanted:
+            raise InputError(f"{path}{name}: expected {wanted.__name__}, got {value!r}")
+        parsed[field.name] = value
+    return kind(**parsed)
 
 
-def check(config, *, devices=1, files=True):
-    """Refuses impossible sizes and choices before anything is written: InputError names the field and says why.
+def stages(config) -> list[str]:
+    """The names of the stages of a run, in their order."""
+    before = [name for name in ("pretrain", "sft") if getattr(config, name).steps]
+    return [*before, *(["reward"] if config.learned else []), rl_name(config)]
 
-    files: those that it names must be there.
+
+def rl_name(config) -> str:
+    """The folder of the last stage: that of its algorithm, so that several can be compared in one workdir."""
+    return "rl" if config.task == "write" else config.algorithm
+
+
+def section(config, stage) -> str:
+    """The name of the section of the config that is the stage's own."""
+    return config.algorithm if stage == rl_name(config) else stage
+
+
+def check(config, *, devices: int = 1, files: bool = True) -> None:
+    """Refuses impossible sizes and choices before anything is written: InputError names the field and the reason.
+
+    files: those that the config names must be there.
     """
-    _Checks(config, devices).run(files)
+    fields.check(config)
+    if files:
+        _check_files(config)
+    for problem in (_reward, _lengths, _batches):
+        for name, expected in problem(config, devices):
+            value = config
+            for part in name.split("."):
+                value = getattr(value, part)
+            raise InputError(f"{name}: expected {expected}, got {value!r}")
 
 
-class _Checks:
-    """The checks of one config, by what they are about."""
+def _check_files(config):
+    named = {"model.init": config.model.init, "text.path": config.text.path}
+    # What is not here may be on the hub, but for what has the name of a file.
+    paths = {
+        field: path
+        for field, path in named.items()
+        if not hub.is_name(path) or Path(path).suffix in (".safetensors", ".json")
+    }
+    local = config.data.source in ("files", "file")
+    names = ("path",) if config.task == "write" else ("sft", "preferences", "prompts")
+    paths |= {f"data.{name}": getattr(config.data, name) for name in names if local}
+    if missing := [f"{field} = {path!r}" for field, path in paths.items() if path and not Path(path).exists()]:
+        raise InputError(f"missing files: {', '.join(missing)}; give each as --config.FIELD=PATH")
 
-    def __init__(self, config, devices):
-        self.config, self.devices = config, devices
 
-    def run(self, files):
-        """All that concern this kind of config."""
-        if files:
-            self.files()
-        self.common()
-        if isinstance(self.config, Writing):
-            self.writing()
-        else:
-            self.summarization()
+def _reward(config, _):
+    """Problems of the reward, and of what the algorithm needs of it."""
+    if not config.learned:
+        function.load(config.reward.kind)  # its own InputError names what is wrong
+    if config.reward.kind == "gold" and (config.task == "write" or config.data.source != "world"):
+        yield "reward.kind", "learned, sentiment or path/to/file.py:function where no row has a record (data.source)"
+    if config.algorithm == "ppo" and config.ppo.value_init == "reward" and not config.learned:
+        yield "ppo.value_init", f"zero or auto where reward is {config.reward.kind}, as there is no reward model"
 
-    def get(self, field):
-        return functools.reduce(getattr, field.split("."), self.config)
 
-    def expect(self, fine, field, expected):
-        if not fine:
-            raise InputError(f"{field}: expected {expected}, got {self.get(field)!r}")
+def _lengths(config, _):
+    data, model = config.data, config.model
+    if config.task == "write":
+        if model.context < data.length:
+            yield "model.context", f"at least data.length = {data.length}"
+        if config.rl.lanes:
+            yield f"{config.algorithm}.lanes", "0 (samples start from nothing, and all at once)"
+        if config.rl.widths != 1:
+            yield f"{config.algorithm}.widths", "1 (samples start from nothing, there is no padding)"
+        return
+    for name in ("response_length", "pair_length"):
+        longest = data.prompt_length + getattr(data, name)
+        if model.context < longest:
+            yield "model.context", f"at least data.prompt_length + data.{name} = {longest}"
+    if config.rl.widths > data.prompt_length:
+        yield f"{config.algorithm}.widths", f"at most data.prompt_length = {data.prompt_length}"
 
-    def one_of(self, field, *choices):
-        self.expect(self.get(field) in choices, field, " or ".join(choices))
 
-    def files(self):
-        writing = isinstance(self.config, Writing)
-        files = ("data.path",) if writing else ("data.sft", "data.preferences", "data.prompts")
-        paths = {field: self.get(field) for field in ("model.init", "text.path", *files)}
-        # What is not here may be on the hub, but for what has the name of a file.
-        for field in ("model.init", "text.path"):
-            if hub.is_name(paths[field]) and Path(paths[field]).suffix not in (".safetensors", ".json"):
-                del paths[field]
-        if self.config.data.source == "hub":
-            paths = {field: path for field, path in paths.items() if field not in files}
-        if missing := [f"{field} = {path!r}" for field, path in paths.items() if path and not Path(path).exists()]:
-            raise InputError(f"missing files: {', '.join(missing)}; give each as --config.FIELD=PATH")
-
-    def common(self):
-        config, model = self.config, self.config.model
-        self.one_of("text.kind", "gpt2", "bpe", "char")
-        self.one_of("model.dtype", "float32", "bfloat16")
-        for field in ("layers", "heads", "head_size", "width"):
-            self.expect(getattr(model, field) > 0, f"model.{field}", "more than 0")
-        share = model.rotary_share
-        fine = share == 0 or (0 < share <= 1 and int(model.head_size * share) in range(2, model.head_size + 1, 2))
-        self.expect(fine, "model.rotary_share", "0, or a share of model.head_size that is an even number of entries")
-        for field in ("rotary_base", "norm_eps"):
-            self.expect(getattr(model, field) > 0, f"model.{field}", "more than 0")
-        self.expect(0 <= config.seed < 2**32, "seed", "0 to 2^32 - 1")
-        self.expect(0 <= model.dropout < 1, "model.dropout", "0 to less than 1")
-        self.expect(0 < config.data.held_out < 1, "data.held_out", "a share between 0 and 1")
-        self.expect(config.evaluation.prompts > 1, "evaluation.prompts", "at least 2, for an interval")
-        self.expect(config.evaluation.batch > 0, "evaluation.batch", "more than 0")
-        self.expect(config.evaluation.temperature >= 0, "evaluation.temperature", "0 or more")
-        self.expect(config.keep.last > 0, "keep.last", "at least 1 checkpoint, to go on from")
-        self.expect(config.keep.best >= 0, "keep.best", "0 or more checkpoints")
-        self.one_of("guard.action", "stop", "skip")
-        self.expect(config.guard.limit >= 0, "guard.limit", "0 or more updates")
-        self.ppo()
-
-    def summarization(self):
-        data, model = self.config.data, self.config.model
-        self.one_of("data.source", "world", "files", "hub")
-        self.expect(bool(data.split), "data.split", "the name of one")
-        for field in ("world_sft", "world_preferences", "world_prompts", "world_held_out"):
-            self.expect(getattr(data, field) > 0, f"data.{field}", "at least 1 row")
-        self.expect(data.prompt_length > 0, "data.prompt_length", "more than 0")
-        self.expect(data.response_length > 1, "data.response_length", "at least 2, EOS included")
-        self.expect(data.pair_length == 0 or data.pair_length > 1, "data.pair_length", "0, or at least 2, EOS included")
-        for name in ("response_length", "pair_length"):
-            longest = data.prompt_length + getattr(data, name)
-            expected = f"at least data.prompt_length + data.{name} = {longest}"
-            self.expect(model.context >= longest, "model.context", expected)
-        for name in ("sft", "reward", "ppo"):
-            self.stage(name)
-        lanes, batch = self.config.ppo.lanes, self.config.ppo.batch
-        fine = lanes >= 0 and (not lanes or (batch % lanes == 0 and lanes % self.devices == 0))
-        expected = f"0, or a divisor of ppo.batch = {batch} and a multiple of the devices = {self.devices}"
-        self.expect(fine, "ppo.lanes", expected)
-        widest = self.config.data.prompt_length
-        self.expect(0 < self.config.ppo.widths <= widest, "ppo.widths", f"1 to data.prompt_length = {widest}")
-
-    def writing(self):
-        config, data = self.config, self.config.data
-        self.one_of("algorithm", "policy_gradient", "ppo")
-        self.one_of("data.kind", *corpus.KINDS)
-        self.one_of("data.source", "made", "file", "hub")
-        self.one_of("data.sentiment", *corpus.tweets.SENTIMENTS)
-        self.expect(bool(data.split), "data.split", "the name of one")
-        self.expect(data.source != "file" or data.path, "data.path", "a file where data.source is file")
-        self.expect(data.source != "made" or not data.path, "data.path", "none where data.source is made")
-        self.expect(data.made > 1, "data.made", "at least 2 texts")
-        self.expect(data.length > 2, "data.length", "at least 3 tokens")
-        self.expect(config.model.context >= data.length, "model.context", f"at least data.length = {data.length}")
-        self.expect(config.seeds > 0, "seeds", "at least 1")
-        self.one_of("policy_gradient.baseline", "none", "mean", "leave_one_out")
-        for field in ("distinct2", "repeat_rate", "entropy", "length"):
-            self.expect(0 <= getattr(config.alarms, field) <= 1, f"alarms.{field}", "0 to 1")
-        self.expect(config.alarms.patience > 0, "alarms.patience", "at least 1 iteration")
-        self.expect(config.ppo.lanes == 0, "ppo.lanes", "0 (samples start from nothing, and all at once)")
-        self.expect(config.ppo.widths == 1, "ppo.widths", "1 (samples start from nothing, there is no padding)")
-        self.update("policy_gradient")
-        for name in ("pretrain", "sft", "policy_gradient", "ppo"):
-            self.stage(name)
-
-    def stage(self, name):
-        """A section with an optimizer and a batch."""
-        section = self.get(name)
-        self.one_of(f"{name}.schedule", "linear", "cosine", "constant")
-        for field in ("steps", "lr", "batch", "microbatches"):
-            self.expect(getattr(section, field) > 0, f"{name}.{field}", "more than 0")
-        if isinstance(section, supervised.Config):
-            self.one_of(f"{name}.loss_on", "all", "response")
-        minibatches = getattr(section, "minibatches", 1)
-        self.expect(minibatches > 0, f"{name}.minibatches", "more than 0")
-        slices = minibatches * section.microbatches
-        parts = f"minibatches x microbatches x devices = {slices} x {self.devices}"
-        self.expect(section.batch % (slices * self.devices) == 0, f"{name}.batch", f"a multiple of {parts}")
-
-    def update(self, name):
-        """A section of reinforcement learning."""
-        section = self.get(name)
-        for field in ("epochs", "temperature"):
-            self.expect(getattr(section, field) > 0, f"{name}.{field}", "more than 0")
-        self.expect(0 <= section.gamma <= 1, f"{name}.gamma", "0 to 1")
-        why = "a rollout draws from the distribution that the update differentiates; top-k and top-p are for evaluation"
-        self.expect(section.top_k == 0, f"{name}.top_k", f"0 in training ({why})")
-        self.expect(section.top_p == 1, f"{name}.top_p", f"1 in training ({why})")
-
-    def ppo(self):
-        self.update("ppo")
-        self.one_of("ppo.missing_eos", "replace", "subtract")
-        self.one_of("ppo.value_init", "reward", "zero")
-        for field in ("clip", "value_clip"):
-            self.expect(getattr(self.config.ppo, field) > 0, f"ppo.{field}", "more than 0")
-        self.expect(0 <= self.config.ppo.lam <= 1, "ppo.lam", "0 to 1")
+def _batches(config, devices):
+    for stage in stages(config):
+        name = section(config, stage)
+        part = getattr(config, name)
+        minibatches = getattr(part, "minibatches", 1)
+        if part.batch % (minibatches * part.microbatches * devices):
+            parts = f"minibatches x microbatches x devices = {minibatches * part.microbatches} x {devices}"
+            yield f"{name}.batch", f"a multiple of {parts}"
+    lanes, batch = config.rl.lanes, config.rl.batch
+    if lanes and (batch % lanes or lanes % devices):
+        yield (
+            f"{config.algorithm}.lanes",
+            f"0, or a divisor of {config.algorithm}.batch = {batch} and a multiple of the devices = {devices}",
+        )

@@ -95,9 +95,14 @@ def openings(rows, tokenizer, length):
     return _arrays(tokens_NT, tokens_NT != tokenizer.pad_id)
 
 
+SIDES = ("chosen", "rejected")
+
+
 def pairs(rows, tokenizer, length):
     """Rows {"chosen", "rejected"} as two `openings` each, after one start."""
-    sides = {name: openings([{"text": row[name]} for row in rows], tokenizer, length) for name in ("chosen", "rejected")}
+    sides = {
+        name: openings([{"text": row[name]} for row in rows], tokenizer, length) for name in ("chosen", "rejected")
+    }
     arrays = {name: sides["chosen"][name] for name in ("prompt_NP", "prompt_mask_NP", "index_N")}
     for name, side in sides.items():
         arrays |= {f"{name}_NR": side["response_NR"], f"{name}_mask_NR": side["response_mask_NR"]}

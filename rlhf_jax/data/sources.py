@@ -4,6 +4,7 @@ import dataclasses
 import functools
 from pathlib import Path
 
+from rlhf_jax import fields
 from rlhf_jax.data import batches, cache, comparisons, files, hub, world
 from rlhf_jax.errors import InputError
 
@@ -41,6 +42,9 @@ class Config:
     world_held_out: int = 512
     cache: str = ""  # where what is generated or converted is kept; empty: the user's cache folder
     prompt_length: int = 512  # P, tokens
+    # A longer prompt loses its beginning (left), its end (right) or the end of its post (newline, a TL;DR query); or
+    # its row is skipped and counted (skip), or an error.
+    cut: str = fields.choice("newline", *batches.CUTS)
     response_length: int = 53  # R, tokens, EOS included
     pair_length: int = 0  # R of preference pairs, whose responses may be longer; 0: response_length
 

@@ -14,6 +14,8 @@ import jax.numpy as jnp
 from rlhf_jax.models import gpt2
 from rlhf_jax.ops import kl, logprobs
 
+NEVER = -1e9  # the logit of an id that the tokenizer does not have
+
 
 @dataclasses.dataclass(frozen=True)
 class LanguageModel:
@@ -21,6 +23,7 @@ class LanguageModel:
 
     config: gpt2.Config
     chunk: int = 2048  # tokens projected on the vocabulary at a time
+    ids: int = 0  # ids that the tokenizer has; those beyond are never sampled. 0: all of the vocabulary
 
     def init(self, key):
         """Random parameters."""
@@ -43,7 +46,11 @@ class LanguageModel:
     def logits(self, params, hidden):
         """hidden [..., D] -> logits [..., V] in float32."""
         table_VD = params["wte" if self.config.tied else "unembed"]["embedding"].astype(hidden.dtype)
-        return jnp.einsum("...d,vd->...v", hidden, table_VD, preferred_element_type=jnp.float32)
+        logits = jnp.einsum("...d,vd->...v", hidden, table_VD, preferred_element_type=jnp.float32)
+        if not 0 < self.ids < self.config.vocab_size:
+            return logits
+        # Sampler and learner alike. Not -inf: a KL would be the difference of two of them.
+        return jnp.where(jnp.arange(self.config.vocab_size) < self.ids, logits, NEVER)
 
     def prefill(self, params, tokens_BP, mask_BP, slots):
         """Reads the prompts: (hidden [B, D] of the last prompt token, cache with `slots` places)."""

@@ -66,41 +66,37 @@ ACCURACY = Panel("Reward model accuracy", "pairs ranked as labelled", _trained("
                  view=(0, 1.01), level=(0.5, "coin flip"))  # fmt: skip
 MARGIN = Panel("Reward margin", "score of chosen minus rejected", (Curve("reward/margin", color=PURPLE),))
 
-_ppo = partial(Panel, x="PPO iteration")
-PPO = {
-    "score": _ppo("Learned score", "reward model's score", _trained("ppo", "score", label="rollouts")),
-    "gold": _ppo("Gold score", "true reward (at most 1)", _trained("ppo", "gold", AMBER, label="rollouts")),
-    "kl": _ppo("KL from the reference", "nats per response",
-               (Curve("ppo/kl", "k1"), Curve("ppo/kl_k3", "k3", PURPLE), Curve("ppo/kl_exact", "exact", GREEN))),
-    "entropy": _ppo("Entropy of the policy", "nats per token", (Curve("ppo/entropy", color=PURPLE),)),
-    "length": _ppo("Response length", "tokens", _trained("ppo", "length", label="rollouts")),
-    "eos_rate": _ppo("Responses that end", "share with EOS", _trained("ppo", "eos_rate", GREEN, label="rollouts"),
-                     view=(0, 1.01)),
-    "clip_fraction": _ppo("Clip fraction", "share of token ratios clipped", (Curve("ppo/clip_fraction", color=GREEN),),
-                          view=(0, 1)),
-    "approx_kl": _ppo("Size of an update", "KL, old to new (nats per token)", (Curve("ppo/approx_kl"),)),
-    "explained_variance": _ppo("Explained variance of the value", "1 is perfect, 0 a constant",
-                               (Curve("ppo/explained_variance", color=PURPLE),), view=(-1, 1.01)),
-    "policy_loss": _ppo("Policy loss", "clipped surrogate", (Curve("ppo/policy_loss"),)),
-    "value_loss": _ppo("Value loss", "half the squared error", (Curve("ppo/value_loss", color=PURPLE),)),
-}  # fmt: skip
+
+def _rl(title, unit, *curves, **view):
+    return Panel(title, unit, curves, x="iteration", **view)
 
 
-_rl = partial(Panel, x="iteration")
-RL = {
-    "reward": _rl("Reward", "mean of a rollout", _trained("rl", "reward", AMBER, label="rollouts")),
-    "kl": _rl("KL from the reference", "nats per sample",
-              (Curve("rl/kl", "k1"), Curve("rl/kl_k3", "k3", PURPLE), Curve("rl/kl_exact", "exact", GREEN))),
-    "distinct2": _rl("Distinct word bigrams", "share of a rollout's", (Curve("rl/distinct2", color=GREEN),),
-                     view=(0, 1.01)),
-    "repeat_rate": _rl("Samples that repeat a word", "share with one word 4 times",
-                       _trained("rl", "repeat_rate", PURPLE, label="rollouts"), view=(0, 1.01)),
-    "entropy": _rl("Entropy of the policy", "nats per token", (Curve("rl/entropy", color=PURPLE),)),
-    "length": _rl("Length", "tokens", _trained("rl", "length", label="rollouts")),
-    "ess": _rl("Effective sample size", "share of the tokens, last epoch", (Curve("rl/ess_last", color=GREEN),),
-               view=(0, 1.01)),
-    "clip_fraction": _rl("Clip fraction", "share of token ratios clipped", (Curve("rl/clip_fraction", color=GREEN),),
+def _both(metric, color=BLUE):
+    """The curve of a metric in rollouts and its held-out evaluations."""
+    return Curve(metric, "rollouts", color), Curve(f"eval_{metric}", "held out", BLACK, dots=True)
+
+
+RL = {  # names in the rows are without the stage's
+    "score": _rl("Learned score", "reward model's score", *_both("score")),
+    "reward": _rl("Reward", "mean of a rollout", *_both("reward", AMBER)),
+    "gold": _rl("Gold score", "true reward (at most 1)", *_both("gold", AMBER)),
+    "kl": _rl("KL from the reference", "nats per response",
+              Curve("kl", "k1"), Curve("kl_k3", "k3", PURPLE), Curve("kl_exact", "exact", GREEN)),
+    "entropy": _rl("Entropy of the policy", "nats per token", Curve("entropy", color=PURPLE)),
+    "distinct2": _rl("Distinct word bigrams", "share of a rollout's", Curve("distinct2", color=GREEN), view=(0, 1.01)),
+    "repeat_rate": _rl("Samples that repeat a word", "share with one word 4 times", *_both("repeat_rate", PURPLE),
+                       view=(0, 1.01)),
+    "length": _rl("Response length", "tokens", *_both("length")),
+    "eos_rate": _rl("Responses that end", "share with EOS", *_both("eos_rate", GREEN), view=(0, 1.01)),
+    "clip_fraction": _rl("Clip fraction", "share of token ratios clipped", Curve("clip_fraction", color=GREEN),
                          view=(0, 1)),
+    "approx_kl": _rl("Size of an update", "KL, old to new (nats per token)", Curve("approx_kl")),
+    "ess": _rl("Effective sample size", "share of the tokens, last epoch", Curve("ess_last", color=GREEN),
+               view=(0, 1.01)),
+    "explained_variance": _rl("Explained variance of the value", "1 is perfect, 0 a constant",
+                              Curve("explained_variance", color=PURPLE), view=(-1, 1.01)),
+    "policy_loss": _rl("Policy loss", "surrogate", Curve("policy_loss")),
+    "value_loss": _rl("Value loss", "half the squared error", Curve("value_loss", color=PURPLE)),
 }  # fmt: skip
 
 
@@ -111,14 +107,25 @@ def supervised(rows, path, stage="sft"):
 
 
 @matplotlib.rc_context(STYLE)
-def rl(rows, directory, *, best_of_n):
-    """directory/rl.png with every panel, and reward_over_kl.png: the way of the policy beside best-of-n's.
+def rl(rows, directory, stage, *, best_of_n=None):
+    """directory/<stage>.png with every panel, and a file for each: {file name without .png: Figure}.
 
-    best_of_n is evaluate.best_of_n.curve's. Where rows have `_ci95` of a curve, its band is drawn.
+    Gold beside the learned score is over_optimization.png. With best_of_n, evaluate.best_of_n.curve's,
+    reward_over_kl.png sets the policy beside it. Where rows have `_ci95` of a curve, its band is drawn.
     """
-    frontier = partial(_frontier, rows=rows, best_of_n=best_of_n)
-    figure = _save([*_panels(RL.values(), rows), frontier], Path(directory) / "rl.png")
-    return {"rl": figure, "reward_over_kl": _save([frontier], Path(directory) / "reward_over_kl.png")}
+    rows = bare(rows, stage)
+    drawings = {name: _panels([panel], rows) for name, panel in RL.items()}
+    drawings["over_optimization"] = _score_and_gold(rows, x="kl")
+    if best_of_n:
+        drawings["reward_over_kl"] = [partial(_frontier, rows=rows, best_of_n=best_of_n)]
+    drawings[stage] = [drawing for some in drawings.values() for drawing in some]
+    figures = {name: _save(some, Path(directory) / f"{name}.png") for name, some in drawings.items()}
+    return {name: figure for name, figure in figures.items() if figure}
+
+
+def bare(rows, stage):
+    """Rows of metrics without the stage's name before the slash."""
+    return [{name.removeprefix(f"{stage}/"): value for name, value in row.items()} for row in rows]
 
 
 REUSE = {  # name in stages/reuse.py's results: title, unit
@@ -154,35 +161,28 @@ def _reuse(axes, results, name):
 
 
 @matplotlib.rc_context(STYLE)
-def writing(pretrain_rows, sft_rows, rl_rows, path, title):
-    """A whole run in one picture: two losses, the reward, and what it cost in KL and in word pairs."""
-    stages = _panels([PRETRAIN_LOSS], pretrain_rows) + _panels([SFT_LOSS], sft_rows)
-    last = _panels([RL[name] for name in ("reward", "kl", "distinct2", "repeat_rate")], rl_rows)
-    return _save(stages + last, path, columns=2, title=title)
-
-
-@matplotlib.rc_context(STYLE)
-def reward(rows, path):
+def reward(rows, path, stage="reward"):
     """Loss, accuracy and margin of the reward model, beside what a coin flip scores."""
     return _save(_panels([REWARD_LOSS, ACCURACY, MARGIN], rows), path)
 
 
 @matplotlib.rc_context(STYLE)
-def ppo(rows, directory):
-    """directory/ppo.png with every panel, and a file for each: {file name without .png: Figure}."""
-    drawings = {name: _panels([panel], rows) for name, panel in PPO.items()}
-    drawings["over_optimization"] = _score_and_gold(rows, x="ppo/kl")
-    drawings["ppo"] = [drawing for panel in drawings.values() for drawing in panel]
-    figures = {name: _save(some, Path(directory) / f"{name}.png") for name, some in drawings.items()}
-    return {name: figure for name, figure in figures.items() if figure}
+def pipeline(rows, path, title):
+    """A whole run in one picture: the losses, what reinforcement learning gained, and what that cost in KL.
 
-
-@matplotlib.rc_context(STYLE)
-def pipeline(sft_rows, reward_rows, ppo_rows, path, title):
-    """A whole run in one picture: fine-tuning, the reward model, what PPO gained, and what that cost in KL."""
-    stages = _panels([SFT_LOSS], sft_rows) + _panels([ACCURACY], reward_rows)
-    gain = _score_and_gold(ppo_rows, x="step") or _panels([PPO["score"]], ppo_rows)
-    return _save(stages + gain + _panels([PPO["kl"]], ppo_rows), path, columns=2, title=title)
+    rows is {stage: its rows of metrics}, the last stage the one of reinforcement learning.
+    """
+    panels = {"pretrain": PRETRAIN_LOSS, "sft": SFT_LOSS, "reward": ACCURACY}
+    *before, last = rows
+    drawings = [drawing for stage in before for drawing in _panels([panels[stage]], rows[stage])]
+    found = bare(rows[last], last)
+    gain = _score_and_gold(found, x="step") or _panels([RL["score"], RL["reward"]], found)
+    cost = (
+        [RL["kl"]]
+        if len(before) == 2 and "reward" in rows
+        else [RL[name] for name in ("kl", "distinct2", "repeat_rate")]
+    )
+    return _save(drawings + gain + _panels(cost, found), path, columns=2, title=title)
 
 
 @matplotlib.rc_context(STYLE)
@@ -269,27 +269,27 @@ def _label_ends(axes, ends):
 
 
 def _score_and_gold(rows, x):
-    """A drawing of the learned and the gold score over `x`, "step" or "ppo/kl", where rows have all three.
+    """A drawing of the learned and the gold score over `x`, "step" or "kl", where rows have all three.
 
     Over KL it shows over-optimization (Gao et al. 2023): once gold falls while the learned score still rises, the
     policy gains by what the reward model has wrong.
     """
-    names = x, "ppo/score", "ppo/gold"
+    names = x, "score", "gold"
     points_N3 = np.array([[row.get(name, np.nan) for name in names] for row in rows]).reshape(-1, 3)
     points_N3 = points_N3[np.isfinite(points_N3).all(axis=1)]
-    return [partial(_twins, points_N3=points_N3, over_kl=x == "ppo/kl")] if len(points_N3) else []
+    return [partial(_twins, points_N3=points_N3, over_kl=x == "kl")] if len(points_N3) else []
 
 
 def _twins(axes, points_N3, over_kl):
     x_N, *both = points_N3.T
-    for side, panel, values in zip((axes, axes.twinx()), (PPO["score"], PPO["gold"]), both, strict=True):
+    for side, panel, values in zip((axes, axes.twinx()), (RL["score"], RL["gold"]), both, strict=True):
         curve = panel.curves[0]
         side.plot(x_N, values, "." if over_kl else "-", color=curve.color, markersize=3, linewidth=0.7, alpha=0.3)
         side.plot(smooth(x_N), smooth(values), color=curve.color, linewidth=2, label=curve.name)
         side.set_ylabel(panel.title.lower(), color=curve.color)
         side.tick_params(axis="y", labelcolor=curve.color)
         side.grid(visible=side is axes)
-    axes.set(title="Learned and gold score", xlabel="PPO iteration")
+    axes.set(title="Learned and gold score", xlabel="iteration")
     if over_kl:  # an estimate of KL may be below 0, where there is no root
         axes.set_xscale("function", functions=(lambda kl: np.sqrt(np.maximum(kl, 0)), np.square))
         axes.set(title="Over-optimization", xlabel="KL from the reference (nats, square root scale)", xlim=(0, None))
@@ -305,7 +305,7 @@ def _frontier(axes, rows, best_of_n):
             axes.annotate(
                 f"best of {n:.0f}", (nats, score), (5, -9), textcoords="offset points", color=GREY, fontsize=7
             )
-    names = "rl/eval_kl_exact", "rl/eval_reward"
+    names = "eval_kl_exact", "eval_reward" if any("eval_reward" in row for row in rows) else "eval_score"
     points_N2 = np.array([[row[name] for name in names] for row in rows if all(name in row for name in names)])
     if len(points_N2):
         axes.plot(*points_N2.T, "o-", color=AMBER, linewidth=1, markersize=3.5, label="policy")

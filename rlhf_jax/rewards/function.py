@@ -93,9 +93,7 @@ def fingerprint(spec: str) -> str:
 def _split(spec: str) -> tuple[Path, str]:
     path, colon, name = spec.rpartition(":")
     if not colon or not path.endswith(".py"):
-        raise InputError(
-            f"reward: expected learned, {' or '.join(NAMED)}, or path/to/file.py:function; got {spec!r}"
-        )
+        raise InputError(f"reward: expected learned, {' or '.join(NAMED)}, or path/to/file.py:function; got {spec!r}")
     if not Path(path).is_file():
         raise InputError(f"reward: {path}: no such file")
     return Path(path), name

@@ -17,7 +17,8 @@ from rlhf_jax.errors import InputError
 from rlhf_jax.rollout import Apply
 from rlhf_jax.tasks import Encoded, Task
 from rlhf_jax.text import Tokenizer
-from rlhf_jax.training import guard, sharding
+from rlhf_jax.training import guard as guards
+from rlhf_jax.training import sharding
 
 # The index is folded into the seed: append only; reordering changes the numbers of old runs.
 PURPOSES = ("sft", "reward", "ppo", "policy init", "reward head", "evaluation", "pretrain", "rl")
@@ -64,11 +65,13 @@ class Stage:
     result: tuple[str, ...]  # fields of the state that the stage is for
     summarize: Callable[[Any, Evaluation], Summary]  # (state, its last evaluation) -> Summary
     headlines: tuple[str, ...] = ()  # numbers of the summary that are shown when the stage is done
-    eligible: Callable = lambda numbers: True  # whether a checkpoint with this evaluation may be kept as one of the best
+    eligible: Callable = lambda numbers: (
+        True
+    )  # whether a checkpoint with this evaluation may be kept as one of the best
     keep: Callable | None = None  # (state, Evaluation) -> state: what an evaluation found may be put aside
     complete: Callable | None = None  # (last state, its Evaluation) -> (the result's state, numbers)
     frozen: tuple[str, ...] = ()  # fields that no step changes: they are saved by the stage that made them
-    guard: guard.Config = guard.Config()
+    guard: guards.Config = guards.Config()
 
 
 @dataclasses.dataclass(frozen=True, eq=False)
@@ -80,7 +83,7 @@ class Setup:
     tokenizer: Tokenizer
     apply: Apply
     evaluation: Any  # config.Evaluation
-    guard: guard.Config = guard.Config()
+    guard: guards.Config = guards.Config()
     mesh: Any = dataclasses.field(default_factory=sharding.mesh)
     jit: Callable = jax.jit  # replay.py takes another, to look at every operation
 

@@ -47,7 +47,7 @@ def language_model(name: str, setup: Setup, config: supervised.Config, policy) -
             plots.supervised(rows, folder / f"{name}.png", name)
             return {}
 
-        return Summary(evaluation.numbers, evaluation.details, plot)
+        return Summary({}, evaluation.details, plot)
 
     return Stage(
         name=name,

@@ -70,7 +70,7 @@ def reward_model(name: str, setup: Setup, config: preference.Config, policy) -> 
             plots.reward(rows, folder / "reward.png", name)
             return {}
 
-        return Summary(evaluation.numbers | {"accuracy_ci95": ci95}, samples, plot)
+        return Summary({"accuracy_ci95": ci95}, samples, plot)
 
     state = preference.init(apply.scalar.init(setup.key("reward head"), policy), setup.key("reward"), tx=tx)
     state = sharding.replicate(state, setup.mesh)

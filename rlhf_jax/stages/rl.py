@@ -193,9 +193,7 @@ def rl(
                 for more, a, b in zip(beside or [{}] * len(questions), *both, strict=True)
             ]
         else:
-            samples = [
-                {"prompt": row["prompt"], "sft": a, name: b} for row, a, b in zip(questions, *both, strict=True)
-            ]
+            samples = [{"prompt": row["prompt"], "sft": a, name: b} for row, a, b in zip(questions, *both, strict=True)]
 
         def plot(rows, folder):
             plots.rl(rows, folder, name, best_of_n=curve)

@@ -12,6 +12,8 @@ from rlhf_jax.training import checkpoint, guard, loop
 from rlhf_jax.training.checkpoint import Checkpoints
 from rlhf_jax.training.workdir import Workdir
 
+KEEP = checkpoint.Config()
+
 
 @dataclasses.dataclass(frozen=True)
 class Fitted:
@@ -21,7 +23,7 @@ class Fitted:
     summary: dict
 
 
-def fit(stage, workdir, *, depends=None, config=None, keep=checkpoint.Config(), reporter=None, stop=None) -> Fitted:
+def fit(stage, workdir, *, depends=None, config=None, keep=KEEP, reporter=None, stop=None) -> Fitted:
     """Trains the stage in workdir/<its name>, from its last checkpoint if it has one.
 
     workdir is a path or a Workdir. depends is what the stage's numbers depend on (default: its own config), and config

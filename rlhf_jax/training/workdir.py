@@ -70,6 +70,14 @@ class Workdir:
         with self._writing(self.path / name), open(self.path / name, "w", encoding="utf-8") as file:
             file.writelines(json.dumps(row) + "\n" for row in rows)
 
+    def save_tokenizer(self, tokenizer: Any, made_of: dict) -> None:
+        """Keeps the tokenizer in text/, and what it was made of."""
+        self.lock()
+        with self._writing(self.path / "text"):
+            tokenizer.save(self.path / "text")
+            record = {"made_of": made_of, "fingerprint": tokenizer.fingerprint()}
+            metrics.summarize(self.path / "text" / "made_of.json", record)
+
     def read_json(self, name: str) -> Any:
         """The value of a JSON file of the run."""
         path = self.path / name
@@ -116,13 +124,14 @@ class Workdir:
                 raise InputError(f"workdir: {path} was made with {_differing(name, there, here)}")
         before, now = there.get(f"{section}.steps"), here.get(f"{section}.steps")
         if before != now and here.get(f"{section}.schedule") != "constant":
+            schedule = here.get(f"{section}.schedule")
             raise InputError(
-                f"{section}.steps: {path} was made with {before} steps of a {here.get(f'{section}.schedule')} schedule, "
-                f"and with {now} the learning rate would jump; expected {before}, or another --workdir"
+                f"{section}.steps: {path} was made with {before} steps of a {schedule} schedule, and with {now} the "
+                f"learning rate would jump; expected {before}, or another --workdir"
             )
 
     def parameters(self, stage: str, steps: int, field: str, like: Any) -> Any:
-        """A parameter tree of the finished stage, shaped like `like`. A damaged result is an error, never an older one."""
+        """A parameter tree of a finished stage, shaped like `like`. A damaged result is an error, not an older one."""
         if not self.finished(stage, steps):
             raise InputError(f"workdir: expected a finished {stage} stage in {self.path / stage}; run it first")
         folder = self.path / stage / "result"

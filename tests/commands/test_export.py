@@ -9,6 +9,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
+from rlhf_jax.run import Summarization, Writing
 
 from rlhf_jax import config as configs
 from rlhf_jax.algorithms import ppo
@@ -21,7 +22,6 @@ from rlhf_jax.generate import Sampling, generate
 from rlhf_jax.models import gpt2, hf, hf_config
 from rlhf_jax.models.heads import LanguageModel, ScalarModel
 from rlhf_jax.report import metrics
-from rlhf_jax.run import Summarization, Writing
 from rlhf_jax.text import gpt2 as gpt2_text
 from rlhf_jax.training.checkpoint import Checkpoints
 

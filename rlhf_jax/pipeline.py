@@ -1,0 +1,330 @@
+"""From a config to its values, and through its stages in order. No combination of task and algorithm has code here."""
+
+import dataclasses
+import functools
+import hashlib
+import json
+import shutil
+from pathlib import Path
+
+import jax
+
+from rlhf_jax import config as configs
+from rlhf_jax import fields, hub, rollout, tasks, text
+from rlhf_jax.algorithms import POLICY
+from rlhf_jax.errors import InputError
+from rlhf_jax.evaluate import seeds
+from rlhf_jax.models import heads, hf
+from rlhf_jax.report import metrics, plots
+from rlhf_jax.report.console import Silent
+from rlhf_jax.rewards import function, learned
+from rlhf_jax.stages import Setup
+from rlhf_jax.stages.language_model import language_model
+from rlhf_jax.stages.preference import reward_model
+from rlhf_jax.stages.rl import rl
+from rlhf_jax.text import bpe, char, gpt2
+from rlhf_jax.training.fit import fit, write_summary
+from rlhf_jax.training.workdir import Workdir
+
+KINDS = {"pretrain": "pretrain", "sft": "sft", "reward": "preferences"}  # of rows, by stage; the last has prompts
+
+
+def run(config, workdir, reporter=None, stop=None, only=None) -> dict:
+    """All stages of a config, or `only` one, without what the workdir has already: the run's summary.
+
+    Raises InputError, before anything is written, for an impossible config, data that cannot be read, or a workdir of
+    another config. `stop` is a loop.Stop of the whole run, where there is one.
+    """
+    configs.check(config, devices=jax.device_count())
+    steps = Stages(config, Workdir(workdir), reporter or Silent())
+    names = configs.stages(config)
+    if only and only not in names:
+        raise InputError(f"{only}: not a stage of this config, which has {', '.join(names)}")
+    return steps.one(only, stop) if only else steps.all(stop)
+
+
+class Stages:
+    """The stages of one config in one workdir: what each is made of, and which are finished, here or elsewhere."""
+
+    def __init__(self, config, workdir, reporter, jit=jax.jit):
+        self.config, self.workdir, self.reporter, self._jit = config, workdir, reporter, jit
+        self.names = configs.stages(config)
+        self._noted = set()  # kinds of rows whose notes were shown
+        for name in self.names:  # a workdir of another config is refused before anything is read or written
+            self.workdir.check(name, self.depends(name))
+
+    # What a stage depends on, and where it is
+
+    def depends(self, name) -> dict:
+        """What the numbers of a stage depend on: sections of the config, and what they name by its sha256."""
+        config, section = self.config, configs.section(self.config, name)
+        parts = ["seed", "task", "text", "data", "model", "evaluation"]
+        parts += [stage for stage in self.names[: self.names.index(name) + 1] if stage in ("pretrain", "sft", "reward")]
+        last = name == self.names[-1]
+        if last:
+            parts += ["algorithm", section, "alarms", "seeds"]
+        everything = fields.significant(config)
+        depends = {part: everything[part] for part in parts}
+        if "reward" not in depends and (last or config.task == "write"):
+            depends["reward"] = {"kind": config.reward.kind}
+        return depends | {"section": section, "sha256": dict(_fingerprints(config, "reward" in depends))}
+
+    def steps(self, name) -> int:
+        """The steps that the config has for a stage."""
+        return getattr(self.config, configs.section(self.config, name)).steps
+
+    def place(self, name) -> Workdir:
+        """The workdir that a stage is in: this one, or that of the stage's `from`."""
+        other = getattr(getattr(self.config, configs.section(self.config, name)), "from_", "")
+        if not other:
+            return self.workdir
+        there = Workdir(other)
+        field = f"{name}.from"
+        if not there.finished(name, self.steps(name)):
+            raise InputError(f"{field}: expected a finished stage of {self.steps(name)} steps in {there / name}")
+        try:
+            there.check(name, self.depends(name))
+        except InputError as error:
+            raise InputError(f"{field}: {str(error).removeprefix('workdir: ').split('; choose')[0]}") from None
+        return there
+
+    def finished(self, name) -> bool:
+        """True where all the steps of a stage are done."""
+        return self.place(name).finished(name, self.steps(name))
+
+    def parameters(self, name, field, like):
+        """A parameter tree of a finished stage."""
+        return self.place(name).parameters(name, self.steps(name), field, like)
+
+    # The values that stages are made of
+
+    @functools.cached_property
+    def task(self):
+        """The task of the config."""
+        return tasks.load(self.config)
+
+    @functools.cached_property
+    def setup(self) -> Setup:
+        """What the stages have in common."""
+        config = self.config
+        tokenizer = self._tokenizer()
+        model, ids = config.model, tokenizer.vocab_size
+        if model.vocab_size and not ids <= model.vocab_size < ids + 256:
+            expected = f"0 or, for this tokenizer, {ids} to {ids + 255}"
+            raise InputError(f"model.vocab_size: expected {expected}, got {model.vocab_size}")
+        sized = dataclasses.replace(model, vocab_size=model.vocab_size or ids)
+        return Setup(
+            seed=config.seed,
+            task=self.task,
+            tokenizer=tokenizer,
+            apply=rollout.Apply(heads.LanguageModel(sized, ids=ids), heads.ScalarModel(sized)),
+            evaluation=config.evaluation,
+            guard=config.guard,
+            jit=self._jit,
+        )
+
+    def _tokenizer(self):
+        """The tokenizer of the config; the workdir's copy where that was made of the same."""
+        config, folder = self.config, self.workdir / "text"
+        made_of = {"text": fields.significant(config.text), "data": fields.significant(config.data)}
+        made_of |= {"seed": config.seed, "task": config.task, "sha256": dict(_fingerprints(config, False))}
+        record = folder / "made_of.json"
+        if record.exists() and json.loads(record.read_text()).get("made_of") == json.loads(json.dumps(made_of)):
+            tokenizer = text.load(folder)
+            if tokenizer.fingerprint() != json.loads(record.read_text())["fingerprint"]:
+                raise InputError(f"workdir: {folder}: not the tokenizer that was saved there; remove the folder")
+            return tokenizer
+        tokenizer = _make_tokenizer(config.text, self.task)
+        for name in self.names:
+            if self.workdir.started(name):
+                raise InputError(f"workdir: {folder}: the tokenizer of {name} is gone or another; expected its copy")
+        self.workdir.save_tokenizer(tokenizer, made_of)
+        return tokenizer
+
+    def _policy_init(self):
+        """The policy before training: random, or the Hugging Face weights of model.init."""
+        model, init = self.setup.apply.policy, self.config.model.init
+        if not init:
+            return jax.jit(model.init)(self.setup.key("policy init"))
+        try:
+            return hf.load(_weights(init), model.config)
+        except InputError as error:
+            raise InputError(f"model.init: {error}") from None
+
+    def _policy(self, name):
+        """The policy that a stage starts from: that of the last stage before it that has one."""
+        before = [stage for stage in self.names[: self.names.index(name)] if stage in ("pretrain", "sft")]
+        if not before:
+            return self._policy_init()
+        return self.parameters(before[-1], "policy", self._like())
+
+    def _like(self):
+        return self.setup.apply.policy.init(self.setup.key("policy init"))
+
+    def make(self, name, seed=0):
+        """The Stage of a name, as a value; `seed` is the index of several runs of the last one."""
+        config, setup = self.config, self.setup
+        if name in ("pretrain", "sft"):
+            return language_model(name, setup, getattr(config, name), self._policy(name))
+        policy = self._policy(name)
+        if name == "reward":
+            return reward_model(name, setup, config.reward, policy)
+        scalar, section = setup.apply.scalar, config.rl
+        if config.learned:
+            params = self.parameters("reward", "reward", scalar.zero_head(policy))
+            sampling = setup.sampling(section.temperature, lanes=section.lanes, widths=section.widths)
+            reward = learned.Learned(setup.apply, params, sampling, setup.jit)
+        else:
+            params, reward = None, function.load(config.reward.kind)
+            if reward.takes_rows and not self.task.rows_known:
+                raise InputError(f"reward: {reward.name} needs rows, and those of task = {config.task} hold nothing")
+        algorithm, value = POLICY[config.algorithm], None
+        if algorithm.NEEDS_VALUE:
+            with_reward = config.learned and section.value_init in ("auto", "reward")
+            value = params if with_reward else scalar.zero_head(policy)
+        key = setup.key("rl" if config.task == "write" else "ppo")
+        # fold_in, not split: a seed samples the same alone and among others.
+        key = jax.random.fold_in(key, seed) if config.task == "write" else key
+        beside = ()
+        if "pretrain" in self.names:
+            beside = tuple({"pretrain": row["completion"]} for row in self.place("pretrain").samples("pretrain"))
+        return rl(
+            name, setup, section, algorithm, reward, policy,
+            value=value, watch=config.alarms, keep_best=config.evaluation.result == "best", key=key,
+            sides=("_before", "_after") if config.task == "write" else ("_sft", ""), beside=beside,
+        )  # fmt: skip
+
+    # Training
+
+    def one(self, name, stop=None) -> dict:
+        """Trains one stage: its summary."""
+        self._open()
+        self._check_data(name)
+        if name == self.names[-1] and self.config.seeds > 1:
+            return self._seeds(name, stop)
+        return self._fit(self.make(name), self.depends(name), self.workdir, stop)
+
+    def _open(self):
+        """Locks the workdir, and keeps the whole config in it."""
+        self.workdir.lock()
+        self.workdir.write_json("config.json", configs.tree(self.config))
+
+    def all(self, stop=None) -> dict:
+        """Trains every stage that is not finished: the run's summary."""
+        todo = [name for name in self.names if not self.finished(name)]
+        if todo and todo[0] == self.names[0] and self.config.model.init:
+            _weights(self.config.model.init)  # a failed download is an error before hours of tokens
+        for name in todo:  # errors in the data are found now, not when the stage begins
+            self.task.rows(KINDS.get(name, "prompts"))
+        self._open()
+        for name in todo:
+            self._check_data(name)
+        for name in self.names:
+            if name in todo:
+                self.one(name, stop)
+            else:
+                place = self.place(name)
+                where = "finished with this config" if place is self.workdir else f"taken from {place.path}"
+                self.reporter.note(f"{name}: {where}, skipped")
+        if not todo and (self.workdir / "summary.json").exists():
+            return self.workdir.read_json("summary.json")
+        return self._conclude()
+
+    def _check_data(self, name):
+        """Encodes what a stage trains on, and notes what was cut or skipped."""
+        kind = KINDS.get(name, "prompts")
+        if kind not in self._noted:
+            self._noted.add(kind)
+            for note in self.setup.arrays(kind).notes:
+                self.reporter.note(note)
+        section = configs.section(self.config, name)
+        self.setup.batch_at(kind, getattr(self.config, section).batch, "evaluation", f"{section}.batch")
+
+    def _fit(self, stage, depends, workdir, stop):
+        config = configs.tree(self.config)
+        parts = {"keep": self.config.keep, "reporter": self.reporter, "stop": stop}
+        return fit(stage, workdir, depends=depends, config=config, **parts).summary
+
+    def _seeds(self, name, stop):
+        """The last stage for several seeds, each in seeds/<index> of the workdir, and their means in its own folder."""
+        folders = [Workdir(self.workdir / "seeds" / str(i)) for i in range(self.config.seeds)]
+        for i, folder in enumerate(folders):
+            if folder.finished(name, self.steps(name)):
+                self.reporter.note(f"{name}: seed {i} is finished, skipped")
+                continue
+            self.reporter.note(f"{name}: seed {i + 1} of {len(folders)}")
+            self._fit(self.make(name, i), self.depends(name) | {"seeds": 1, "index": i}, folder, stop)
+        rows = seeds.rows([metrics.read(folder / name / "metrics.jsonl") for folder in folders])
+        here = self.workdir.open(name, self.depends(name))
+        shutil.copytree(folders[0] / name / "result", here / "result", dirs_exist_ok=True)
+        shutil.copyfile(folders[0] / name / "samples.jsonl", here / "samples.jsonl")
+        self.workdir.write_lines(f"{name}/metrics.jsonl", rows)
+        plots.rl(rows, here / "plots", name)
+        summaries = [folder.summary(name) for folder in folders]
+        numbers = seeds.numbers(summaries, name)
+        seconds = sum(summary["seconds"] for summary in summaries)
+        return write_summary(self.workdir, f"{name}/summary.json", seconds, numbers, self.config.seed)
+
+    def _conclude(self):
+        """Picture, samples and summary of the whole run."""
+        places = {name: self.place(name) for name in self.names}
+        rows = {name: metrics.read(place / name / "metrics.jsonl") for name, place in places.items()}
+        (self.workdir / "plots").mkdir(exist_ok=True)
+        plots.pipeline(rows, self.workdir / "plots" / "pipeline.png", title=f"seed {self.config.seed}")
+        last = self.names[-1]
+        shutil.copyfile(places[last] / last / "samples.jsonl", self.workdir / "samples.jsonl")
+        numbers, seconds = {}, 0
+        for name, place in places.items():
+            summary = place.summary(name)
+            numbers |= {key: value for key, value in summary.items() if key.startswith(f"{name}/")}
+            numbers[f"{name}/seconds"] = summary["seconds"]
+            seconds += summary["seconds"]
+        return write_summary(self.workdir, "summary.json", seconds, numbers, self.config.seed)
+
+
+def _make_tokenizer(config, task):
+    """The tokenizer of a Text section: from its path, or made of the task's texts."""
+    if config.kind == "gpt2":
+        if not config.path:
+            raise InputError("text.path: expected a folder or a name on the hub, as gpt2, got none")
+        try:
+            return gpt2.from_files(hub.folder(config.path, *gpt2.FILES))
+        except InputError as error:
+            raise InputError(f"text.path: {error}") from None
+    try:
+        texts = task.texts()
+        return bpe.train(texts, config.vocab_size) if config.kind == "bpe" else char.train(texts)
+    except InputError as error:
+        named = str(error).startswith(("data", "reward"))
+        raise InputError(str(error) if named else f"text.{error}") from None
+
+
+def _weights(init):
+    """The file or folder that model.init stands for, downloaded where it is a name on the hub."""
+    try:
+        return Path(init) if Path(init).exists() else hub.folder(init, *hf.FILES)
+    except InputError as error:
+        raise InputError(f"model.init: {error}") from None
+
+
+def _fingerprints(config, with_reward):
+    """(place, sha256) of the local files that a run reads: data, tokenizer, weights, and the reward's code."""
+    places = dict(tasks.load(config).files()) | {"model.init": config.model.init, "text.path": config.text.path}
+    for field, place in places.items():
+        if place and (digest := _digest(Path(place).expanduser())):
+            yield f"{field} = {place}", digest
+    if with_reward and not config.learned and (digest := function.fingerprint(config.reward.kind)):
+        yield f"reward = {config.reward.kind}", digest
+
+
+@functools.cache
+def _digest(path):
+    """sha256 (hex) of a file, or of the files of a folder; None where there is nothing."""
+    if not path.exists():
+        return None
+    digest = hashlib.sha256()
+    for file in sorted(path.iterdir()) if path.is_dir() else [path]:
+        if file.is_file():
+            with file.open("rb") as opened:
+                digest.update(hashlib.file_digest(opened, "sha256").digest())
+    return digest.hexdigest()
