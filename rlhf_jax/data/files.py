@@ -1,8 +1,10 @@
-"""Rows of text from a local file: JSONL, CSV or Parquet, checked before anything is computed with them."""
+"""Rows from a local file, JSONL, JSON, CSV or Parquet: its texts are checked before anything is computed with them."""
 
 import csv
 import json
 import os
+import sys
+from collections import Counter
 from collections.abc import Callable, Collection, Iterator
 from pathlib import Path
 
@@ -11,21 +13,29 @@ import pyarrow.parquet
 
 from rlhf_jax.errors import InputError
 
+csv.field_size_limit(sys.maxsize)  # for all of the process: the module has no other way; its default is 131,072
+
 
 class Row(dict):
-    """The texts of a row by column, and `where` in the file it is: "pairs.jsonl:17"."""
+    """The values of a row by column, and `where` in the file it is: "pairs.jsonl:17"."""
 
-    def __init__(self, texts: dict[str, str], where: str):
-        super().__init__(texts)
+    def __init__(self, values: dict, where: str):
+        super().__init__(values)
         self.where = where
 
 
 Cells = Iterator[tuple[str, dict]]  # ("pairs.jsonl:17", values by column), the values of any type yet
+Choices = tuple[tuple[str, ...], ...]
 
 
-def read(path: str | os.PathLike, columns: tuple[str, ...], skipped: list[str] | None = None) -> list[Row]:
-    """The rows of the file, with these columns and no other, as `rows` has them."""
-    return rows(cells(path, columns), path, skipped)
+def read(
+    path: str | os.PathLike, columns: tuple[str, ...], skipped: list[str] | None = None, *, extra: bool = False
+) -> list[Row]:
+    """The rows of the file with these columns, which hold text. `extra` keeps the others too, with values of any type.
+
+    InputError as in `cells` and `rows`; `skipped` as in `rows`.
+    """
+    return rows(cells(path, columns, extra=extra), path, skipped, texts=columns)
 
 
 def rows(
@@ -34,8 +44,9 @@ def rows(
     skipped: list[str] | None = None,
     *,
     convert: Callable[[dict], dict] = lambda values: values,
+    texts: Collection[str] | None = None,
 ) -> list[Row]:
-    """The cells as rows of text, converted first; every value has something to read in it.
+    """The cells as rows, converted first. The columns `texts` (None: all columns) hold text, and never an empty one.
 
     An InputError starts with where the row at fault is, or with the source. Where a list `skipped` is given, a bad row
     is left out and what is wrong with it is added to the list.
@@ -43,82 +54,101 @@ def rows(
     kept = []
     for where, values in cells:
         try:
-            kept.append(Row(_checked(convert(values)), where))
+            row = Row(convert(values), where)
+            for column in row if texts is None else texts:
+                _check_text(column, row[column])
         except InputError as error:
             if skipped is None:
                 raise InputError(f"{where}: {error}") from None
             skipped.append(f"{where}: {error}")
+        else:
+            kept.append(row)
     if not kept:
         raise InputError(f"{source}: expected at least one row, got none")
     return kept
 
 
-def cells(path: str | os.PathLike, *choices: tuple[str, ...]) -> Cells:
-    """Each row of the file with its columns of one of the `choices`, the first that are all there.
+def cells(path: str | os.PathLike, *choices: tuple[str, ...], extra: bool = False) -> Cells:
+    """Each row of the file with its columns of one of the `choices`, the first that are all there, in that order.
 
-    An InputError starts with the path and, where one row is at fault, its line (in a Parquet file, its row) from 1.
+    With `extra`, every other column of the row comes after them. Values are what the file has: text in CSV, any JSON
+    value in JSONL and JSON, what `as_py` makes of them in Parquet. An InputError starts with the path and, where one
+    row is at fault, its line (in Parquet and JSON its row) from 1.
     """
     path = Path(path)
     reader = READERS.get(path.suffix.lower())
     if reader is None:
         raise InputError(f"{path}: expected a file that ends in {', '.join(READERS)}")
     try:
-        yield from reader(path, choices)
+        if path.exists() and not path.is_file():
+            raise InputError(f"{path}: expected a file, got {'a folder' if path.is_dir() else 'a pipe or a device'}")
+        yield from reader(path, choices, extra)
     except OSError as error:
         raise InputError(f"{path}: {error.strerror}") from None
 
 
-def _jsonl(path: Path, choices: tuple[tuple[str, ...], ...]) -> Cells:
+def _jsonl(path: Path, choices: Choices, extra: bool) -> Cells:
     for number, line in enumerate(_lines(path), start=1):
-        where = f"{path}:{number}"
-        if not line.strip():
-            continue
-        try:
-            record = json.loads(line)
-        except (ValueError, RecursionError) as error:
-            raise InputError(f"{where}: expected a JSON object ({getattr(error, 'msg', error)})") from None
-        if not isinstance(record, dict):
-            raise InputError(f"{where}: expected a JSON object, got {type(record).__name__}")
-        yield where, {column: record[column] for column in _chosen(choices, record, where)}
+        if line.strip():
+            where = f"{path}:{number}"
+            yield where, _of_json(_parsed(line.rstrip("\r\n"), where, "a JSON object"), choices, extra, where)
 
 
-def _csv(path: Path, choices: tuple[tuple[str, ...], ...]) -> Cells:
+def _json(path: Path, choices: Choices, extra: bool) -> Cells:
+    expected = "a list of JSON objects"
+    records = _parsed("".join(_lines(path)), str(path), expected)
+    if not isinstance(records, list):
+        raise InputError(f"{path}: expected {expected}, got {type(records).__name__}")
+    for number, record in enumerate(records, start=1):
+        where = f"{path}: row {number}"
+        yield where, _of_json(record, choices, extra, where)
+
+
+def _csv(path: Path, choices: Choices, extra: bool) -> Cells:
     reader = csv.reader(_lines(path), strict=True)
     where = f"{path}:1"
     try:
         header = next(reader, None)
         if header is None:
             return
+        _check_unique(header, f"{where}: expected one column")
         columns = _chosen(choices, header, where)
         where = f"{path}:{reader.line_num + 1}"
         for cells in reader:
             if cells:  # a blank line has none
                 if len(cells) != len(header):
                     raise InputError(f"{where}: expected {len(header)} values, got {len(cells)}")
-                yield where, {column: cells[header.index(column)] for column in columns}
+                yield where, _selected(dict(zip(header, cells, strict=True)), columns, extra)
             where = f"{path}:{reader.line_num + 1}"  # a quoted value can span lines: name the row's first
     except csv.Error as error:
         raise InputError(f"{where}: expected CSV ({error})") from None
 
 
-def _parquet(path: Path, choices: tuple[tuple[str, ...], ...]) -> Cells:
+def _parquet(path: Path, choices: Choices, extra: bool) -> Cells:
     with path.open("rb") as file:
         try:
             table = pyarrow.parquet.ParquetFile(file)
-            columns = _chosen(choices, table.schema_arrow.names, path)
-            batches = [batch.select(columns) for batch in table.iter_batches(columns=list(columns))]
+            names = table.schema_arrow.names
+            _check_unique(names, f"{path}: expected one column")
+            columns = list(_selected(dict.fromkeys(names), _chosen(choices, names, path), extra))
+            batches = [batch.select(columns) for batch in table.iter_batches(columns=columns)]
         except (pyarrow.ArrowException, OSError) as error:
             raise InputError(f"{path}: expected Parquet ({error})") from None
     rows = (scalars for batch in batches for scalars in zip(*batch.columns, strict=True))
     for number, scalars in enumerate(rows, start=1):
         where = f"{path}:{number}"
-        try:
-            yield where, {column: scalar.as_py() for column, scalar in zip(columns, scalars, strict=True)}
-        except UnicodeDecodeError:
-            raise InputError(f"{where}: expected UTF-8") from None
+        values = {}
+        for column, scalar in zip(columns, scalars, strict=True):
+            try:
+                values[column] = scalar.as_py()
+            except UnicodeDecodeError:
+                raise InputError(f"{where}: {column}: expected UTF-8") from None
+            except (ValueError, OverflowError):  # nanoseconds, or a year that Python's dates do not reach
+                raise InputError(f"{where}: {column}: expected a {scalar.type} that Python can hold") from None
+        yield where, values
 
 
-READERS = {".jsonl": _jsonl, ".csv": _csv, ".parquet": _parquet}
+READERS = {".jsonl": _jsonl, ".json": _json, ".csv": _csv, ".parquet": _parquet}
 
 
 def _lines(path: Path) -> Iterator[str]:
@@ -131,7 +161,7 @@ def _lines(path: Path) -> Iterator[str]:
                 raise InputError(f"{path}:{number}: expected UTF-8 (byte {error.start} of the line is not)") from None
 
 
-def _chosen(choices: tuple[tuple[str, ...], ...], there: Collection[str], where: str | Path) -> tuple[str, ...]:
+def _chosen(choices: Choices, there: Collection[str], where: str | Path) -> tuple[str, ...]:
     for columns in choices:
         if all(column in there for column in columns):
             return columns
@@ -141,14 +171,47 @@ def _chosen(choices: tuple[tuple[str, ...], ...], there: Collection[str], where:
     raise InputError(f"{where}: expected {wanted}, there is {', '.join(map(repr, there)) or 'none'}")
 
 
-def _checked(row: dict) -> dict[str, str]:
-    for column, value in row.items():
-        if not isinstance(value, str):
-            raise InputError(f"{column}: expected text, got {type(value).__name__}")
-        if not value.strip():
-            raise InputError(f"{column}: expected text, got an empty one")
-        try:
-            value.encode()
-        except UnicodeEncodeError:
-            raise InputError(f"{column}: expected text, got half of a surrogate pair") from None
-    return row
+def _of_json(record, choices: Choices, extra: bool, where: str) -> dict:
+    if not isinstance(record, dict):
+        raise InputError(f"{where}: expected a JSON object, got {type(record).__name__}")
+    return _selected(record, _chosen(choices, record, where), extra)
+
+
+def _selected(values: dict, columns: tuple[str, ...], extra: bool) -> dict:
+    """The values of the columns, in their order; then, with `extra`, all other values."""
+    selected = {column: values[column] for column in columns}
+    return selected | values if extra else selected
+
+
+def _parsed(text: str, where: str, expected: str):
+    try:
+        return json.loads(text, object_pairs_hook=_object)
+    except InputError as error:
+        raise InputError(f"{where}: {error}") from None
+    except (ValueError, RecursionError) as error:
+        line = f", line {error.lineno}" if getattr(error, "lineno", 1) > 1 else ""
+        raise InputError(f"{where}: expected {expected} ({getattr(error, 'msg', error)}{line})") from None
+
+
+def _object(pairs: list[tuple[str, object]]) -> dict:
+    values = dict(pairs)
+    if len(values) < len(pairs):
+        _check_unique([name for name, _ in pairs], "expected one key")
+    return values
+
+
+def _check_unique(names: list[str], expected: str) -> None:
+    for name, count in Counter(names).items():
+        if count > 1:
+            raise InputError(f"{expected} {name!r}, got {count}")
+
+
+def _check_text(column: str, value) -> None:
+    if not isinstance(value, str):
+        raise InputError(f"{column}: expected text, got {type(value).__name__}")
+    if not value.strip():
+        raise InputError(f"{column}: expected text, got an empty one")
+    try:
+        value.encode()
+    except UnicodeEncodeError:
+        raise InputError(f"{column}: expected text, got half of a surrogate pair") from None

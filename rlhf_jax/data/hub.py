@@ -19,17 +19,17 @@ SUFFIXES = (".parquet", ".jsonl", ".csv")  # the best first
 PLACES = ("", "data/", "default/")  # where the files of a set without subsets are
 
 
-def cells(name: str, split: str, *choices: tuple[str, ...], cache_folder: Path) -> files.Cells:
-    """Each row of the split with its columns of one of the `choices`, the first that are all there.
+def cells(name: str, split: str, *choices: tuple[str, ...], cache_folder: Path, extra: bool = False) -> files.Cells:
+    """Each row of the split with its columns of one of the `choices`, and with all others if `extra`, as `files.cells`.
 
     What comes from the hub is converted once and then read from `cache_folder`, without a look at the network: a name
     without a revision stands for what the hub had then. InputError, in one line, for a set, a split, columns or rows
     that are not there, and for a hub that is not: the files to download by hand.
     """
     if Path(name).is_file():
-        yield from files.cells(name, *choices)
+        yield from files.cells(name, *choices, extra=extra)
     elif Path(name).exists():
-        yield from _cells(name, "", split, choices)
+        yield from _cells(name, "", split, choices, extra)
     else:
         base, at, revision = name.partition("@")
         owner, *rest = base.split("/")
@@ -38,26 +38,31 @@ def cells(name: str, split: str, *choices: tuple[str, ...], cache_folder: Path) 
             raise InputError(
                 f"{name}: no such folder, and not of the form OWNER/NAME, OWNER/NAME/SUBSET or NAME@REVISION"
             )
-        digest = hashlib.sha256(json.dumps([name, split, choices]).encode()).hexdigest()[:16]
+        digest = hashlib.sha256(json.dumps([name, split, choices] + [extra] * extra).encode()).hexdigest()[:16]
         path = cache_folder / "hub" / f"{re.sub('[^A-Za-z0-9.-]+', '_', f'{name} {split}')}_{digest}.array_record"
-        made = cache.records(path, lambda: _json(_cells(repo, subset, split, choices), name, split))
+        made = cache.records(path, lambda: _json(_cells(repo, subset, split, choices, extra), name, split, choices))
         for number, record in enumerate(made, start=1):
             yield f"{name}/{split}:{number}", json.loads(record)
 
 
-def _cells(repo: str, subset: str, split: str, choices: tuple[tuple[str, ...], ...]) -> files.Cells:
+def _cells(repo: str, subset: str, split: str, choices: files.Choices, extra: bool) -> files.Cells:
     places = (f"{subset}/",) if subset else PLACES
     names = (f"{split}/*", f"{split}-*", split)
     patterns = [f"{place}{name}{suffix}" for suffix in SUFFIXES for place in places for name in names]
     folder = hub.folder(repo, *((pattern,) for pattern in patterns), kind="dataset", revisions=REVISIONS)
     found = next(filter(None, (sorted(folder.glob(pattern)) for pattern in patterns)))
     for file in found:
-        yield from files.cells(file, *choices)
+        yield from files.cells(file, *choices, extra=extra)
 
 
-def _json(cells: files.Cells, name: str, split: str) -> Iterator[bytes]:
-    where = None
+def _json(cells: files.Cells, name: str, split: str, choices: files.Choices) -> Iterator[bytes]:
+    """The values of each row as JSON. A date, or what else JSON does not have, is text in a column of no choice."""
+    chosen, where = set().union(*choices), None
     for where, values in cells:
+        values = {
+            column: value if column in chosen else json.loads(json.dumps(value, default=str))
+            for column, value in values.items()
+        }
         try:
             yield json.dumps(values).encode()
         except TypeError as error:

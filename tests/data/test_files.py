@@ -1,5 +1,7 @@
 import csv
+import datetime
 import json
+import os
 
 import pyarrow
 import pyarrow.parquet
@@ -19,6 +21,8 @@ def write(path, rows):
     rows = [{"id": 7} | row for row in rows]
     if path.suffix == ".jsonl":
         path.write_text("".join(json.dumps(row, ensure_ascii=False) + "\n" for row in rows), encoding="utf-8")
+    elif path.suffix == ".json":
+        path.write_text(json.dumps(rows, ensure_ascii=False, indent=2), encoding="utf-8")
     elif path.suffix == ".csv":
         with path.open("w", newline="", encoding="utf-8") as file:
             writer = csv.DictWriter(file, rows[0])
@@ -29,7 +33,7 @@ def write(path, rows):
     return path
 
 
-@pytest.fixture(params=[".jsonl", ".csv", ".parquet"])
+@pytest.fixture(params=[".jsonl", ".json", ".csv", ".parquet"])
 def path(tmp_path, request):
     return tmp_path / f"rows{request.param}"
 
@@ -56,7 +60,7 @@ TEXT = st.text(st.characters(codec="utf-8", exclude_characters="\r")).map(" x"._
 @given(rows=st.lists(st.fixed_dictionaries({"prompt": TEXT, "label": TEXT}), min_size=1))
 def test_what_was_written_is_read(tmp_path_factory, rows):
     folder = tmp_path_factory.mktemp("rows")
-    for suffix in (".jsonl", ".csv", ".parquet"):
+    for suffix in files.READERS:
         assert files.read(write(folder / f"rows{suffix}", rows), COLUMNS) == rows
 
 
@@ -66,13 +70,13 @@ def test_a_missing_file(path):
 
 def test_a_folder(path):
     path.mkdir()
-    assert error(path) == ": Is a directory"
+    assert error(path) == ": expected a file, got a folder"
 
 
-@pytest.mark.parametrize("name", ["rows.txt", "rows", "rows.json"])
+@pytest.mark.parametrize("name", ["rows.txt", "rows", "rows.arrow"])
 def test_an_unknown_suffix(tmp_path, name):
     (tmp_path / name).write_text("{}")
-    assert error(tmp_path / name) == ": expected a file that ends in .jsonl, .csv, .parquet"
+    assert error(tmp_path / name) == ": expected a file that ends in .jsonl, .json, .csv, .parquet"
 
 
 def test_the_suffix_may_be_in_capitals(tmp_path):
@@ -81,7 +85,8 @@ def test_the_suffix_may_be_in_capitals(tmp_path):
 
 
 @pytest.mark.parametrize(
-    ("name", "content"), [("a.jsonl", ""), ("a.jsonl", "\n \n"), ("a.csv", ""), ("a.csv", "prompt,label\n")]
+    ("name", "content"),
+    [("a.jsonl", ""), ("a.jsonl", "\n \n"), ("a.json", " []\n"), ("a.csv", ""), ("a.csv", "prompt,label\n")],
 )
 def test_an_empty_file(tmp_path, name, content):
     (tmp_path / name).write_text(content)
@@ -95,7 +100,7 @@ def test_an_empty_parquet_file(tmp_path):
 
 
 def test_a_missing_column(path):
-    where = {".jsonl": ":1", ".csv": ":1", ".parquet": ""}[path.suffix]
+    where = {".jsonl": ":1", ".json": ": row 1", ".csv": ":1", ".parquet": ""}[path.suffix]
     expected = f"{where}: expected a column 'chosen', there is 'id', 'prompt', 'label'"
     assert error(write(path, ROWS), ("prompt", "chosen")) == expected
 
@@ -106,20 +111,20 @@ def test_a_column_missing_further_down(tmp_path):
 
 
 # In CSV the header is line 1, and the label of the first row has two lines, so the second row is on line 4.
-SECOND_ROW = {".jsonl": 2, ".csv": 4, ".parquet": 2}
+SECOND_ROW = {".jsonl": ":2", ".json": ": row 2", ".csv": ":4", ".parquet": ":2"}
 
 
 @pytest.mark.parametrize("text", ["", " \n\t"])
 def test_an_empty_text(path, text):
     write(path, [ROWS[0], {"prompt": "a", "label": text}])
-    assert error(path) == f":{SECOND_ROW[path.suffix]}: label: expected text, got an empty one"
+    assert error(path) == f"{SECOND_ROW[path.suffix]}: label: expected text, got an empty one"
 
 
-@pytest.mark.parametrize("suffix", [".jsonl", ".parquet"])
+@pytest.mark.parametrize("suffix", [".jsonl", ".json", ".parquet"])
 def test_a_value_that_is_not_text(tmp_path, suffix):
     path = write(tmp_path / f"a{suffix}", [ROWS[0], {"prompt": "a", "label": None}])
-    assert error(path) == ":2: label: expected text, got NoneType"
-    assert error(path, ("prompt", "id")) == ":1: id: expected text, got int"
+    assert error(path) == f"{SECOND_ROW[suffix]}: label: expected text, got NoneType"
+    assert error(path, ("prompt", "id")) == f"{SECOND_ROW[suffix].replace('2', '1')}: id: expected text, got int"
 
 
 @pytest.mark.parametrize(
@@ -136,6 +141,22 @@ def test_bad_json(tmp_path, line, message):
 
 
 @pytest.mark.parametrize(
+    ("content", "message"),
+    [
+        ('{"prompt": "a"}\n', ": expected a list of JSON objects, got dict"),
+        ('{"prompt": "a"}\n{"prompt": "b"}\n', ": expected a list of JSON objects (Extra data, line 2)"),
+        ('[\n{"prompt": "a"},\n{"prompt"}]', ": expected a list of JSON objects (Expecting ':' delimiter, line 3)"),
+        ("", ": expected a list of JSON objects (Expecting value)"),
+        ('[{"prompt": "a"}, ["prompt"]]', ": row 2: expected a JSON object, got list"),
+        ('[{"prompt": "a"}, {}]', ": row 2: expected a column 'prompt', there is none"),
+    ],
+)
+def test_bad_json_of_a_whole_file(tmp_path, content, message):
+    (tmp_path / "a.json").write_text(content)
+    assert error(tmp_path / "a.json", ("prompt",)) == message
+
+
+@pytest.mark.parametrize(
     ("line", "message"),
     [
         ("a,b", "expected 1 values, got 2"),
@@ -148,7 +169,9 @@ def test_bad_csv(tmp_path, line, message):
     assert error(tmp_path / "a.csv", ("prompt",)) == f":5: {message}"
 
 
-@pytest.mark.parametrize(("name", "first"), [("a.jsonl", b'{"prompt": "a"}\n'), ("a.csv", b"prompt\n")])
+@pytest.mark.parametrize(
+    ("name", "first"), [("a.jsonl", b'{"prompt": "a"}\n'), ("a.json", b"[\n"), ("a.csv", b"prompt\n")]
+)
 def test_bad_utf8(tmp_path, name, first):
     (tmp_path / name).write_bytes(first + b"caf\xe9\n")
     assert error(tmp_path / name, ("prompt",)) == ":2: expected UTF-8 (byte 3 of the line is not)"
@@ -157,7 +180,7 @@ def test_bad_utf8(tmp_path, name, first):
 def test_bad_utf8_in_parquet(tmp_path):
     column = pyarrow.array([b"ok", b"caf\xe9"]).view(pyarrow.string())
     pyarrow.parquet.write_table(pyarrow.table({"prompt": column}), tmp_path / "a.parquet")
-    assert error(tmp_path / "a.parquet", ("prompt",)) == ":2: expected UTF-8"
+    assert error(tmp_path / "a.parquet", ("prompt",)) == ":2: prompt: expected UTF-8"
 
 
 def test_bad_parquet(tmp_path):
@@ -165,8 +188,106 @@ def test_bad_parquet(tmp_path):
     assert error(tmp_path / "a.parquet").startswith(": expected Parquet (")
 
 
-@pytest.mark.parametrize("name", ["a.jsonl", "a.csv"])
-def test_a_byte_order_mark_and_windows_line_ends_are_not_text(tmp_path, name):
-    content = {"a.jsonl": '\ufeff{"prompt": "a"}\r\n{"prompt": "b"}\r\n', "a.csv": "\ufeffprompt\r\na\r\nb\r\n"}[name]
+@pytest.mark.parametrize(
+    ("name", "content"),
+    [
+        ("a.jsonl", '\ufeff{"prompt": "a"}\r\n{"prompt": "b"}\r\n'),
+        ("a.json", '\ufeff[{"prompt": "a"},\r\n{"prompt": "b"}]\r\n'),
+        ("a.csv", "\ufeffprompt\r\na\r\nb\r\n"),
+    ],
+)
+def test_a_byte_order_mark_and_windows_line_ends_are_not_text(tmp_path, name, content):
     (tmp_path / name).write_bytes(content.encode())
     assert files.read(tmp_path / name, ("prompt",)) == [{"prompt": "a"}, {"prompt": "b"}]
+
+
+@pytest.mark.parametrize(
+    ("name", "content", "message"),
+    [
+        ("a.jsonl", '{"prompt": "a"}\n{"prompt": "b", "prompt": "c"}\n', ":2: expected one key 'prompt', got 2"),
+        ("a.jsonl", '{"prompt": "a", "x": [{"y": 1, "y": 1, "y": 1}]}', ":1: expected one key 'y', got 3"),
+        ("a.json", '[{"prompt": "a", "label": "b", "label": "c"}]', ": expected one key 'label', got 2"),
+        ("a.csv", "prompt,label,label\na,b,c\n", ":1: expected one column 'label', got 2"),
+    ],
+)
+def test_a_name_that_stands_twice(tmp_path, name, content, message):
+    (tmp_path / name).write_text(content)
+    assert error(tmp_path / name, ("prompt",)) == message
+
+
+def test_a_name_that_stands_twice_in_parquet(tmp_path):
+    table = pyarrow.table([["a"], ["b"], ["c"]], names=["prompt", "label", "label"])
+    pyarrow.parquet.write_table(table, tmp_path / "a.parquet")
+    assert error(tmp_path / "a.parquet", ("prompt",)) == ": expected one column 'label', got 2"
+
+
+def test_a_long_text_is_read(path):
+    rows = [{"prompt": "x" * 200_000, "label": "y"}]
+    assert files.read(write(path, rows), COLUMNS) == rows
+
+
+def test_a_pipe_is_refused_rather_than_waited_for(path):
+    os.mkfifo(path)
+    assert error(path) == ": expected a file, got a pipe or a device"
+
+
+# The other columns
+
+
+def test_the_other_columns_are_kept_if_asked_for(path):
+    given = [row | {"empty": ""} for row in ROWS]
+    rows = files.read(write(path, given), ("label",), extra=True)
+    assert rows == [{"id": "7" if path.suffix == ".csv" else 7} | row for row in given]
+    assert [list(row) for row in rows] == [["label", "id", "prompt", "empty"]] * 2  # those asked for come first
+    assert rows[1].where == f"{path}{SECOND_ROW[path.suffix]}"
+
+
+@pytest.mark.parametrize("suffix", [".jsonl", ".json", ".parquet"])
+def test_the_other_columns_keep_their_types(tmp_path, suffix):
+    others = {"none": None, "number": 0.5, "yes": True, "tests": [{"in": [1, 2], "out": "3"}], "about": {"by": "x"}}
+    path = write(tmp_path / f"a{suffix}", [{"prompt": "a"} | others])
+    assert files.read(path, ("prompt",), extra=True) == [{"prompt": "a", "id": 7} | others]
+
+
+@pytest.mark.parametrize("suffix", [".jsonl", ".json"])
+def test_rows_of_json_need_not_have_the_same_other_columns(tmp_path, suffix):
+    rows = [{"prompt": "a", "answer": 4}, {"prompt": "b", "hint": "c"}]
+    assert files.read(write(tmp_path / f"a{suffix}", rows), ("prompt",), extra=True) == [
+        {"id": 7} | row for row in rows
+    ]
+
+
+def test_dates_of_parquet_are_dates(tmp_path):
+    rows = [{"prompt": "a", "day": datetime.date(2020, 1, 2)}]
+    assert files.read(write(tmp_path / "a.parquet", rows), ("prompt",), extra=True) == [{"id": 7} | rows[0]]
+
+
+@pytest.mark.parametrize(("unit", "value"), [("ns", 1), ("ms", 10**15)])  # a nanosecond; the year 33658
+def test_a_time_that_python_has_no_value_for_is_named(tmp_path, unit, value):
+    times = pyarrow.array([0, value], pyarrow.timestamp(unit))
+    pyarrow.parquet.write_table(pyarrow.table({"prompt": ["a", "b"], "when": times}), tmp_path / "a.parquet")
+    assert files.read(tmp_path / "a.parquet", ("prompt",)) == [{"prompt": "a"}, {"prompt": "b"}]
+    with pytest.raises(InputError, match=rf"a.parquet:2: when: expected a timestamp\[{unit}\] that Python can hold$"):
+        files.read(tmp_path / "a.parquet", ("prompt",), extra=True)
+
+
+def test_the_columns_asked_for_are_text_and_the_others_anything(path):
+    write(path, [ROWS[0] | {"answer": "4"}, {"prompt": "a", "label": " ", "answer": " "}])
+    with pytest.raises(InputError, match="label: expected text, got an empty one$"):
+        files.read(path, COLUMNS, extra=True)
+    skipped = []
+    assert len(files.read(path, COLUMNS, skipped, extra=True)) == len(skipped) == 1
+    assert len(files.read(path, ("prompt",), extra=True)) == 2
+
+
+def test_converted_rows_are_checked_in_the_columns_that_hold_text(tmp_path):
+    path = write(tmp_path / "a.jsonl", [{"question": "a", "answer": 4}])
+
+    def convert(values):
+        return values | {"prompt": values["question"]}
+
+    cells = files.cells(path, ("question",), extra=True)
+    expected = {"question": "a", "answer": 4, "id": 7, "prompt": "a"}
+    assert files.rows(cells, path, convert=convert, texts=("prompt",)) == [expected]
+    with pytest.raises(InputError, match="a.jsonl:1: answer: expected text, got int"):
+        files.rows(files.cells(path, ("answer",)), path)

@@ -1,6 +1,7 @@
 """Sets of the layouts that are on the hub, written here; the hub's own client reads them through a false network."""
 
 import datetime
+import hashlib
 import io
 import json
 
@@ -29,10 +30,10 @@ def jsonl(rows):
 
 @pytest.fixture
 def read(tmp_path):
-    """The values of all rows: read(name, split="train", *choices)."""
+    """The values of all rows: read(name, split="train", *choices, extra=False)."""
 
-    def read(name, split="train", *choices):
-        cells = hub.cells(name, split, *(choices or [COLUMNS]), cache_folder=tmp_path / "cache")
+    def read(name, split="train", *choices, **options):
+        cells = hub.cells(name, split, *(choices or [COLUMNS]), cache_folder=tmp_path / "cache", **options)
         return [values for _, values in cells]
 
     return read
@@ -133,6 +134,34 @@ def test_a_local_folder_or_file_is_read_where_it_is(hub_server, read, tmp_path):
     assert error(read, str(tmp_path / "set"), "test").startswith(
         f"{tmp_path}/set: expected a folder with test/*.parquet"
     )
+
+
+def test_the_other_columns_are_kept_if_asked_for(hub_server, read, tmp_path):
+    hub_server.add("who/what", {"train.parquet": parquet(ROWS)}, kind="dataset")
+    for _ in range(2):  # from the hub, then from the cache, which has a file for each of the two ways
+        assert read("who/what") == WANTED
+        assert read("who/what", extra=True) == ROWS
+        assert list(read("who/what", extra=True)[0]) == ["prompt", "label", "id"]
+    assert len(list((tmp_path / "cache" / "hub").iterdir())) == 2
+    (tmp_path / "set").mkdir()
+    (tmp_path / "set" / "train.parquet").write_bytes(parquet(ROWS))
+    assert read(str(tmp_path / "set"), extra=True) == read(str(tmp_path / "set" / "train.parquet"), extra=True) == ROWS
+
+
+def test_what_is_cached_without_the_other_columns_has_the_name_it_always_had(hub_server, read, tmp_path):
+    hub_server.add("who/what", {"train.jsonl": jsonl(ROWS)}, kind="dataset")
+    read("who/what")
+    (cached,) = (tmp_path / "cache" / "hub").iterdir()
+    digest = hashlib.sha256(b'["who/what", "train", [["prompt", "label"]]]').hexdigest()[:16]
+    assert cached.name == f"who_what_train_{digest}.array_record"
+
+
+def test_what_json_does_not_have_is_text_in_the_other_columns(hub_server, read):
+    rows = [ROWS[0] | {"days": [datetime.date(2020, 1, 2)], "none": None}]
+    hub_server.add("who/what", {"train.parquet": parquet(rows)}, kind="dataset")
+    assert read("who/what", extra=True) == [ROWS[0] | {"days": ["2020-01-02"], "none": None}]
+    message = error(lambda: read("who/what", "train", ("days",), extra=True))
+    assert message.endswith("expected text, numbers, lists and objects (Object of type date is not JSON serializable)")
 
 
 # What is not there
