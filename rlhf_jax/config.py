@@ -12,6 +12,7 @@ from rlhf_jax.algorithms import ppo as ppo_algorithm
 from rlhf_jax.algorithms import preference, supervised
 from rlhf_jax.data import corpus, sources
 from rlhf_jax.errors import InputError
+from rlhf_jax.fields import choice, number
 from rlhf_jax.models import gpt2
 from rlhf_jax.training import checkpoint
 from rlhf_jax.training import guard as guards
@@ -21,19 +22,19 @@ from rlhf_jax.training import guard as guards
 class Text:
     """The tokenizer."""
 
-    kind: str = "gpt2"  # gpt2: byte-level BPE from `path`; bpe or char: made from the SFT rows
+    kind: str = choice("gpt2", "gpt2", "bpe", "char")  # gpt2: byte-level BPE in `path`; bpe, char: from the texts
     path: str = ""  # a folder with tokenizer.json or the like, or NAME or NAME@REVISION on the hub: gpt2
-    vocab_size: int = 800  # of bpe
+    vocab_size: int = number(800, least=1)  # tokens, of bpe
 
 
 @dataclasses.dataclass(frozen=True)
 class Evaluation:
-    """How the finished policies are compared, on held-out prompts."""
+    """How policies are evaluated on held-out prompts, during training and at the end."""
 
-    prompts: int = 512  # at most; as many as are held out
-    batch: int = 64  # rows on the device at a time
-    temperature: float = 0.01
-    samples: int = 3  # shown on the way; all go to samples.jsonl at the end
+    prompts: int = number(512, least=2)  # at most, where fewer are held out; an interval needs 2
+    batch: int = number(64, least=1, neutral=True)  # rows on the devices at once
+    temperature: float = number(0.01, least=0, most=100)  # of sampling; 0: the most likely token
+    samples: int = number(3, least=0, neutral=True)  # printed at each evaluation; samples.jsonl has all at the end
 
 
 @dataclasses.dataclass(frozen=True)

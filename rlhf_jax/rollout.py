@@ -10,6 +10,18 @@ from rlhf_jax import generate
 from rlhf_jax.ops import kl, masked, padding
 
 
+def problems(config):
+    """(field, what was expected) of the config of an algorithm that learns from rollouts."""
+    why = "a rollout draws from the distribution that the update differentiates; top-k and top-p are for evaluation"
+    if config.top_k != 0:
+        yield "top_k", f"0 in training ({why})"
+    if config.top_p != 1:
+        yield "top_p", f"1 in training ({why})"
+    limit = kl.LARGEST_ERROR * config.batch
+    if config.kl_target and config.kl_horizon <= limit:
+        yield "kl_horizon", f"more than {kl.LARGEST_ERROR:g} batch = {limit:g}, to keep kl_coef positive"
+
+
 class Apply(NamedTuple):
     """The functions of parameters that rollouts and algorithms call; see models/heads.py for the real ones.
 

@@ -11,6 +11,8 @@ import math
 import jax
 import jax.numpy as jnp
 
+from rlhf_jax import rollout as rollouts
+from rlhf_jax.fields import choice, number
 from rlhf_jax.ops import advantages, kl, losses, masked
 from rlhf_jax.training import optim
 from rlhf_jax.training.state import TrainState
@@ -20,25 +22,32 @@ from rlhf_jax.training.state import TrainState
 class Config(optim.Config):
     """Defaults are the article's happy tweets, but for reward-to-go and the baseline, which it does without."""
 
-    lr: float = 3e-4
-    schedule: str = "constant"
-    steps: int = 100  # rollouts
-    batch: int = 32  # episodes a rollout
-    epochs: int = 1  # gradient steps a rollout; importance-weighted when more than 1
-    importance: bool = True  # False: reused rollouts are taken for fresh ones (biased; to compare)
-    microbatches: int = 1
-    temperature: float = 1.0
-    top_k: int = 0  # must stay 0: rollouts draw from the distribution that the update differentiates
-    top_p: float = 1.0  # must stay 1
-    kl_coef: float = 0.1
-    kl_target: float = 0.0  # nats a sequence that an adaptive kl_coef steers to; 0: kl_coef is fixed
-    kl_horizon: int = 10_000  # episodes over which it adapts
-    gamma: float = 1.0
-    reward_to_go: bool = True  # False: a token answers for the score and its own KL alone, as in the article
-    baseline: str = "leave_one_out"  # none | mean: of the batch's returns | leave_one_out: mean of the other rows'
+    lr: float = number(3e-4, above=0, most=10)
+    schedule: str = choice("constant", *optim.SCHEDULES)
+    steps: int = number(100, least=0)  # rollouts; 0: the stage is left out
+    batch: int = number(32, least=1)  # episodes a rollout
+    epochs: int = number(1, least=1)  # gradient steps a rollout; importance-weighted when more than 1
+    importance: bool = True  # False: reused rollouts are not weighted (biased; to compare)
+    microbatches: int = number(1, least=1, neutral=True)  # slices of a batch whose gradients are summed: less memory
+    temperature: float = number(1.0, above=0, most=100)  # of sampling, and of every log-prob
+    top_k: int = number(0, least=0)  # must stay 0: rollouts sample the distribution that the update differentiates
+    top_p: float = number(1.0, least=0, most=1)  # must stay 1
+    kl_coef: float = number(0.1, least=0)  # reward subtracted per nat of KL from the reference
+    kl_target: float = number(0.0, least=0)  # nats a sequence that kl_coef is adapted to reach; 0: kl_coef is fixed
+    kl_horizon: int = number(10_000, least=1)  # episodes over which kl_coef adapts; more: slower
+    gamma: float = number(1.0, least=0, most=1)  # discount of rewards, per token
+    # False: each token's return is the score minus its own KL penalty, as in the article.
+    reward_to_go: bool = True
+    # Subtracted from the returns. mean: the batch's mean return; leave_one_out: the mean return of the other rows.
+    baseline: str = choice("leave_one_out", "none", "mean", "leave_one_out")
     whiten_advantages: bool = False
-    eval_every: int = 10
-    save_every: int = 50
+    eval_every: int = number(10, least=0)  # rollouts between evaluations; 0: only at the end
+    save_every: int = number(50, least=0, neutral=True)  # rollouts between checkpoints; 0: only at the end
+
+    def problems(self):
+        """Checks that concern several fields."""
+        yield from optim.problems(self, updates=self.steps * self.epochs)
+        yield from rollouts.problems(self)
 
 
 def init(policy, key, *, config, tx):

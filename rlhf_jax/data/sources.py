@@ -6,6 +6,7 @@ from pathlib import Path
 
 from rlhf_jax.data import batches, cache, comparisons, files, hub, world
 from rlhf_jax.errors import InputError
+from rlhf_jax.fields import choice, neutral, number
 
 COLUMNS = {"sft": ("prompt", "label"), "preferences": ("prompt", "chosen", "rejected"), "prompts": ("prompt",)}
 
@@ -25,24 +26,30 @@ class Config:
     """The data of a run and the sizes it is brought to."""
 
     # world: generated here; files: the paths below; hub: data sets, as OWNER/NAME/SUBSET@REVISION
-    source: str = "world"
+    source: str = choice("world", "world", "files", "hub")
     sft: str = ""  # rows {"prompt", "label"}: JSONL, CSV or Parquet, by suffix
     preferences: str = ""  # rows {"prompt", "chosen", "rejected"}, or OpenAI's comparisons
     prompts: str = ""  # rows {"prompt"}; empty: the prompts of the SFT rows
     columns: Columns = Columns()
     split: str = "train"  # of the sets on the hub
     held_out_split: str = ""  # the one kept for evaluation; empty: a share of the prompts, as of files
-    held_out: float = 0.1  # share of the prompts of a file that is kept for evaluation
+    held_out: float = number(0.1, above=0, below=1)  # share of a file's prompts held out for evaluation
     skip_bad: bool = False  # leave out rows without text, and say how many
-    world_seed: int = 0
-    world_sft: int = 16_000  # rows to generate
-    world_preferences: int = 8_000
-    world_prompts: int = 8_000
-    world_held_out: int = 512
-    cache: str = ""  # where what is generated or converted is kept; empty: the user's cache folder
-    prompt_length: int = 512  # P, tokens
-    response_length: int = 53  # R, tokens, EOS included
-    pair_length: int = 0  # R of preference pairs, whose responses may be longer; 0: response_length
+    world_seed: int = number(0, least=0, most=2**32 - 1)
+    world_sft: int = number(16_000, least=1)  # rows to generate
+    world_preferences: int = number(8_000, least=1)  # rows to generate
+    world_prompts: int = number(8_000, least=1)  # rows to generate
+    world_held_out: int = number(512, least=1)  # rows to generate, of each kind
+    cache: str = neutral("")  # folder for generated and converted data; empty: the user's cache folder
+    prompt_length: int = number(512, least=1)  # P, tokens
+    response_length: int = number(53, least=2)  # R, tokens, EOS included
+    # R of preference pairs, whose responses may be longer, tokens, EOS included. 0: response_length.
+    pair_length: int = number(0, least=2, or_zero=True)
+
+    def problems(self):
+        """Checks beyond ranges."""
+        if not self.split:
+            yield "split", "the name of one"
 
 
 def load(kind, config, seed):
