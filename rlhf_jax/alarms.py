@@ -7,20 +7,23 @@ import dataclasses
 
 import jax.numpy as jnp
 
+from rlhf_jax.fields import number
+
 WATCHED = ("distinct2", "repeat_rate", "entropy", "length", "kl_exact")
 
 
 @dataclasses.dataclass(frozen=True)
 class Config:
-    """Outside these limits a policy has collapsed, whatever its reward."""
+    """Outside these limits a policy has collapsed, whatever its reward. "Before" is before reinforcement learning."""
 
-    distinct2: float = 0.7  # least distinct word bigrams, as a share of those before
-    repeat_rate: float = 0.05  # allowed increase of the share of samples that repeat a word four times
-    entropy: float = 0.3  # least nats per token, as a share of those before
-    length: float = 0.5  # least tokens, as a share of those before
-    kl_exact: float = 5.0  # most nats a sequence from the reference; 0: any
-    patience: int = 10  # iterations over which the running means forget
-    freeze: bool = True  # an alarm ends the learning; False: it is only counted
+    distinct2: float = number(0.7, least=0, most=1)  # smallest share of distinct word bigrams, relative to before
+    # Largest increase, over before, of the share of samples that repeat a word four times.
+    repeat_rate: float = number(0.05, least=0, most=1)
+    entropy: float = number(0.3, least=0, most=1)  # smallest entropy per token, relative to before
+    length: float = number(0.5, least=0, most=1)  # smallest number of tokens a sample, relative to before
+    kl_exact: float = number(5.0, least=0)  # largest KL from the reference, nats a sequence; 0: no limit
+    patience: int = number(10, least=1)  # iterations that the running means average over
+    freeze: bool = True  # an alarm ends the learning; False: the alarm is only counted
 
     @property
     def active(self):

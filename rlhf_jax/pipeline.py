@@ -65,6 +65,9 @@ class Stages:
             parts += ["algorithm", section, "alarms", "seeds"]
         everything = fields.significant(config)
         depends = {part: everything[part] for part in parts}
+        if config.model.dropout:  # each slice has its own noise
+            for stage in (stage for stage in ("pretrain", "sft") if stage in depends):
+                depends[stage] |= {"microbatches": getattr(config, stage).microbatches}
         if "reward" not in depends and (last or config.task == "write"):
             depends["reward"] = {"kind": config.reward.kind}
         return depends | {"section": section, "sha256": dict(_fingerprints(config, "reward" in depends))}

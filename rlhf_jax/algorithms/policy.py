@@ -14,6 +14,7 @@ import dataclasses
 import jax
 import jax.numpy as jnp
 
+from rlhf_jax.fields import choice, neutral, number
 from rlhf_jax.ops import kl, masked, padding
 from rlhf_jax.training import optim
 from rlhf_jax.training.state import TrainState
@@ -23,26 +24,43 @@ from rlhf_jax.training.state import TrainState
 class Config(optim.Config):
     """Defaults are the published TL;DR recipe (arXiv 2403.17031)."""
 
-    steps: int = 1_953  # rollouts
-    batch: int = 512  # episodes a rollout
-    lanes: int = 0  # of them written at a time, a lane that is free gets the next prompt, and scored at a time; 0: all
-    widths: int = 1  # of prompts, in equal steps up to the longest: slices of like prompts are read without padding
-    epochs: int = 4
-    minibatches: int = 1
-    microbatches: int = 1  # slices of a minibatch whose gradients are summed, to save memory
-    temperature: float = 0.7
-    top_k: int = 0  # must stay 0: rollouts draw from the distribution that the update differentiates
-    top_p: float = 1.0  # must stay 1
-    kl_coef: float = 0.05
-    kl_target: float = 0.0  # nats a sequence that an adaptive kl_coef steers to; 0: kl_coef is fixed
-    kl_horizon: int = 10_000  # episodes over which it adapts
-    gamma: float = 1.0
-    missing_eos: str = "replace"  # a response without EOS: replace its score by the penalty, or subtract it
-    missing_eos_penalty: float = 1.0  # replace: the score becomes -penalty; subtract: score - penalty
+    steps: int = number(1_953, least=1)  # rollouts
+    batch: int = number(512, least=1)  # episodes a rollout
+    # Completions generated (and scored) at once; a finished lane takes the next prompt. 0: the whole batch.
+    lanes: int = number(0, least=0, neutral=True)
+    # Prompt widths compiled for, in equal steps; a slice of prompts uses the smallest that holds its longest.
+    widths: int = number(1, least=1, neutral=True)
+    epochs: int = number(4, least=1)  # passes over a rollout
+    minibatches: int = number(1, least=1)  # optimizer steps an epoch
+    # Slices of a minibatch whose gradients are summed: less memory.
+    microbatches: int = number(1, least=1, neutral=True)
+    temperature: float = number(0.7, above=0, most=100)  # of sampling, and of every log-prob
+    top_k: int = number(0, least=0)  # must stay 0: rollouts sample the distribution that the update differentiates
+    top_p: float = number(1.0, least=0, most=1)  # must stay 1
+    kl_coef: float = number(0.05, least=0)  # reward subtracted per nat of KL from the reference
+    kl_target: float = number(0.0, least=0)  # nats a sequence that kl_coef is adapted to reach; 0: kl_coef is fixed
+    kl_horizon: int = number(10_000, least=1)  # episodes over which kl_coef adapts; more: slower
+    gamma: float = number(1.0, least=0, most=1)  # discount of rewards, per token
+    missing_eos: str = choice("replace", "replace", "subtract")  # for a response without EOS; see missing_eos_penalty
+    missing_eos_penalty: float = number(1.0, least=0)  # replace: the score becomes -penalty; subtract: score - penalty
     whiten_advantages: bool = True
-    trace_epochs: bool = False  # log approx KL and clip fraction after each epoch too, to compare with a published run
-    eval_every: int = 50
-    save_every: int = 100
+    trace_epochs: bool = neutral(False)  # log approx KL and clip fraction after each epoch too
+    eval_every: int = number(50, least=0)  # rollouts between evaluations; 0: only at the end
+    save_every: int = number(100, least=0, neutral=True)  # rollouts between checkpoints; 0: only at the end
+
+    def problems(self):
+        """Checks that concern several fields."""
+        yield from optim.problems(self, minibatches=self.minibatches)
+        why = "a rollout samples the distribution that the update differentiates; top-k and top-p are for evaluation"
+        if self.top_k != 0:
+            yield "top_k", f"0 in training ({why})"
+        if self.top_p != 1:
+            yield "top_p", f"1 in training ({why})"
+        if self.lanes and self.batch % self.lanes:
+            yield "lanes", f"0, or a divisor of batch = {self.batch}"
+        limit = kl.LARGEST_ERROR * self.batch
+        if self.kl_target and self.kl_horizon <= limit:
+            yield "kl_horizon", f"more than {kl.LARGEST_ERROR:g} batch = {limit:g}, to keep kl_coef positive"
 
     @property
     def updates(self):

@@ -12,7 +12,9 @@ import jax
 import jax.numpy as jnp
 
 from rlhf_jax.algorithms import policy
+from rlhf_jax.fields import choice, number
 from rlhf_jax.ops import advantages, losses, masked
+from rlhf_jax.training import optim
 
 NEEDS_VALUE = False
 SHUFFLES = False
@@ -22,21 +24,23 @@ SHUFFLES = False
 class Config(policy.Config):
     """Defaults are the article's happy tweets, but for reward-to-go and the baseline, which it does without."""
 
-    lr: float = 3e-4
-    schedule: str = "constant"
-    steps: int = 100  # rollouts
-    batch: int = 32  # episodes a rollout
-    epochs: int = 1  # gradient steps a rollout; importance-weighted when more than 1
-    importance: bool = True  # False: reused rollouts are taken for fresh ones (biased; to compare)
-    temperature: float = 1.0
-    kl_coef: float = 0.1
-    missing_eos: str = "subtract"
-    missing_eos_penalty: float = 0.0
-    reward_to_go: bool = True  # False: each token's return is the score minus its own KL penalty, as in the article
-    baseline: str = "leave_one_out"
+    lr: float = number(3e-4, above=0, most=10)
+    schedule: str = choice("constant", *optim.SCHEDULES)
+    steps: int = number(100, least=1)  # rollouts
+    batch: int = number(32, least=1)  # episodes a rollout
+    epochs: int = number(1, least=1)  # gradient steps a rollout; importance-weighted when more than 1
+    importance: bool = True  # False: reused rollouts are not weighted (biased; to compare)
+    temperature: float = number(1.0, above=0, most=100)  # of sampling, and of every log-prob
+    kl_coef: float = number(0.1, least=0)  # reward subtracted per nat of KL from the reference
+    missing_eos: str = choice("subtract", "replace", "subtract")
+    missing_eos_penalty: float = number(0.0, least=0)
+    # False: each token's return is the score minus its own KL penalty, as in the article.
+    reward_to_go: bool = True
+    # Subtracted from the returns. mean: the batch's mean return; leave_one_out: the mean return of the other rows.
+    baseline: str = choice("leave_one_out", "none", "mean", "leave_one_out")
     whiten_advantages: bool = False
-    eval_every: int = 10
-    save_every: int = 50
+    eval_every: int = number(10, least=0)  # rollouts between evaluations; 0: only at the end
+    save_every: int = number(50, least=0, neutral=True)  # rollouts between checkpoints; 0: only at the end
 
 
 def baseline(returns_B, kind):

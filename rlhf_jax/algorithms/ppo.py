@@ -10,6 +10,7 @@ import jax
 import jax.numpy as jnp
 
 from rlhf_jax.algorithms import policy
+from rlhf_jax.fields import choice, number
 from rlhf_jax.ops import advantages, losses, masked
 
 NEEDS_VALUE = True
@@ -20,11 +21,13 @@ SHUFFLES = True  # every epoch has its own order of the rows
 class Config(policy.Config):
     """Defaults are the published TL;DR recipe (arXiv 2403.17031): about 1M episodes."""
 
-    lam: float = 0.95
-    clip: float = 0.2
-    value_clip: float = 0.2
-    value_coef: float = 0.1
-    value_init: str = "auto"
+    lam: float = number(0.95, least=0, most=1)  # GAE's lambda; 1: returns, 0: TD errors
+    clip: float = number(0.2, above=0)  # of the probability ratio: 1 - clip to 1 + clip
+    value_clip: float = number(0.2, above=0)  # how far a value may move from the rollout's, in units of reward
+    value_coef: float = number(0.1, least=0)  # weight of the value loss
+    # auto: reward where there is a reward model, else zero; reward: trunk and head of the reward model;
+    # zero: the policy's trunk under a zero head
+    value_init: str = choice("auto", "auto", "reward", "zero")
     whiten_rewards: bool = False
 
 

@@ -5,6 +5,7 @@ import dataclasses
 import jax
 import jax.numpy as jnp
 
+from rlhf_jax.fields import number
 from rlhf_jax.ops import losses
 from rlhf_jax.training import optim
 from rlhf_jax.training.state import TrainState
@@ -14,12 +15,16 @@ from rlhf_jax.training.state import TrainState
 class Config(optim.Config):
     """Defaults are the published TL;DR recipe (arXiv 2403.17031): one epoch of 92.8k pairs."""
 
-    steps: int = 1_450
-    batch: int = 64  # pairs
-    microbatches: int = 1
-    normalize_before: bool = False  # references score mean 0, std 1 before training too, not only after it
-    eval_every: int = 100
-    save_every: int = 500
+    steps: int = number(1_450, least=0)  # optimizer steps; 0: the stage is left out
+    batch: int = number(64, least=1)  # pairs a step
+    microbatches: int = number(1, least=1, neutral=True)  # slices of a batch whose gradients are summed: less memory
+    normalize_before: bool = False  # reference responses score mean 0, std 1 before training too, not only after it
+    eval_every: int = number(100, least=0)  # steps between evaluations; 0: only at the end
+    save_every: int = number(500, least=0, neutral=True)  # steps between checkpoints; 0: only at the end
+
+    def problems(self):
+        """Checks that concern several fields."""
+        yield from optim.problems(self)
 
 
 def init(reward, key, *, tx):

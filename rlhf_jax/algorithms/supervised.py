@@ -5,6 +5,7 @@ import dataclasses
 import jax
 import jax.numpy as jnp
 
+from rlhf_jax.fields import choice, number
 from rlhf_jax.ops import logprobs, losses
 from rlhf_jax.training import optim
 from rlhf_jax.training.state import TrainState
@@ -14,13 +15,17 @@ from rlhf_jax.training.state import TrainState
 class Config(optim.Config):
     """Defaults are the published TL;DR recipe (arXiv 2403.17031): one epoch of 116,722 examples."""
 
-    schedule: str = "cosine"
-    steps: int = 911
-    batch: int = 128
-    microbatches: int = 1
-    loss_on: str = "all"  # all: query and response, as published; response: the response alone
-    eval_every: int = 100
-    save_every: int = 300
+    schedule: str = choice("cosine", *optim.SCHEDULES)
+    steps: int = number(911, least=0)  # optimizer steps; 0: the stage is left out
+    batch: int = number(128, least=1)  # rows a step
+    microbatches: int = number(1, least=1, neutral=True)  # slices of a batch whose gradients are summed: less memory
+    loss_on: str = choice("all", "all", "response")  # which tokens; all: prompt and response, as published
+    eval_every: int = number(100, least=0)  # steps between evaluations; 0: only at the end
+    save_every: int = number(300, least=0, neutral=True)  # steps between checkpoints; 0: only at the end
+
+    def problems(self):
+        """Checks that concern several fields."""
+        yield from optim.problems(self)
 
 
 def init(policy, key, *, tx):

@@ -11,6 +11,7 @@ import numpy as np
 
 from rlhf_jax.data import batches, cache, files, hub, stories, tweets
 from rlhf_jax.errors import InputError
+from rlhf_jax.fields import LARGEST, choice, neutral, number
 
 KINDS = {"tweets": tweets, "stories": stories}
 
@@ -27,20 +28,29 @@ class Columns:
 class Config:
     """Which texts, and what is cut from them."""
 
-    kind: str = "tweets"  # tweets | stories
-    source: str = "made"  # made: written here; file: the one at `path`; hub: a data set
+    kind: str = choice("tweets", *KINDS)
+    source: str = choice("made", "made", "file", "hub")  # made: generated here; file: `path`; hub: a data set
     path: str = ""  # file: CSV, JSONL, Parquet, stories as plain text too; hub: OWNER/NAME/SUBSET@REVISION, or empty
     columns: Columns = Columns()
     split: str = "train"  # of the set on the hub
     held_out_split: str = ""  # the one kept for evaluation; empty: a share of the texts, as of a file
-    cache: str = ""  # where what comes from the hub is kept; empty: the user's cache folder
-    made: int = 12_000  # texts to write
-    made_seed: int = 0
+    cache: str = neutral("")  # folder for downloads from the hub; empty: the user's cache folder
+    made: int = number(12_000, least=2)  # texts to generate
+    made_seed: int = number(0, least=0, most=2**32 - 1)
     skip_bad: bool = False  # leave out rows without text or with an unknown sentiment, and say how many
-    sentiment: str = "positive"  # tweets with this label are fine-tuned on
-    min_reward: float = 0.05  # stories whose reward is above this are fine-tuned on
-    held_out: float = 0.1  # share of the texts kept for evaluation
-    length: int = 32  # tokens of a row, the one it starts with included
+    sentiment: str = choice("positive", *tweets.SENTIMENTS)  # fine-tuning uses the tweets with this label
+    min_reward: float = number(0.05, least=-LARGEST)  # fine-tuning uses the stories with a reward above this
+    held_out: float = number(0.1, above=0, below=1)  # share of the texts held out for evaluation
+    length: int = number(32, least=3)  # tokens a row, including the one it starts with
+
+    def problems(self):
+        """Checks that concern several fields."""
+        if not self.split:
+            yield "split", "the name of one"
+        if self.source == "file" and not self.path:
+            yield "path", "a file where source is file"
+        if self.source == "made" and self.path:
+            yield "path", "none where source is made"
 
     @property
     def response_length(self):

@@ -4,9 +4,9 @@ import dataclasses
 import functools
 from pathlib import Path
 
-from rlhf_jax import fields
 from rlhf_jax.data import batches, cache, comparisons, files, hub, world
 from rlhf_jax.errors import InputError
+from rlhf_jax.fields import choice, neutral, number
 
 COLUMNS = {"sft": ("prompt", "label"), "preferences": ("prompt", "chosen", "rejected"), "prompts": ("prompt",)}
 
@@ -26,33 +26,40 @@ class Config:
     """The data of a run and the sizes it is brought to."""
 
     # world: generated here; files: the paths below; hub: data sets, as OWNER/NAME/SUBSET@REVISION
-    source: str = "world"
+    source: str = choice("world", "world", "files", "hub")
     sft: str = ""  # rows {"prompt", "label"}: JSONL, CSV or Parquet, by suffix
     preferences: str = ""  # rows {"prompt", "chosen", "rejected"}, or OpenAI's comparisons
     prompts: str = ""  # rows {"prompt"}; empty: the prompts of the SFT rows
     columns: Columns = Columns()
     split: str = "train"  # of the sets on the hub
     held_out_split: str = ""  # the one kept for evaluation; empty: a share of the prompts, as of files
-    held_out: float = 0.1  # share of the prompts of a file that is kept for evaluation
+    held_out: float = number(0.1, above=0, below=1)  # share of a file's prompts held out for evaluation
     skip_bad: bool = False  # leave out rows without text, and say how many
-    world_seed: int = 0
-    world_sft: int = 16_000  # rows to generate
-    world_preferences: int = 8_000
-    world_prompts: int = 8_000
-    world_held_out: int = 512
-    cache: str = ""  # where what is generated or converted is kept; empty: the user's cache folder
-    prompt_length: int = 512  # P, tokens
-    # A longer prompt loses its beginning (left), its end (right) or the end of its post (newline, a TL;DR query); or
-    # its row is skipped and counted (skip), or an error.
-    cut: str = fields.choice("newline", *batches.CUTS)
-    response_length: int = 53  # R, tokens, EOS included
-    pair_length: int = 0  # R of preference pairs, whose responses may be longer; 0: response_length
+    world_seed: int = number(0, least=0, most=2**32 - 1)
+    world_sft: int = number(16_000, least=1)  # rows to generate
+    world_preferences: int = number(8_000, least=1)  # rows to generate
+    world_prompts: int = number(8_000, least=1)  # rows to generate
+    world_held_out: int = number(512, least=1)  # rows to generate, of each kind
+    cache: str = neutral("")  # folder for generated and converted data; empty: the user's cache folder
+    prompt_length: int = number(512, least=1)  # P, tokens
+    # A longer prompt loses its beginning (left), its end (right) or the end of its post (newline: a TL;DR query); or
+    # its row is skipped and counted (skip), or it is an error.
+    cut: str = choice("newline", *batches.CUTS)
+    response_length: int = number(53, least=2)  # R, tokens, EOS included
+    # R of preference pairs, whose responses may be longer, tokens, EOS included. 0: response_length.
+    pair_length: int = number(0, least=2, or_zero=True)
+
+    def problems(self):
+        """Checks beyond ranges."""
+        if not self.split:
+            yield "split", "the name of one"
 
 
 def load(kind, config, seed):
     """((train rows, held-out rows), what was skipped) of a kind of COLUMNS. The world's rows have a hidden `record`.
 
-    Raises InputError naming the field of the config, and the file and row, that is wrong.
+    Rows of prompts keep all columns of their file, for rewards that read them. Raises InputError naming the field of
+    the config, and the file and row, that is wrong.
     """
     if config.source == "world":
         sizes = {"train": getattr(config, f"world_{kind}"), "validation": config.world_held_out}
@@ -62,34 +69,35 @@ def load(kind, config, seed):
             return tuple(load_split(split=split) for split in world.SPLITS), []
         except InputError as error:
             raise InputError(str(error).replace("data_dir:", "data.cache:")) from None
-    if kind == "prompts" and not config.prompts:
-        return load("sft", config, seed)
+    extra = kind == "prompts"
+    kind = "sft" if extra and not config.prompts else kind
     if not getattr(config, kind):
-        wanted, value = ("data set", "NAME") if config.source == "hub" else (".jsonl, .csv or .parquet file", "FILE")
+        wanted, value = ("data set", "NAME") if config.source == "hub" else (f"{', '.join(files.READERS)} file", "FILE")
         raise InputError(f"data.{kind}: expected a {wanted} (--config.data.{kind}={value}), got none")
     skipped = [] if config.skip_bad else None
     try:
-        rows = _read(kind, config, config.split, skipped)
+        rows = _read(kind, config, config.split, skipped, extra)
         if config.source == "hub" and config.held_out_split:
-            return (rows, _read(kind, config, config.held_out_split, skipped)), skipped or []
+            return (rows, _read(kind, config, config.held_out_split, skipped, extra)), skipped or []
         return batches.split(rows, config.held_out, seed), skipped or []
     except InputError as error:
         raise InputError(f"data.{kind}: {error}") from None
 
 
-def _read(kind, config, split, skipped):
-    """The rows of a file, or of a split of a data set."""
+def _read(kind, config, split, skipped, extra):
+    """The rows of a file, or of a split of a data set; with `extra` they keep their other columns."""
     place = getattr(config, kind)
     theirs = {name: getattr(config.columns, name) for name in COLUMNS[kind]}
     choices = [tuple(theirs.values())] + [comparisons.COLUMNS] * (kind == "preferences")
     if config.source == "hub":
-        cells = hub.cells(place, split, *choices, cache_folder=Path(config.cache or cache.folder()))
+        cells = hub.cells(place, split, *choices, cache_folder=Path(config.cache or cache.folder()), extra=extra)
     else:
-        cells = files.cells(place, *choices)
+        cells = files.cells(place, *choices, extra=extra)
 
     def convert(values):
         if tuple(values) == comparisons.COLUMNS:
             return comparisons.pair(values)
-        return {name: values[column] for name, column in theirs.items()}
+        ours = {name: values[column] for name, column in theirs.items()}
+        return {name: value for name, value in values.items() if name not in theirs.values()} | ours
 
-    return files.rows(cells, place, skipped, convert=convert)
+    return files.rows(cells, place, skipped, convert=convert, texts=COLUMNS[kind])

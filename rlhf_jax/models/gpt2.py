@@ -15,34 +15,42 @@ import flax.linen as nn
 import jax
 import jax.numpy as jnp
 
+from rlhf_jax.fields import choice, neutral, number
 from rlhf_jax.models import rotary
 from rlhf_jax.ops import attention
 
 
 @dataclasses.dataclass(frozen=True)
 class Config:
-    """Sizes of a GPT-2, and what a GPT-NeoX has otherwise. The head size is free: heads * head_size need not be the
-    width."""
+    """Sizes of a GPT-2, and how a GPT-NeoX differs. heads x head_size need not be the width."""
 
-    layers: int = 12
-    heads: int = 12
-    head_size: int = 64
-    width: int = 768
-    context: int = 1024  # the most tokens a sequence can have, prompt and response together
-    vocab_size: int = 0  # 0: the tokenizer's; larger than it: padded with ids that are never targets
-    rotary_share: float = 0.0  # of each head, turned by its position (GPT-NeoX: .25); 0: positions are learned
-    rotary_base: float = 10_000.0
-    parallel_residual: bool = False  # attention and feed-forward layer read the same sum (GPT-NeoX)
-    exact_gelu: bool = False  # x Phi(x) (GPT-NeoX), not the tanh form
-    tied: bool = True  # the token embedding is the projection on the vocabulary too; GPT-NeoX has one of its own
-    norm_eps: float = 1e-5
-    init_std: float = 0.02  # of random weights; narrow models learn to copy much sooner from about 1 / sqrt(width)
-    dropout: float = 0.0  # in supervised training only
-    dtype: str = "float32"  # of the activations; parameters are float32
-    fused: bool = False  # cuDNN's attention for whole sequences, where dtype is bfloat16 on an NVIDIA GPU
-    remat: bool = False  # layers are computed again for their gradients: less memory (not on a CPU), a third more work
+    layers: int = number(12, least=1)
+    heads: int = number(12, least=1)
+    head_size: int = number(64, least=1)  # entries
+    width: int = number(768, least=1)  # entries of the residual stream
+    context: int = number(1024, least=1)  # most tokens of a sequence, prompt and response together
+    vocab_size: int = number(0, least=0)  # tokens; 0: the tokenizer's. The extra ids of a larger one are never targets
+    # Share of each head that is rotated by its position (GPT-NeoX: .25). 0: learned positions.
+    rotary_share: float = number(0.0, least=0, most=1)
+    rotary_base: float = number(10_000.0, above=0)  # the longest wavelength is nearly 2 pi x this, in tokens
+    parallel_residual: bool = False  # attention and feed-forward read the same input (GPT-NeoX)
+    exact_gelu: bool = False  # x Phi(x) (GPT-NeoX), not the tanh approximation
+    tied: bool = True  # the token embedding is the output projection too; GPT-NeoX has one of its own
+    norm_eps: float = number(1e-5, above=0, most=1)  # added to the variance in layer norms
+    # Of random weights; narrow models learn to copy much sooner from about 1 / sqrt(width).
+    init_std: float = number(0.02, above=0, most=10)
+    dropout: float = number(0.0, least=0, below=1)  # share of activations, in supervised training only
+    dtype: str = choice("float32", "float32", "bfloat16")  # of the activations; parameters are float32
+    fused: bool = False  # cuDNN attention for whole sequences, where dtype is bfloat16 on an NVIDIA GPU
+    remat: bool = neutral(False)  # recompute layers for their gradients: less memory (not on a CPU), a third more work
     init: str = ""  # weights to start from: a model.safetensors, a folder of transformers', or NAME or NAME@REVISION on
     # the hub; empty: random
+
+    def problems(self):
+        """Checks that concern several fields."""
+        entries = int(self.head_size * self.rotary_share)
+        if self.rotary_share and (entries < 2 or entries % 2):
+            yield "rotary_share", f"0, or a share of head_size = {self.head_size} that is an even number of entries"
 
     @property
     def rotary_planes(self):

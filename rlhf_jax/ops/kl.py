@@ -8,6 +8,8 @@ import jax.numpy as jnp
 
 from rlhf_jax.ops import logprobs
 
+LARGEST_ERROR = 0.2  # of the controller, relative to its target
+
 
 def k1(logp, logp_ref):
     """log p - log q: unbiased, of either sign. The one that is put in the reward."""
@@ -43,11 +45,12 @@ def exact(logits_TV, logits_ref_TV, *, temperature=1.0):
 def adapt(kl_coef, sequence_kl, *, target, horizon, episodes):
     """The next KL coefficient after `episodes` of mean KL sequence_kl (nats): a proportional controller in log space.
 
-        error = clip(KL / target - 1, -0.2, 0.2)        kl_coef <- kl_coef (1 + error episodes / horizon)
+        error = clip(KL / target - 1, -0.2, 0.2)        kl_coef <- kl_coef max(1 + error episodes / horizon, 0)
 
-    (arXiv 1909.08593, sec. 2.2.) A target of 0 keeps the coefficient fixed.
+    (arXiv 1909.08593, sec. 2.2.) A target of 0 keeps the coefficient fixed. The factor is positive where
+    horizon > 0.2 episodes; the maximum keeps the coefficient >= 0 for any horizon.
     """
     if not target:
         return kl_coef
-    error = jnp.clip(sequence_kl / target - 1, -0.2, 0.2)
-    return kl_coef * (1 + error * episodes / horizon)
+    error = jnp.clip(sequence_kl / target - 1, -LARGEST_ERROR, LARGEST_ERROR)
+    return kl_coef * jnp.maximum(1 + error * episodes / horizon, 0)

@@ -14,7 +14,7 @@ class Summarize(Prompts):
 
     def judge(self, rows, texts):
         """{"gold": the true reward of each text}; nothing where the rows have no record, as those of files."""
-        return {"gold": np.array(gold.of_rows(rows, texts))} if "record" in rows[0] else {}
+        return {"gold": np.array(gold.of_rows(rows, texts))} if self.config.source == "world" else {}
 
 
 def make(config):

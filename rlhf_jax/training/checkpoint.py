@@ -22,6 +22,7 @@ import numpy as np
 import orbax.checkpoint as ocp
 
 from rlhf_jax.errors import InputError
+from rlhf_jax.fields import number
 
 FOLDERS = ("checkpoints", "result")  # of a stage: what it goes on from, and what it is for
 DAMAGED = "damaged"  # beside them: what could not be read
@@ -29,10 +30,10 @@ DAMAGED = "damaged"  # beside them: what could not be read
 
 @dataclasses.dataclass(frozen=True)
 class Config:
-    """Which checkpoints of a stage stay: these, together."""
+    """How many checkpoints of a stage are kept: the newest and the best."""
 
-    last: int = 2  # the newest
-    best: int = 1  # those with the best evaluation, each saved when it was made; 0: none
+    last: int = number(2, least=1, neutral=True)  # the newest; a run resumes from the newest that is sound
+    best: int = number(1, least=0, neutral=True)  # those with the best evaluation; 0: none
 
 
 @dataclasses.dataclass(frozen=True)

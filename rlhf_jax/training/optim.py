@@ -8,19 +8,29 @@ import jax
 import jax.numpy as jnp
 import optax
 
+from rlhf_jax.fields import choice, number
+
+SCHEDULES = ("linear", "cosine", "constant")
+
 
 @dataclasses.dataclass(frozen=True)
 class Config:
     """An optimizer. The defaults are the TL;DR recipe's (arXiv 2403.17031)."""
 
-    lr: float = 3e-6  # peak
-    schedule: str = "linear"  # linear | cosine | constant, after the warm-up
-    warmup: int = 0  # optimizer steps from 0 to lr
-    end_lr: float = 0.0  # where linear and cosine end, as a fraction of lr
-    weight_decay: float = 0.0
-    adam_b2: float = 0.999
-    adam_eps: float = 1e-5
-    max_grad_norm: float = 1.0  # global norm to clip at; 0: no clip
+    lr: float = number(3e-6, above=0, most=10)  # peak learning rate
+    schedule: str = choice("linear", *SCHEDULES)  # of the learning rate, after the warm-up
+    warmup: int = number(0, least=0)  # optimizer steps in which the learning rate rises from 0 to lr
+    end_lr: float = number(0.0, least=0, most=1)  # where linear and cosine end, as a fraction of lr
+    weight_decay: float = number(0.0, least=0)  # AdamW's; each step subtracts learning rate x weight_decay x weight
+    adam_b2: float = number(0.999, least=0, below=1)  # decay of the mean squared gradient
+    adam_eps: float = number(1e-5, above=0, most=1)  # added to the root of the mean squared gradient
+    max_grad_norm: float = number(1.0, least=0)  # larger gradients are scaled down to this global norm; 0: never
+
+
+def problems(config, *, minibatches=1):
+    """(field, what was expected) of the config of a stage."""
+    if config.batch % (slices := minibatches * config.microbatches):
+        yield "batch", f"a multiple of minibatches x microbatches = {slices}"
 
 
 def schedule(config, updates):

@@ -92,3 +92,19 @@ def test_the_kl_controller_by_hand():
     np.testing.assert_allclose(adapt(60.0), 0.2 * (1 + 0.2 * 0.1), rtol=1e-6)  # at most 20% over
     np.testing.assert_allclose(adapt(-5.0), 0.2 * (1 - 0.2 * 0.1), rtol=1e-6)
     assert kl.adapt(0.2, 60.0, target=0.0, horizon=1000, episodes=100) == 0.2  # without a target it is fixed
+
+
+@given(st.floats(0.125, 1, width=32), st.floats(0, 12, width=32), st.integers(1, 64), st.integers(1, 64))
+def test_no_step_of_the_kl_controller_makes_the_coefficient_negative(kl_coef, sequence_kl, horizon, episodes):
+    """invariant 15, for any horizon; with horizon > .2 episodes the maximum of the formula changes no bit."""
+    coefficient = jnp.float32(kl_coef)
+    moved = kl.adapt(coefficient, jnp.float32(sequence_kl), target=6.0, horizon=horizon, episodes=episodes)
+    assert moved >= 0
+    error = jnp.clip(jnp.float32(sequence_kl) / 6.0 - 1, -0.2, 0.2)
+    if horizon > 0.21 * episodes:
+        assert moved == coefficient * (1 + error * episodes / horizon)
+
+
+def test_a_horizon_that_is_too_short_ends_at_zero():
+    """error -.2 and 100 episodes at horizon 10: 1 - 2 = -1."""
+    assert kl.adapt(jnp.float32(0.5), jnp.float32(0.0), target=6.0, horizon=10, episodes=100) == 0
