@@ -1,5 +1,7 @@
 """Own prompts and an own reward that reads a column of theirs: no fine-tuning, no reward model, either algorithm."""
 
+import json
+
 import numpy as np
 import pytest
 
@@ -12,7 +14,10 @@ from tests.support import assert_trees_equal, differ, logged, samples, stages, t
 
 ROWS = [{"prompt": f"{i} + {i % 7} =", "answer": str(i + i % 7)[-1]} for i in range(60)]
 REWARD = """
+import json, pathlib
+
 def mine(rows, texts):
+    pathlib.Path(__file__).with_name("seen.json").write_text(json.dumps([row["prompt"] for row in rows]))
     for row in rows:
         a, b = row["prompt"].removesuffix(" =").split(" + ")
         assert row["answer"] == str(int(a) + int(b))[-1]
@@ -63,6 +68,13 @@ def test_own_prompts_and_own_reward(algorithm, tmp_path):
         assert [row[side]["score"] for row in shown] == pytest.approx(expected)
         assert summary[f"{algorithm}/reward{suffix}"] == pytest.approx(np.mean(expected), rel=1e-5)
     assert not [name for name in summary if "gold" in name or "rouge" in name]  # no record, no labels
-    policy, start = trained(steps, algorithm, "policy"), steps.make(algorithm).state.reference
-    assert differ(policy, start)
+    stage = steps.make(algorithm)
+    start = stage.state.reference
+    assert differ(trained(steps, algorithm, "policy"), start)
     assert_trees_equal(start, steps._policy_init())
+    # The rows that a reward gets are those of its completions.
+    rollout = stage.step(stage.state, stage.batch_at(1)).rollout
+    seen = json.loads((tmp_path / "seen.json").read_text())
+    decode = steps.setup.tokenizer.decode
+    pairs = zip(np.asarray(rollout.prompt_BP), np.asarray(rollout.prompt_mask_BP), strict=True)
+    assert seen == [decode(ids[mask].tolist()) for ids, mask in pairs]

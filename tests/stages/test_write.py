@@ -158,15 +158,25 @@ def test_a_stage_that_was_killed_before_its_summary_ends_with_the_same(whole, tm
     assert numbers(steps.workdir.summary("rl")) == numbers(whole.steps.workdir.summary("rl"))
 
 
+class StopsInTheSecond(StopsAt):
+    """Sends SIGTERM at this step, when the stage runs for the second time."""
+
+    runs = 0
+
+    def stage(self, name, total_steps, start=0):
+        self.runs += 1
+        super().stage(name if self.runs > 1 else "", total_steps, start)
+
+
 def test_a_seed_is_the_same_alone_and_among_others(whole, tmp_path):
-    """One after another, stopped in the first and gone on: seed 0 is the run of one seed, and its means are beside."""
+    """One after another, stopped in the second and gone on: seed 0 is the run of one seed, the means stand beside."""
     steps = branch(whole.steps, tmp_path, "pretrain", "sft", seeds=2)
-    steps.reporter = StopsAt("rl", 3)
+    steps.reporter = StopsInTheSecond("rl", 3)
     with pytest.raises(loop.Stopped):
         steps.all()
     steps.reporter = reporter = Recorder()
     summary = steps.all()
-    assert reporter.stages == [("rl", 6, 4), ("rl", 6, 0)]
+    assert reporter.stages == [("rl", 6, 4)] and "rl: seed 0 is finished, skipped" in reporter.notes
     first, second = (tmp_path / "seeds" / str(i) for i in (0, 1))
     assert logged(first, "rl") == logged(whole.workdir, "rl")
     alone, other = (checkpoint.load(folder / "rl")["policy"] for folder in (first, second))
