@@ -2,6 +2,7 @@
 
 import dataclasses
 import difflib
+import json
 from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
@@ -161,6 +162,33 @@ def rl_name(config) -> str:
 def section(config, stage) -> str:
     """The name of the section of the config that is the stage's own."""
     return config.algorithm if stage == rl_name(config) else stage
+
+
+def sections(config, stage) -> list[str]:
+    """The names of the sections and fields of the config that a stage's numbers depend on."""
+    names = stages(config)
+    before = names[: names.index(stage) + 1]
+    found = ["seed", "task", "text", "data", "model", "evaluation"]
+    found += [name for name in before if name in ("pretrain", "sft", "reward")]
+    if stage == names[-1]:
+        found += ["algorithm", config.algorithm, "alarms", "seeds"]
+    return found
+
+
+def read(workdir) -> Config:
+    """The config of the run in a folder. InputError where there is none, or one of another version."""
+    path = Path(workdir).expanduser() / "config.json"
+    try:
+        values = json.loads(path.read_text())
+    except (OSError, ValueError) as error:
+        reason = getattr(error, "strerror", None) or error
+        raise InputError(f"workdir: {path}: expected the config of a run ({reason})") from None
+    if not isinstance(values, Mapping):
+        raise InputError(f"workdir: {path}: expected the config of a run, got {type(values).__name__}")
+    try:
+        return parse(values)
+    except InputError as error:
+        raise InputError(f"workdir: {path}: {error}") from None
 
 
 def check(config, *, devices: int = 1, files: bool = True) -> None:

@@ -58,17 +58,12 @@ class Stages:
     def depends(self, name) -> dict:
         """What the numbers of a stage depend on: sections of the config, and what they name by its sha256."""
         config, section = self.config, configs.section(self.config, name)
-        parts = ["seed", "task", "text", "data", "model", "evaluation"]
-        parts += [stage for stage in self.names[: self.names.index(name) + 1] if stage in ("pretrain", "sft", "reward")]
-        last = name == self.names[-1]
-        if last:
-            parts += ["algorithm", section, "alarms", "seeds"]
         everything = fields.significant(config)
-        depends = {part: everything[part] for part in parts}
+        depends = {part: everything[part] for part in configs.sections(config, name)}
         if config.model.dropout:  # each slice has its own noise
             for stage in (stage for stage in ("pretrain", "sft") if stage in depends):
                 depends[stage] |= {"microbatches": getattr(config, stage).microbatches}
-        if "reward" not in depends and (last or config.task == "write"):
+        if "reward" not in depends and (name == self.names[-1] or config.task == "write"):
             depends["reward"] = {"kind": config.reward.kind}
         return depends | {"section": section, "sha256": dict(_fingerprints(config, "reward" in depends))}
 

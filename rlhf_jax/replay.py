@@ -16,37 +16,45 @@ import jax.extend.core
 import numpy as np
 
 from rlhf_jax import config as configs
-from rlhf_jax import run, stages
+from rlhf_jax import pipeline
 from rlhf_jax.errors import InputError
 from rlhf_jax.report.console import Reporter
+from rlhf_jax.rollout import Rollout
 from rlhf_jax.training import guard, loop, sharding
+from rlhf_jax.training.workdir import Workdir
 
 PACKAGE = Path(__file__).parent
 
 
 def replay(folder, reporter):
-    """What the incident in `folder`, a folder of WORKDIR/incident, comes from: (names not finite, where or None).
+    """Makes the update of the incident in `folder` again: (names not finite, where it begins or None).
 
-    Raises InputError where the folder holds no incident or is not in the workdir of its run.
+    `folder` is in WORKDIR/incident. Raises InputError where it holds no incident or is not in the workdir of its run.
     """
     folder = Path(folder).absolute()
-    told = guard.read(folder)
-    kind = {each.__name__: each for each in (run.Summarization, run.Writing)}[told["kind"]]
-    again = kind(configs.parse(told["config"], kind.CONFIG), folder.parents[1], reporter)
+    record = guard.read(folder)
     watch = Watch()
-    again.jit = watch.jit
-    training = stages.prepare(again, told["stage"])
-    state, batch = guard.read_arrays(folder, sharding.replicate(training.state, again.mesh))
-    batch = sharding.shard(batch, again.mesh)
-    reported = guard.told(told["names"])
-    reporter.note(f"{told['stage']} step {told['step']}: {reported} not finite, as it was reported")
-    place = watch.first(training.step, state, batch)  # before the compiled step, which takes the state's buffers
-    numbers = loop.floats(training.step(state, batch)[1])
+    stages = pipeline.Stages(configs.parse(record["config"]), Workdir(folder.parents[1]), reporter, jit=watch.jit)
+    stage = stages.make(record["stage"])
+    state, batch, rollout = guard.read_arrays(folder, stage.state)
+    reported = guard.message(record["names"])
+    reporter.note(f"{record['stage']} step {record['step']}: {reported} not finite, as it was reported")
+    if int(state.applied):  # the policy has moved since it wrote the rollout, which is at hand
+        update, given = stage.learn, Rollout(**rollout)
+    else:
+        update, given = _update_of(stage), sharding.shard(batch, stages.setup.mesh)
+    place = watch.first(update, state, given)  # before the compiled update, which takes the state's buffers
+    numbers = {f"{stage.name}/{name}": float(value) for name, value in update(state, given)[1].items()}
     names = loop.not_finite(numbers)
-    taken = not any(value for name, value in numbers.items() if name.endswith("/skipped"))
-    reporter.note("made again: " + ("all finite" if taken else f"{guard.told(names)} not finite"))
+    taken = not numbers[f"{stage.name}/skipped"]
+    reporter.note("made again: " + ("all finite" if taken else f"{guard.message(names)} not finite"))
     reporter.note(place or "operation by operation all is finite: it comes from how the program was compiled")
     return names, place
+
+
+def _update_of(stage):
+    """The stage's whole step as (state, batch) -> (state, numbers)."""
+    return lambda state, batch: stage.step(state, batch)[:2]
 
 
 class Watch:

@@ -4,14 +4,11 @@ import dataclasses
 import json
 from pathlib import Path
 
-import jax
-
 from rlhf_jax import checkpoint, text
 from rlhf_jax import config as configs
 from rlhf_jax.commands import model_card
 from rlhf_jax.errors import InputError
 from rlhf_jax.models import hf
-from rlhf_jax.run import Summarization, Writing
 from rlhf_jax.text import hf as text_hf
 
 
@@ -24,16 +21,14 @@ def export(workdir, out, stage=""):
     folder that it cannot be done with.
     """
     workdir = Path(workdir)
-    kind, config = _config(workdir)
-    stage = _stage(workdir, kind, stage)
+    config = configs.read(workdir)
+    stage = _stage(workdir, config, stage)
     summary = json.loads((workdir / stage / "summary.json").read_text())
     tokenizer = text.load(workdir / "text")
     model = dataclasses.replace(config.model, vocab_size=config.model.vocab_size or tokenizer.vocab_size)
     params = checkpoint.load(workdir / stage)["reward" if stage == "reward" else "policy"]
-    if stage == "rl":  # its arrays have a leading axis, one entry a seed
-        params = jax.tree.map(lambda leaf: leaf[0], params)
     ids = {"eos_id": tokenizer.eos_id, "pad_id": tokenizer.pad_id}
-    beside = text_hf.to_hf(tokenizer) | {"README.md": model_card.card(kind, config, stage, summary)}
+    beside = text_hf.to_hf(tokenizer) | {"README.md": model_card.card(config, stage, summary)}
     if stage == "reward":
         # Positions are counted from the left edge there, padding or not, where no one says otherwise.
         beside["tokenizer_config.json"] |= {"padding_side": "right"}
@@ -43,31 +38,18 @@ def export(workdir, out, stage=""):
     return stage
 
 
-def _config(workdir):
-    """(kind of run, its config) of config.json in the workdir."""
-    path = workdir / "config.json"
-    try:
-        tree = json.loads(path.read_text())
-        kind = Writing if "pretrain" in tree else Summarization
-    except (OSError, ValueError, TypeError) as error:
-        told = getattr(error, "strerror", None) or error
-        raise InputError(f"workdir: {path}: expected the config of a run ({told})") from None
-    try:
-        return kind, configs.parse(tree, kind.CONFIG)
-    except InputError as error:
-        raise InputError(f"workdir: {path}: {error}") from None
-
-
-def _stage(workdir, kind, asked):
-    if asked and asked not in kind.STAGES:
-        raise InputError(f"stage: expected {' or '.join(kind.STAGES)}, got {asked!r}")
-    finished = [name for name in kind.STAGES if (workdir / name / "summary.json").exists()]
-    if asked and asked not in finished:
-        raise InputError(f"stage: expected a finished one ({', '.join(finished) or 'there is none'}), got {asked!r}")
+def _stage(workdir, config, requested):
+    names = configs.stages(config)
+    if requested and requested not in names:
+        raise InputError(f"stage: expected {' or '.join(names)}, got {requested!r}")
+    finished = [name for name in names if (workdir / name / "summary.json").exists()]
+    if requested and requested not in finished:
+        expected = ", ".join(finished) or "there is none"
+        raise InputError(f"stage: expected a finished one ({expected}), got {requested!r}")
     policies = [name for name in finished if name != "reward"]
-    if not asked and not policies:
+    if not requested and not policies:
         raise InputError(f"workdir: expected a finished stage in {workdir}; there is none yet")
-    return asked or policies[-1]
+    return requested or policies[-1]
 
 
 def _generation(config):

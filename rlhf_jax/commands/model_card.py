@@ -3,17 +3,16 @@
 import dataclasses
 from pathlib import Path
 
+from rlhf_jax import config as configs
 from rlhf_jax import hub
 from rlhf_jax.data.tldr import format_query
-from rlhf_jax.run import Writing
 from rlhf_jax.text import bpe
 
 WHAT = {
     "pretrain": "a language model, pretrained",
     "sft": "a policy after supervised fine-tuning",
     "reward": "a reward model, trained on preference pairs",
-    "ppo": "a policy after PPO against a learned reward",
-    "rl": "a policy after reinforcement learning against a reward that is computed",
+    "rl": "a policy after reinforcement learning",
 }
 # Of the config: where and how fast a run went, not what it computed; and what `Data` says.
 QUIET = ("eval_every", "save_every", "microbatches", "remat", "top_k", "top_p", "init", "path")
@@ -37,28 +36,28 @@ print(model(**tokenizer(text, return_tensors="pt")).logits[0, 0])
 """
 
 
-def card(kind, config, stage, summary):
+def card(config, stage, summary):
     """The text of the card of a run's finished stage; summary is what its summary.json holds."""
     use = REWARD if stage == "reward" else POLICY
-    prompt = bpe.EOS if kind is Writing else format_query("...", "...", "...")
+    prompt = bpe.EOS if config.task == "write" else format_query("...", "...", "...")
     measured = [(f"`{name}`", _number(value)) for name, value in summary.items() if name.startswith(f"{stage}/")]
     versions = ", ".join(f"{name} {version}" for name, version in summary["versions"].items())
     machine = summary["machine"]
     return "\n".join(
         [
             *_header(config, stage),
-            f"# {WHAT[stage][0].upper()}{WHAT[stage][1:]}",
+            f"# {_what(config, stage)}",
             "",
             "Made with rlhf_jax. `FOLDER` is the folder of this file:",
             "",
             "```python",
             use.format(prompt=prompt) + "```",
             "",
-            _reading(kind, stage),
+            _reading(config, stage),
             "",
             "## Recipe",
             "",
-            *_table(("config", "value"), _recipe(kind, config, stage)),
+            *_table(("config", "value"), _recipe(config, stage)),
             "",
             "## Data",
             "",
@@ -76,11 +75,11 @@ def card(kind, config, stage, summary):
     )
 
 
-def _recipe(kind, config, stage):
+def _recipe(config, stage):
     """What the stage's result depends on, a section of the config a row."""
-    for name in kind.STAGES[stage]:
+    for name in configs.sections(config, stage):
         value = getattr(config, name)
-        if name == "data" or (name in ("policy_gradient", "ppo") and name != getattr(config, "algorithm", name)):
+        if name == "data":
             continue
         if dataclasses.is_dataclass(value):
             fields = {field: told for field, told in dataclasses.asdict(value).items() if field not in QUIET}
@@ -88,6 +87,15 @@ def _recipe(kind, config, stage):
         else:
             told = Path(str(value)).name + (", this is the first" if name == "seeds" and value > 1 else "")
         yield f"`{name}`", told
+
+
+def _what(config, stage):
+    if stage in WHAT:
+        what = WHAT[stage]
+    else:
+        reward = "a learned reward" if config.learned else f"the reward {Path(config.reward.kind).name}"
+        what = f"a policy after {config.algorithm.replace('_', ' ')} against {reward}"
+    return what[0].upper() + what[1:]
 
 
 def _header(config, stage):
@@ -99,17 +107,17 @@ def _header(config, stage):
     return [*lines, "---"]
 
 
-def _reading(kind, stage):
+def _reading(config, stage):
     told = "PAD is a token of its own, apart from EOS. "
     if stage == "reward":
         return told + "Scores are read at EOS, the last token; pad on the right. References score 0 on average."
-    begins = "EOS alone" if kind is Writing else "the prompt, padded on the left; a summary begins with a space"
+    begins = "EOS alone" if config.task == "write" else "the prompt, padded on the left; a summary begins with a space"
     return f"{told}A text begins with {begins}, and ends with EOS."
 
 
 def _data(config):
     data = config.data
-    if isinstance(config, Writing.CONFIG):
+    if config.task == "write":
         made = {"made": f"{data.made} {data.kind}, written by rlhf_jax (seed {data.made_seed})"}
         yield "texts", made.get(data.source) or f"{data.kind}, {_name(data.path) or 'the published set'}"
     elif data.source == "world":

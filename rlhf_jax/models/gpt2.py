@@ -15,6 +15,7 @@ import flax.linen as nn
 import jax
 import jax.numpy as jnp
 
+from rlhf_jax.errors import InputError
 from rlhf_jax.fields import choice, neutral, number
 from rlhf_jax.models import rotary
 from rlhf_jax.ops import attention
@@ -205,6 +206,9 @@ class GPT2(nn.Module):
         """
         c = self.config
         B, T = tokens_BT.shape
+        longest = max(T, slots) if cache is None else cache.valid_BS.shape[1]
+        if longest > c.context:
+            raise InputError(f"model.context: expected at least {longest}, the tokens of a sequence, got {c.context}")
         mask_BT = mask_BT.astype(bool)
         seen = jnp.cumsum(mask_BT, axis=1, dtype=jnp.int32)
         attend_BTS = jnp.tril(jnp.ones((T, T), bool)) & mask_BT[:, None, :]

@@ -249,8 +249,10 @@ def _measurement(setup, config, reward):
     @functools.partial(setup.jit, static_argnums=4)
     def sample(policy, reference, batch, key, temperature):
         prompts = (batch["prompt_BP"], batch["prompt_mask_BP"])
-        sampling = setup.sampling(temperature)
-        return rollout.sample(setup.apply, policy, reference, *prompts, row_keys(key, batch), sampling)
+        drawn = rollout.draw(setup.apply, policy, *prompts, row_keys(key, batch), setup.sampling(temperature))
+        # The most likely tokens (temperature 0) have no distribution to compare: it is done at that of training.
+        sampling = setup.sampling(temperature or config.temperature)
+        return rollout.compare(setup.apply, policy, reference, *prompts, drawn, sampling)
 
     def at(state, key, temperature):
         def one(batch):
