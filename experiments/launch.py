@@ -34,7 +34,8 @@ def parser(*required):
 
     def parse(argv):
         try:
-            rest = flags.FLAGS([_section(arg) for arg in argv])
+            sys.argv[:] = argv = [_section(arg) for arg in argv]  # ml_collections reads sys.argv
+            rest = flags.FLAGS(argv)
             for name in required:
                 if not flags.FLAGS[name].value:
                     raise InputError(f"--{name}: expected, got none")
