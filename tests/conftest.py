@@ -9,7 +9,7 @@ from math import prod
 from pathlib import Path
 
 import httpx2
-import huggingface_hub
+import huggingface_hub.constants
 import hypothesis
 import jax
 import jax.numpy as jnp

@@ -10,7 +10,6 @@ import hashlib
 import sys
 from collections.abc import Iterator
 
-import grain
 import numpy as np
 
 from rlhf_jax.data import tldr
@@ -78,12 +77,14 @@ def encode_pairs(
 
 def iterate(
     arrays: Arrays, *, batch: int, seed: int, shuffle: bool = True, epochs: int | None = None
-) -> grain.DatasetIterator[Arrays]:
+) -> "grain.DatasetIterator[Arrays]":  # noqa: F821
     """Batches of rows, `prompt_NP` as `prompt_BP` and so on; without end if `epochs` is None.
 
     Each epoch has an order of its own, drawn from `seed`, and drops the rows left over by its last batch. `get_state()`
     is the position; `set_state()` on another iterator over the same arrays goes on from there.
     """
+    import grain  # half a second
+
     rows = len(arrays["index_N"])
     if not 0 < batch <= rows:
         raise InputError(f"batch: expected 1 to {rows}, the number of rows, got {batch}")

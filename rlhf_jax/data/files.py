@@ -6,9 +6,6 @@ import os
 from collections.abc import Callable, Collection, Iterator
 from pathlib import Path
 
-import pyarrow
-import pyarrow.parquet
-
 from rlhf_jax.errors import InputError
 
 
@@ -102,6 +99,8 @@ def _csv(path: Path, choices: tuple[tuple[str, ...], ...]) -> Cells:
 
 
 def _parquet(path: Path, choices: tuple[tuple[str, ...], ...]) -> Cells:
+    import pyarrow.parquet
+
     with path.open("rb") as file:
         try:
             table = pyarrow.parquet.ParquetFile(file)
