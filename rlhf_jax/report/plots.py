@@ -316,9 +316,9 @@ def _twins(axes, points_N3, over_kl):
 
 def _frontier(axes, rows, best_of_n):
     """Reward over KL: what a nat buys. Below best-of-n's curve, sampling again would have been the better way."""
-    n_M, score_M, nats_M = np.array(best_of_n).T
-    axes.plot(nats_M, score_M, ".-", color=GREY, linewidth=1, markersize=4, label="best of n")
-    for n, score, nats in zip(n_M, score_M, nats_M, strict=True):
+    points_N3 = np.array(best_of_n)
+    axes.plot(points_N3[:, 2], points_N3[:, 1], ".-", color=GREY, linewidth=1, markersize=4, label="best of n")
+    for n, score, nats in points_N3:
         if int(n) in (1, 4, 16):
             axes.annotate(
                 f"best of {n:.0f}", (nats, score), (5, -9), textcoords="offset points", color=GREY, fontsize=7
@@ -342,10 +342,10 @@ def _distributions(axes, scores, name):
 
 def _changes(axes, change_N, name, learner):
     """Prompts from the most improved to the most worsened: the curve leaves 0 where better ends and worse begins."""
-    change_N, edges_N = np.sort(change_N)[::-1], np.linspace(0, 100, change_N.size + 1)
+    change_N, edges = np.sort(change_N)[::-1], np.linspace(0, 100, change_N.size + 1)
     better_N, worse_N = change_N > 0, change_N < 0
     for kind_N, color in (better_N, BLUE), (worse_N, AMBER):
-        axes.stairs(np.where(kind_N, change_N, 0), edges_N, fill=True, color=color, alpha=0.45)
+        axes.stairs(np.where(kind_N, change_N, 0), edges, fill=True, color=color, alpha=0.45)
     axes.axhline(0, color=BLACK, linewidth=0.8)
     shares = f"{better_N.mean():.0%} better, {worse_N.mean():.0%} worse"
     axes.set(
