@@ -10,11 +10,13 @@ space around it, and EOS. An empty prompt is EOS, which stands before every plai
 text as it is, and EOS.
 """
 
+import contextlib
 import dataclasses
 import functools
 import json
+import logging
 import os
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -238,7 +240,8 @@ def _from_run(folder: Path, sections: dict[str, Any], stage: str) -> Pretrained:
         raise InputError(f"{folder / 'config.json'}: model: expected the fields of a model ({error})") from None
 
     def read(stage, name):
-        params = checkpoint.load(folder / stage)[name]
+        with _quiet():
+            params = checkpoint.load(folder / stage)[name]
         # Arrays of several seeds have one more axis, the first; else there are norms and biases of one axis.
         several = min(leaf.ndim for leaf in jax.tree.leaves(params["trunk"] if name == "reward" else params)) > 1
         return jax.tree.map(lambda leaf: leaf[0], params) if several else params
@@ -250,6 +253,18 @@ def _from_run(folder: Path, sections: dict[str, Any], stage: str) -> Pretrained:
         reward=read("reward", "reward") if "reward" in finished else None,
         max_tokens=_response_length(sections.get("data", {})),
     )
+
+
+@contextlib.contextmanager
+def _quiet() -> Iterator[None]:
+    """Orbax warns that what it reads is read only."""
+    logger = logging.getLogger("absl")
+    level = logger.level
+    logger.setLevel(logging.CRITICAL)
+    try:
+        yield
+    finally:
+        logger.setLevel(level)
 
 
 def _response_length(data: dict[str, Any]) -> int:

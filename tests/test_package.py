@@ -1,6 +1,7 @@
 """What `import rlhf_jax` gives."""
 
 import importlib.metadata
+from pathlib import Path
 
 import pytest
 
@@ -24,3 +25,10 @@ def test_a_clone_that_is_not_installed_has_no_version(monkeypatch):
 
     monkeypatch.setattr(importlib.metadata, "version", version)
     assert rlhf_jax.__version__ == "0+unknown"
+
+
+def test_the_configs_are_in_it():
+    """By a link, which installations follow."""
+    folders = Path(rlhf_jax.__file__).parent / "configs", Path(__file__).parents[1] / "configs"
+    inside, outside = ({path.name: path.read_bytes() for path in folder.glob("*.py")} for folder in folders)
+    assert inside == outside != {}

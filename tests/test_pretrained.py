@@ -42,6 +42,11 @@ def test_the_last_policy_of_a_run_and_its_reward_model(model, apply, policy, sca
     assert isinstance(model.tokenizer, char.CharTokenizer) and "Array" not in repr(model)
 
 
+def test_it_is_loaded_without_a_word(workdir, caplog, capfd):
+    rlhf_jax.load(workdir)
+    assert not caplog.records and capfd.readouterr() == ("", "")
+
+
 def test_another_stage_of_a_run(workdir, reference, scalar):
     sft = rlhf_jax.load(str(workdir), stage="sft")
     assert_same_bits(sft.params, reference)
