@@ -1,5 +1,6 @@
 """What every experiment does first: flags -> typed config, the compilation cache, errors as one line."""
 
+import itertools
 import os
 import re
 import sys
@@ -9,6 +10,7 @@ import jax
 from absl import app, flags, logging
 from ml_collections import config_flags
 
+import rlhf_jax
 from rlhf_jax import config as configs
 from rlhf_jax import pipeline
 from rlhf_jax.errors import InputError
@@ -34,7 +36,8 @@ def parser(*required):
 
     def parse(argv):
         try:
-            sys.argv[:] = argv = [_section(arg) for arg in argv]  # ml_collections reads sys.argv
+            argv = [_section(_found(*pair)) for pair in itertools.pairwise(["", *argv])]
+            sys.argv[:] = argv  # ml_collections reads sys.argv
             rest = flags.FLAGS(argv)
             for name in required:
                 if not flags.FLAGS[name].value:
@@ -53,6 +56,18 @@ def parser(*required):
 def _section(arg):
     """`--config.reward=gold` sets the field `kind` of the section `reward`."""
     return re.sub(r"^(--?config\.reward)=", r"\1.kind=", arg)
+
+
+def _found(before, arg):
+    """--config=NAME:argument with the path of rlhf_jax/configs/NAME.py; any other argument as it is."""
+    flag, equals, value = (before, "", arg) if before in ("--config", "-config") else arg.partition("=")
+    name, colon, argument = value.partition(":")
+    if flag not in ("--config", "-config") or not name or "/" in name or name.endswith(".py") or Path(name).exists():
+        return arg
+    files = {path.stem: path for path in Path(rlhf_jax.__file__).parent.glob("configs/*.py")}
+    if name not in files:
+        raise InputError(f"--config: expected a file or one of {', '.join(sorted(files))}, got {name}")
+    return f"{flag if equals else ''}{equals}{files[name]}{colon}{argument}"
 
 
 def _told(error, argv):

@@ -2,6 +2,7 @@
 
 A name is a local path, or REPO or REPO@REVISION on the hub, where a revision is a branch, a tag or a commit. The
 package huggingface_hub does the transfers and keeps the files; it reads HF_HOME, HF_TOKEN, HF_ENDPOINT, HF_HUB_OFFLINE.
+It is imported where it is called, so that a run without the hub does not wait for it.
 """
 
 import contextlib
@@ -11,8 +12,6 @@ import threading
 from collections.abc import Iterator
 from concurrent.futures import Future
 from pathlib import Path
-
-from huggingface_hub import HfApi, constants, errors, snapshot_download, utils
 
 from rlhf_jax.errors import InputError
 
@@ -52,6 +51,8 @@ def folder(
 
 def is_name(name: str | os.PathLike) -> bool:
     """Whether the hub could have something of this name. So could a local path that is not there."""
+    from huggingface_hub import errors, utils
+
     repo, at, revision = str(name).partition("@")
     try:
         utils.validate_repo_id(repo)
@@ -61,6 +62,8 @@ def is_name(name: str | os.PathLike) -> bool:
 
 
 def _cached(repo: str, revision: str, kind: str, choice: Choice) -> Path | None:
+    from huggingface_hub import errors, snapshot_download
+
     try:
         path = snapshot_download(
             repo, repo_type=kind, revision=revision, allow_patterns=list(choice), local_files_only=True
@@ -71,6 +74,8 @@ def _cached(repo: str, revision: str, kind: str, choice: Choice) -> Path | None:
 
 
 def _download(name, repo: str, revisions: tuple[str, ...], kind: str, choices: tuple[Choice, ...]) -> Path:
+    from huggingface_hub import errors, snapshot_download
+
     files = None
     for revision in revisions:
         try:
@@ -94,6 +99,8 @@ def _info(repo: str, revision: str, kind: str):
 
     The client does not try this call again, but its limit of time is one for each address, and none for names.
     """
+    from huggingface_hub import HfApi
+
     answer = Future()
 
     def ask():
@@ -112,6 +119,8 @@ def _info(repo: str, revision: str, kind: str):
 @contextlib.contextmanager
 def _in_one_line(name, repo: str, revisions: tuple[str, ...], kind: str, choices: tuple[Choice, ...]) -> Iterator[None]:
     """The client's errors as InputError."""
+    from huggingface_hub import constants, errors
+
     address = f"{constants.ENDPOINT}/{'datasets/' if kind == 'dataset' else ''}{repo}"
     try:
         yield

@@ -1,6 +1,7 @@
 """What the tests share: float64, the golden numbers, a policy to do by hand, the smallest real models, and a hub."""
 
 import contextlib
+import dataclasses
 import hashlib
 import json
 import os
@@ -9,7 +10,7 @@ from math import prod
 from pathlib import Path
 
 import httpx2
-import huggingface_hub
+import huggingface_hub.constants
 import hypothesis
 import jax
 import jax.numpy as jnp
@@ -18,6 +19,8 @@ import pytest
 from rlhf_jax.models import gpt2, heads
 from rlhf_jax.ops import logprobs
 from rlhf_jax.rollout import Apply
+from rlhf_jax.text import char
+from rlhf_jax.training.checkpoint import Checkpoints
 
 DATA = Path(os.environ.get("RLHF_JAX_DATA", Path(__file__).parents[2] / "shared" / "data"))
 
@@ -232,3 +235,30 @@ def hub_server(tmp_path_factory, monkeypatch):
     huggingface_hub.set_client_factory(lambda: httpx2.Client(transport=httpx2.MockTransport(server.answer)))
     yield server
     server.down = RuntimeError("a test asked the hub without hub_server")
+
+
+@pytest.fixture(scope="session")
+def finished():
+    """finished(folder, stage, **results): writes what a stage leaves behind that is done, its results untrained."""
+
+    def finished(folder, stage, **results):
+        with Checkpoints(folder / stage / "result") as checkpoints:
+            checkpoints.save(3, results, {})
+        (folder / stage / "summary.json").write_text("{}")
+
+    return finished
+
+
+@pytest.fixture(scope="session")
+def workdir(tmp_path_factory, finished, policy, reference, scalar):
+    """A run of TINY sizes on characters, as if it were done: sft is `reference`, ppo is `policy`."""
+    folder = tmp_path_factory.mktemp("runs") / "demo"
+    tokenizer = char.CharTokenizer("\n ./:DELOPRSTUabcdehimnrst")  # with UNK, EOS and PAD as many ids as TINY has
+    model = dataclasses.asdict(TINY)
+    folder.mkdir()
+    (folder / "config.json").write_text(json.dumps({"model": model, "data": {"response_length": 9}}))
+    tokenizer.save(folder / "text")
+    finished(folder, "sft", policy=reference)
+    finished(folder, "reward", reward=scalar)
+    finished(folder, "ppo", policy=policy, value=scalar)
+    return folder

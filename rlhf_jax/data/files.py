@@ -8,9 +8,6 @@ from collections import Counter
 from collections.abc import Callable, Collection, Iterator
 from pathlib import Path
 
-import pyarrow
-import pyarrow.parquet
-
 from rlhf_jax.errors import InputError
 
 csv.field_size_limit(sys.maxsize)  # for all of the process: the module has no other way; its default is 131,072
@@ -125,6 +122,8 @@ def _csv(path: Path, choices: Choices, extra: bool) -> Cells:
 
 
 def _parquet(path: Path, choices: Choices, extra: bool) -> Cells:
+    import pyarrow.parquet
+
     with path.open("rb") as file:
         try:
             table = pyarrow.parquet.ParquetFile(file)

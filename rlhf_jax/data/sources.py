@@ -4,7 +4,7 @@ import dataclasses
 import functools
 from pathlib import Path
 
-from rlhf_jax.data import batches, cache, comparisons, files, hub, world
+from rlhf_jax.data import batches, cache, comparisons, files, hub
 from rlhf_jax.errors import InputError
 from rlhf_jax.fields import choice, neutral, number
 
@@ -62,6 +62,8 @@ def load(kind, config, seed):
     the config, and the file and row, that is wrong.
     """
     if config.source == "world":
+        from rlhf_jax.data import world  # imports TFDS: a third of a second
+
         sizes = {"train": getattr(config, f"world_{kind}"), "validation": config.world_held_out}
         folder = config.cache or cache.folder()
         load_split = functools.partial(world.load, kind, seed=config.world_seed, data_dir=folder, **sizes)

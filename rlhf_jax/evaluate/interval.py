@@ -5,7 +5,6 @@ rather than 95% (Student's t would widen it by 15%), and from 30 rows on the dif
 """
 
 import numpy as np
-import scipy.special
 
 from rlhf_jax.errors import InputError
 
@@ -30,6 +29,8 @@ def t95(n):
 
     By Student's t, for a few seeds.
     """
+    import scipy.special  # a fifth of a second
+
     return float(scipy.special.stdtrit(n - 1, 0.975) / np.sqrt(n))
 
 

@@ -6,13 +6,10 @@ its running mean, black dots are held-out evaluations. The number at the end of 
 """
 
 import dataclasses
-from functools import partial
+from functools import partial, wraps
 from pathlib import Path
 
-import matplotlib
 import numpy as np
-from matplotlib.figure import Figure
-from matplotlib.ticker import MaxNLocator, StrMethodFormatter
 
 from rlhf_jax.report.metrics import series
 
@@ -29,6 +26,19 @@ STYLE = {
 PANEL, SINGLE = (4.0, 2.75), (5.5, 3.5)  # inches: one panel among others, one alone
 DASHED = 0, (4, 3)
 STEPS = dict(nbins=5, steps=(1, 2, 5, 10), integer=True)  # where the ticks of a step axis go
+
+
+def _styled(function):
+    """The function, drawing in STYLE. Matplotlib is imported by the first drawing: that takes half a second."""
+
+    @wraps(function)
+    def styled(*args, **kwargs):
+        import matplotlib
+
+        with matplotlib.rc_context(STYLE):
+            return function(*args, **kwargs)
+
+    return styled
 
 
 @dataclasses.dataclass(frozen=True)
@@ -100,13 +110,13 @@ RL = {  # names in the rows are without the stage's
 }  # fmt: skip
 
 
-@matplotlib.rc_context(STYLE)
+@_styled
 def supervised(rows, path, stage="sft"):
     """Training and held-out loss of "sft" or "pretrain", and what its samples were worth where that was measured."""
     return _save(_panels(SUPERVISED[stage], rows), path)
 
 
-@matplotlib.rc_context(STYLE)
+@_styled
 def rl(rows, directory, stage, *, best_of_n=None):
     """directory/<stage>.png with every panel, and a file for each: {file name without .png: Figure}.
 
@@ -138,7 +148,7 @@ REUSE = {  # name in stages/reuse.py's results: title, unit
 }
 
 
-@matplotlib.rc_context(STYLE)
+@_styled
 def reuse(results, path):
     """What each update makes of a rollout that is used 1, 2, 4, 8 times; bands are 95% over rollouts."""
     panels = [partial(_reuse, results=results, name=name) for name in REUSE]
@@ -160,13 +170,13 @@ def _reuse(axes, results, name):
     _label_ends(axes, ends)
 
 
-@matplotlib.rc_context(STYLE)
+@_styled
 def reward(rows, path, stage="reward"):
     """Loss, accuracy and margin of the reward model, beside what a coin flip scores."""
     return _save(_panels([REWARD_LOSS, ACCURACY, MARGIN], rows), path)
 
 
-@matplotlib.rc_context(STYLE)
+@_styled
 def pipeline(rows, path, title):
     """A whole run in one picture: the losses, what reinforcement learning gained, and what that cost in KL.
 
@@ -185,7 +195,7 @@ def pipeline(rows, path, title):
     return _save(drawings + gain + _panels(cost, found), path, columns=2, title=title)
 
 
-@matplotlib.rc_context(STYLE)
+@_styled
 def before_after(before_N, after_N, path, *, name, win_rate, learner="PPO"):
     """Scores of the same N prompts under SFT and the learner: both distributions, and the change of each prompt.
 
@@ -210,6 +220,8 @@ def _save(drawings, path, *, columns=3, title=None):
     columns = min(columns, len(drawings))
     lines = -(-len(drawings) // columns)
     width, height = PANEL if len(drawings) > 1 else SINGLE
+    from matplotlib.figure import Figure
+
     figure = Figure(figsize=(width * columns, height * lines + (0.4 if title else 0)), layout="constrained")
     figure.get_layout_engine().set(w_pad=0.1, h_pad=0.1, wspace=0.02, hspace=0.04)
     for index, draw in enumerate(drawings, 1):
@@ -255,9 +267,15 @@ def _panel(axes, panel, rows):
     if low < high:  # else every value is out of view, and worth seeing
         axes.set_ylim(low, high)
     axes.set(title=panel.title, ylabel=panel.unit, xlabel=panel.x)
-    axes.xaxis.set_major_locator(MaxNLocator(**STEPS))
-    axes.xaxis.set_major_formatter(StrMethodFormatter("{x:,.0f}"))
+    _step_ticks(axes)
+    axes.xaxis.set_major_formatter("{x:,.0f}")
     _label_ends(axes, ends)
+
+
+def _step_ticks(axes):
+    from matplotlib.ticker import MaxNLocator
+
+    axes.xaxis.set_major_locator(MaxNLocator(**STEPS))
 
 
 def _label_ends(axes, ends):
@@ -293,14 +311,14 @@ def _twins(axes, points_N3, over_kl):
     if over_kl:  # an estimate of KL may be below 0, where there is no root
         axes.set_xscale("function", functions=(lambda kl: np.sqrt(np.maximum(kl, 0)), np.square))
         axes.set(title="Over-optimization", xlabel="KL from the reference (nats, square root scale)", xlim=(0, None))
-    axes.xaxis.set_major_locator(MaxNLocator(**STEPS))
+    _step_ticks(axes)
 
 
 def _frontier(axes, rows, best_of_n):
     """Reward over KL: what a nat buys. Below best-of-n's curve, sampling again would have been the better way."""
-    n_M, score_M, nats_M = np.array(best_of_n).T
-    axes.plot(nats_M, score_M, ".-", color=GREY, linewidth=1, markersize=4, label="best of n")
-    for n, score, nats in zip(n_M, score_M, nats_M, strict=True):
+    points_N3 = np.array(best_of_n)
+    axes.plot(points_N3[:, 2], points_N3[:, 1], ".-", color=GREY, linewidth=1, markersize=4, label="best of n")
+    for n, score, nats in points_N3:
         if int(n) in (1, 4, 16):
             axes.annotate(
                 f"best of {n:.0f}", (nats, score), (5, -9), textcoords="offset points", color=GREY, fontsize=7
@@ -324,10 +342,10 @@ def _distributions(axes, scores, name):
 
 def _changes(axes, change_N, name, learner):
     """Prompts from the most improved to the most worsened: the curve leaves 0 where better ends and worse begins."""
-    change_N, edges_N = np.sort(change_N)[::-1], np.linspace(0, 100, change_N.size + 1)
+    change_N, edges = np.sort(change_N)[::-1], np.linspace(0, 100, change_N.size + 1)
     better_N, worse_N = change_N > 0, change_N < 0
     for kind_N, color in (better_N, BLUE), (worse_N, AMBER):
-        axes.stairs(np.where(kind_N, change_N, 0), edges_N, fill=True, color=color, alpha=0.45)
+        axes.stairs(np.where(kind_N, change_N, 0), edges, fill=True, color=color, alpha=0.45)
     axes.axhline(0, color=BLACK, linewidth=0.8)
     shares = f"{better_N.mean():.0%} better, {worse_N.mean():.0%} worse"
     axes.set(

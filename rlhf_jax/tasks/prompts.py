@@ -66,6 +66,42 @@ class Prompts:
         return {}
 
 
+@dataclasses.dataclass(frozen=True, eq=False)
+class Given:
+    """Rows that are at hand, for a notebook: {kind: rows}."""
+
+    rows_by_kind: dict[str, list[dict]]
+    prompt_length: int  # P, tokens
+    response_length: int  # R, tokens, EOS included
+    seed: int = 1  # which prompts are held out
+    held_out: float = 0.1  # share of the prompts
+    cut: str = "left"  # what happens to a longer prompt: one of batches.CUTS
+
+    same_prompt = False
+    rows_known = True
+    questions = {"sft": "sft", "prompts": "prompts"}
+
+    def files(self):
+        return {}
+
+    def texts(self):
+        return [row["prompt"] for row in self.rows_by_kind["prompts"]]
+
+    def rows(self, kind):
+        return Rows(*batches.split(list(self.rows_by_kind[kind]), self.held_out, self.seed))
+
+    def arrays(self, kind, tokenizer):
+        lengths = {"prompt_length": self.prompt_length, "cut": self.cut, "source": f"rows of {kind}"}
+        if kind == "sft":
+            lengths["response_length"] = self.response_length
+        encode = {"sft": batches.encode_sft, "prompts": batches.encode_prompts}[kind]
+        train, held_out = (encode(side, tokenizer, **lengths)[0] for side in self.rows(kind)[:2])
+        return Encoded(train, held_out)
+
+    def judge(self, rows, texts):
+        return {}
+
+
 def make(config):
     """The task of a whole config whose `task` is prompts."""
     if config.data.source == "world":

@@ -56,8 +56,8 @@ class CharTokenizer:
         return [self.encode(text) for text in texts]
 
     def decode(self, ids: list[int]) -> str:
-        characters = self.characters + UNKNOWN
-        return "".join(characters[i] for i in ids if i not in (self.pad_id, self.eos_id))
+        known = (i for i in ids if i not in (self.pad_id, self.eos_id))
+        return "".join(self.characters[i] if i < len(self.characters) else UNKNOWN for i in known)
 
     def save(self, directory: str | os.PathLike) -> None:
         stored.write(directory, self._record)

@@ -7,13 +7,13 @@ import os
 from pathlib import Path
 
 from rlhf_jax.errors import InputError
-from rlhf_jax.text import bpe, hf, stored
+from rlhf_jax.text import bpe, char, hf, stored
 
 NAMES = (("encoder.json", "vocab.bpe"), ("vocab.json", "merges.txt"))  # as OpenAI and as Hugging Face name them
 FILES = ((hf.FILE,), *NAMES)  # any of these is enough
 
 
-def from_files(path: str | os.PathLike) -> bpe.BPETokenizer:
+def from_files(path: str | os.PathLike) -> bpe.BPETokenizer | char.CharTokenizer:
     """Reads a tokenizer.json, alone or in a folder, or a folder of token -> id and merges, under a pair of NAMES."""
     path = Path(path)
     if path.is_file() or (path / hf.FILE).exists():

@@ -1,4 +1,4 @@
-"""Hugging Face tokenizers <-> ours: reads their byte-level BPE, writes what transformers.AutoTokenizer loads.
+"""Hugging Face tokenizers <-> ours: reads their byte-level BPE and what it wrote, which AutoTokenizer loads.
 
 A text has the same ids on both sides, but for one thing: to theirs, the name of a special token in it is that token.
 """
@@ -34,8 +34,11 @@ EXPECTED = {
 EXPECTED_OF_ADDED = {"single_word": (None, False), "lstrip": (None, False), "rstrip": (None, False)}
 
 
-def read(path: str | os.PathLike) -> bpe.BPETokenizer:
-    """The byte-level BPE in a tokenizer.json, such as GPT-2's or GPT-NeoX's. InputError names the field at fault."""
+def read(path: str | os.PathLike) -> bpe.BPETokenizer | char.CharTokenizer:
+    """The byte-level BPE in a tokenizer.json, such as GPT-2's or GPT-NeoX's, or the characters that `to_hf` wrote.
+
+    InputError names the field at fault.
+    """
     record = stored.read_json(Path(path))
     try:
         return from_hf(record)
@@ -43,11 +46,13 @@ def read(path: str | os.PathLike) -> bpe.BPETokenizer:
         raise InputError(f"{path}: {error}") from None
 
 
-def from_hf(record: dict) -> bpe.BPETokenizer:
+def from_hf(record: dict) -> bpe.BPETokenizer | char.CharTokenizer:
     """A parsed tokenizer.json. A special token with one of the names PADS is PAD; without one, PAD is a new id.
 
     What the file says of truncation and padding is not read: that is for the batches.
     """
+    if _get(record, "model.type") == "WordLevel":
+        return _of_characters(record)
     _expect(EXPECTED, record)
     steps = _get(record, "post_processor.single") or []
     if any("Sequence" not in step for step in steps):
@@ -106,6 +111,17 @@ def _characters(tokenizer):
     codec.pre_tokenizer = tokenizers.pre_tokenizers.Split(tokenizers.Regex(r"[\s\S]"), "isolated")
     codec.decoder = tokenizers.decoders.Fuse()
     return codec, (bpe.EOS, PADS[0])  # their ids are the next two
+
+
+def _of_characters(record):
+    """What `_characters` made, and nothing else: any other word-level tokenizer splits texts in another way."""
+    ids = _ids(record, _added(record))
+    tokenizer = char.CharTokenizer("".join(sorted(ids, key=ids.get)[:-3]))  # UNK, EOS and PAD come last
+    written = to_hf(tokenizer)[FILE]
+    for field in ("model", "normalizer", "pre_tokenizer", "decoder", "added_tokens"):
+        if record.get(field) != written[field]:
+            raise InputError(f"{field}: expected that of a tokenizer of characters, as we write it, or byte-level BPE")
+    return tokenizer
 
 
 def _expect(fields, record, where=""):

@@ -19,7 +19,6 @@ from pathlib import Path
 
 import jax
 import numpy as np
-import orbax.checkpoint as ocp
 
 from rlhf_jax.errors import InputError
 from rlhf_jax.fields import number
@@ -55,6 +54,8 @@ class Checkpoints:
     """
 
     def __init__(self, directory, config=Config(), best=("", max), *, read_only=False):
+        import orbax.checkpoint as ocp  # half a second, which no config waits for
+
         self.directory = Path(directory).absolute()
         self._metric, self._better = best
         last = ocp.checkpoint_managers.LatestN(config.last)
@@ -100,6 +101,8 @@ class Checkpoints:
 
         numbers, {name: float} of an evaluation, is where the number to compare by is found, if it is there.
         """
+        import orbax.checkpoint as ocp
+
         tree = _keys_as_data(tree)
         notes = {"notes": notes, "checksums": _checksums(tree)}
         notes["checksum"] = _of_json(notes)
@@ -165,6 +168,8 @@ class Checkpoints:
             raise InputError(f"{self.directory / str(step)}: {error}") from error
 
     def _read(self, step, like):
+        import orbax.checkpoint as ocp
+
         with _reading():
             if like is None:
                 metadata = self._manager.item_metadata(step).state.tree

@@ -83,6 +83,10 @@ def test_a_flag_that_cannot_be_is_one_line(flag, words, command, tmp_path):
     [
         (["--config=configs/ppo_summarize.py:tinny"], ["tinny: expected tiny, files, gpt2, "]),
         (["--config=configs/no.py"], ["configs/no.py"]),
+        (["--config=no"], ["--config: expected a file or one of pg_stories, pg_tweets, ppo_summarize, got no"]),
+        (["--config", "no:tiny"], ["expected a file or one of pg_stories, pg_tweets, ppo_summarize, got no"]),
+        (["--config=ppo_summarize:tinny"], ["tinny: expected tiny, files, gpt2, "]),
+        (["--config", "ppo_summarize", "--config.ppo.top_k=5"], ["ppo.top_k: expected 0"]),
         ([], ["--config: expected"]),
         (["--config=configs/ppo_summarize.py:files"], ["data.sft: expected a .jsonl, .csv or .parquet file"]),
         (
@@ -93,6 +97,20 @@ def test_a_flag_that_cannot_be_is_one_line(flag, words, command, tmp_path):
 )
 def test_a_config_that_cannot_be_is_one_line(flags, words, command, tmp_path):
     assert_refused(command(f"--workdir={tmp_path}/run", *flags, before=[]), *words)
+    assert not (tmp_path / "run").exists()
+
+
+def test_a_config_has_a_name_in_any_folder(tmp_path):
+    """An argument that is not there is known only to the file; a file of the name comes first."""
+
+    def run():
+        line = [sys.executable, ROOT / PPO, "--workdir=run", "--config=ppo_summarize:tinny"]
+        done = subprocess.run(line, cwd=tmp_path, text=True, capture_output=True)
+        return types.SimpleNamespace(code=done.returncode, err=done.stderr)
+
+    assert_refused(run(), "tinny: expected tiny, files, gpt2, ")
+    (tmp_path / "ppo_summarize").write_text("def get_config(arg): raise ValueError(f'mine, {arg}')")
+    assert_refused(run(), "mine, tinny")
     assert not (tmp_path / "run").exists()
 
 

@@ -191,10 +191,31 @@ def test_the_file_is_named(tmp_path):
 # Out
 
 
-@pytest.mark.parametrize("tokenizer", [bpe.train(TEXTS, 290), *(hf.from_hf(record(kind)) for kind in ("gpt2", "neox"))])
+UNKNOWN = char.train(["a\N{REPLACEMENT CHARACTER}"])  # a known replacement character is not UNK
+
+
+@pytest.mark.parametrize(
+    "tokenizer",
+    [bpe.train(TEXTS, 290), *(hf.from_hf(record(kind)) for kind in ("gpt2", "neox")), char.train(TEXTS), UNKNOWN],
+)
 def test_what_was_exported_is_read_back_equal(tokenizer, tmp_path):
     hf.export(tokenizer, tmp_path)
     assert hf.read(tmp_path / "tokenizer.json") == tokenizer
+
+
+@pytest.mark.parametrize(
+    ("field", "value", "message"),
+    [
+        ("pre_tokenizer", {"type": "Whitespace"}, "pre_tokenizer: expected that of a tokenizer of characters, as we "),
+        ("decoder", None, "decoder: expected that of a tokenizer of characters, as we write it, or byte-level BPE"),
+        ("normalizer", {"type": "NFC"}, "normalizer: expected that of "),
+        ("model", {"type": "WordLevel", "vocab": {"ab": 0, "c": 1, "d": 2, "<unk>": 3}}, "model: expected that of "),
+        ("model", {"type": "WordLevel", "vocab": {}}, "model.vocab and added_tokens: expected each of the ids 0 to 1"),
+        ("model", {"type": "WordLevel"}, "model.vocab: expected an object of token -> id"),
+    ],
+)
+def test_words_of_another_kind_are_no_characters(field, value, message):
+    assert error(hf.to_hf(char.train(["abc"]))["tokenizer.json"] | {field: value}).startswith(message)
 
 
 CHAR = char.train(TEXTS)
