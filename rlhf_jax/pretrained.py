@@ -116,7 +116,7 @@ class Pretrained:
     def sft(self, rows: Sequence[dict], **config: Any):
         """The Stage that fine-tunes this policy on rows {"prompt", "label"}, for rlhf_jax.fit.
 
-        `config` are fields of config.Supervised (steps, lr, batch, ...) and of tasks.prompts.Given (cut, held_out, ...).
+        `config` has fields of config.Supervised (steps, lr, batch, ...) and of tasks.prompts.Given (cut, held_out, ...).
         """
         from rlhf_jax.config import Supervised
         from rlhf_jax.stages.language_model import language_model
@@ -128,7 +128,7 @@ class Pretrained:
         """The Stage that improves this policy on rows {"prompt", ...} by a reward, for rlhf_jax.fit.
 
         reward: a function of texts, or of rows and texts, as in rewards/function.py; None: this model's reward model.
-        `config` are fields of the algorithm's Config (steps, lr, batch, ...) and of tasks.prompts.Given.
+        `config` has fields of the algorithm's Config (steps, lr, batch, ...) and of tasks.prompts.Given.
         """
         from rlhf_jax.algorithms import POLICY
         from rlhf_jax.rewards import function, learned
