@@ -1,4 +1,4 @@
-"""The README.md of an exported model: what it is, how it was made, what was measured. Names of data, never rows."""
+"""The README.md of an exported model: what it is, its recipe and its metrics. It names data and shows no rows."""
 
 import dataclasses
 from pathlib import Path
@@ -15,7 +15,7 @@ WHAT = {
     "ppo": "a policy after PPO against a learned reward",
     "rl": "a policy after reinforcement learning against a reward that is computed",
 }
-# Of the config: where and how fast a run went, not what it computed; and what `Data` says.
+# Config fields left out: those that do not change a run's results, and those in the card's section `Data`.
 QUIET = ("eval_every", "save_every", "microbatches", "remat", "top_k", "top_p", "init", "path")
 
 POLICY = """\
@@ -77,21 +77,21 @@ def card(kind, config, stage, summary):
 
 
 def _recipe(kind, config, stage):
-    """What the stage's result depends on, a section of the config a row."""
+    """Rows (config section, values) of what the stage's result depends on."""
     for name in kind.STAGES[stage]:
         value = getattr(config, name)
         if name == "data" or (name in ("policy_gradient", "ppo") and name != getattr(config, "algorithm", name)):
             continue
         if dataclasses.is_dataclass(value):
-            fields = {field: told for field, told in dataclasses.asdict(value).items() if field not in QUIET}
-            told = ", ".join(f"{field} {value}" for field, value in fields.items())
+            fields = {field: value for field, value in dataclasses.asdict(value).items() if field not in QUIET}
+            values = ", ".join(f"{field} {value}" for field, value in fields.items())
         else:
-            told = Path(str(value)).name + (", this is the first" if name == "seeds" and value > 1 else "")
-        yield f"`{name}`", told
+            values = Path(str(value)).name + (", this is the first" if name == "seeds" and value > 1 else "")
+        yield f"`{name}`", values
 
 
 def _header(config, stage):
-    """What the hub reads."""
+    """The metadata that the hub reads."""
     tag = "text-classification" if stage == "reward" else "text-generation"
     lines = ["---", "library_name: transformers", f"pipeline_tag: {tag}", f"tags: [rlhf_jax, {stage}]"]
     if _on_hub(config.model.init):
@@ -100,11 +100,11 @@ def _header(config, stage):
 
 
 def _reading(kind, stage):
-    told = "PAD is a token of its own, apart from EOS. "
+    tokens = "PAD and EOS are different tokens. "
     if stage == "reward":
-        return told + "Scores are read at EOS, the last token; pad on the right. References score 0 on average."
+        return tokens + "Scores are read at EOS, the last token; pad on the right. References score 0 on average."
     begins = "EOS alone" if kind is Writing else "the prompt, padded on the left; a summary begins with a space"
-    return f"{told}A text begins with {begins}, and ends with EOS."
+    return f"{tokens}A text begins with {begins}, and ends with EOS."
 
 
 def _data(config):
@@ -125,7 +125,7 @@ def _data(config):
 
 
 def _name(place):
-    """A name on the hub as it is; of a path its last part, for nobody else has the rest."""
+    """A name on the hub unchanged; only the last part of a local path, which nobody else has."""
     return place if not place or _on_hub(place) else Path(place).name
 
 
@@ -134,7 +134,7 @@ def _on_hub(place):
 
 
 def _number(value):
-    """Empty for what is no number and no list of numbers."""
+    """The value as text; empty unless it is a number or a list of numbers."""
     if isinstance(value, list):
         return ", ".join(map(_number, value))
     return f"{value:.4g}" if isinstance(value, int | float) else ""
