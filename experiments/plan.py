@@ -1,9 +1,9 @@
-"""How much memory the PPO of a config will take, before anything is downloaded or allocated.
+"""Predicts the memory of a config's PPO, before anything is downloaded or allocated.
 
     python experiments/plan.py --config=configs/ppo_summarize.py:gpt2 --config.ppo.microbatches=64 --devices=8
 
-Its programs are compiled for this machine, and XLA is asked: a minute for GPT-2 on 2 CPU cores. Compiled for a CPU
-they need more than for a GPU or TPU, which fuse more, and compute in bfloat16 without widening it.
+PPO's programs are compiled for this machine, and XLA reports their memory: a minute for GPT-2 on 2 CPU cores. Programs
+for a CPU need more memory than those for a GPU or TPU, which fuse more and compute in bfloat16 without widening it.
 """
 
 from absl import app, flags
@@ -25,7 +25,7 @@ def main(_):
         ids = config.text.vocab_size if config.text.kind == "bpe" else GPT2_IDS
         with Reporter() as reporter:
             sizes = memory.ppo(config, ids, DEVICES.value)
-            reporter.table(("PPO, a device", "GiB"), [(name, size / 2**30) for name, size in sizes.items()])
+            reporter.table(("PPO, per device", "GiB"), [(name, size / 2**30) for name, size in sizes.items()])
     except InputError as error:
         leave(error)
 

@@ -44,10 +44,8 @@ if TYPE_CHECKING:
 
 __all__ = ["__version__", "fit", "load"]
 
-_HOME = {
-    "fit": "rlhf_jax.training.fit",
-    "load": "rlhf_jax.pretrained",
-}  # what is imported when it is asked for: JAX takes a second
+# Imported on first use, as JAX takes a second.
+_HOME = {"fit": "rlhf_jax.training.fit", "load": "rlhf_jax.pretrained"}
 
 
 def __getattr__(name: str):

@@ -116,7 +116,7 @@ class Pretrained:
     def sft(self, rows: Sequence[dict], **config: Any):
         """The Stage that fine-tunes this policy on rows {"prompt", "label"}, for rlhf_jax.fit.
 
-        `config` has fields of config.Supervised (steps, lr, batch, ...) and of tasks.prompts.Given (cut, held_out, ...).
+        `config` has fields of config.Supervised (steps, lr, batch, ...) and of tasks.prompts.Given (cut, ...).
         """
         from rlhf_jax.config import Supervised
         from rlhf_jax.stages.language_model import language_model

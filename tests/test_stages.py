@@ -17,6 +17,7 @@ import numpy as np
 import pyarrow
 import pyarrow.parquet
 import pytest
+from rlhf_jax.run import Summarization
 
 from rlhf_jax import checkpoint, replay, stages
 from rlhf_jax import config as configs
@@ -28,7 +29,6 @@ from rlhf_jax.models import gpt2
 from rlhf_jax.report import metrics
 from rlhf_jax.report.console import Silent
 from rlhf_jax.rewards import gold
-from rlhf_jax.run import Summarization
 from rlhf_jax.stages import common
 from rlhf_jax.text import bpe
 from rlhf_jax.training import guard, loop
@@ -548,8 +548,8 @@ def test_an_update_that_is_not_finite_is_not_made_and_can_be_made_again(stage, f
     reporter = Recorder([])
     names, where = replay.replay(folder, reporter)
     assert names == told["names"] and place in where and where.startswith("begins in ")
-    assert reporter.notes[-3].endswith("not finite, as it was reported")
-    assert reporter.notes[-2] == f"made again: {', '.join(names)} not finite"
+    assert reporter.notes[-3].endswith("not finite, as in the run")
+    assert reporter.notes[-2] == f"repeated: {', '.join(names)} not finite"
 
 
 @pytest.mark.parametrize("limit", [9, 1])

@@ -1,4 +1,4 @@
-"""A finished stage as a folder that transformers loads: model, tokenizer, model card. No torch, no transformers."""
+"""Exports a finished stage as a folder that transformers loads: model, tokenizer, model card. Needs no torch."""
 
 import dataclasses
 import json
@@ -15,10 +15,10 @@ from rlhf_jax.text import hf as text_hf
 def export(workdir, out, stage=""):
     """Writes the result of a stage of the run in `workdir` to `out`, a new or an empty folder; returns the stage.
 
-    A stage's result is its policy; of `reward` it is the reward model, as a ...ForSequenceClassification with one label
-    that is padded on the right. By default the stage is the last one that is finished and has a policy. Of runs with
-    several seeds the first is taken. InputError, before anything is written, for a workdir, a stage, a model or a
-    folder that it cannot be done with.
+    A stage's result is its policy. Stage `reward` has a reward model, written as a ...ForSequenceClassification with
+    one label and right padding. The default is the last finished stage with a policy. Of a run with several seeds, the
+    first seed is exported. Raises InputError, before anything is written, if the workdir, stage, model or folder is
+    not suitable.
     """
     workdir = Path(workdir)
     config = configs.read(workdir)
@@ -30,7 +30,7 @@ def export(workdir, out, stage=""):
     ids = {"eos_id": tokenizer.eos_id, "pad_id": tokenizer.pad_id}
     beside = text_hf.to_hf(tokenizer) | {"README.md": model_card.card(config, stage, summary)}
     if stage == "reward":
-        # Positions are counted from the left edge there, padding or not, where no one says otherwise.
+        # Without position ids, transformers counts positions from the left edge, padding included.
         beside["tokenizer_config.json"] |= {"padding_side": "right"}
         hf.save_scalar(out, params, model, **ids, beside=beside)
     else:
@@ -53,8 +53,8 @@ def _stage(workdir, config, requested):
 
 
 def _generation(config):
-    """How the run's evaluation draws its samples, so that `generate` does the same."""
+    """Settings with which `generate` samples as the run's evaluation does."""
     temperature = config.evaluation.temperature
-    # transformers takes the 50 likeliest tokens unless it is told.
-    drawn = {"do_sample": True, "temperature": temperature, "top_k": 0} if temperature else {"do_sample": False}
-    return drawn | {"max_new_tokens": config.data.response_length}
+    # The default top_k of transformers is 50.
+    sampling = {"do_sample": True, "temperature": temperature, "top_k": 0} if temperature else {"do_sample": False}
+    return sampling | {"max_new_tokens": config.data.response_length}

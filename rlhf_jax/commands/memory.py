@@ -1,7 +1,7 @@
-"""How much memory PPO takes, from its compiled programs alone: nothing is allocated, and no weights or data are read.
+"""Predicts the memory of PPO from its compiled programs: nothing is allocated, and no weights or data are read.
 
-It is XLA's own account of each program (memory_analysis), compiled for this machine. On a CPU it is told to leave apart
-what shall be computed again: else it merges both, and rematerialization saves nothing.
+The numbers are XLA's memory_analysis of each program, compiled for this machine. On a CPU, APART stops XLA from merging
+a recomputed value with the first one: otherwise rematerialization would save nothing.
 """
 
 import dataclasses
@@ -19,11 +19,11 @@ APART = {"xla_disable_hlo_passes": "cse_barrier_expander"}
 
 
 def ppo(config, vocab_size, devices=1):
-    """{what: bytes a device} of the PPO stage of a Config whose tokenizer has so many ids.
+    """{part: bytes per device} of a Config's PPO stage; vocab_size is the tokenizer's number of ids.
 
-    state: the arrays of a TrainState, at all times. copy: what an update changes, and keeps to be left out (guard.py).
-    draw, judge and update are the peaks of the three programs of an iteration, the state included.
-    The batch is spread over the devices; what is then sent between them is not counted.
+    state: the arrays of the TrainState, always allocated. copy: the arrays that an update changes; the old ones are
+    kept, in case the update is not finite (guard.py). draw, judge, update: the peaks of an iteration's three programs,
+    state included. The batch is spread over the devices; memory for communication between them is not counted.
     """
     config = dataclasses.replace(config, ppo=_share(config.ppo, devices))
     model = dataclasses.replace(config.model, vocab_size=config.model.vocab_size or vocab_size)
@@ -60,15 +60,15 @@ def ppo(config, vocab_size, devices=1):
 
 
 def _share(config, devices):
-    """The section of a device. Microbatches stay as many: each is spread over the devices."""
+    """One device's share of the config section. microbatches stays: each microbatch is spread over the devices."""
     return dataclasses.replace(config, batch=config.batch // devices, lanes=config.lanes // devices)
 
 
 def _beside(function, state, *args):
-    """Bytes of the program beside its state: other arguments, results, and what it computes with."""
+    """Bytes of a program in addition to the state: its other arguments, results and temporary arrays."""
     options = APART if jax.default_backend() == "cpu" else None
-    told = function.lower(state, *args).compile(options).memory_analysis()
-    return _size(args) + told.output_size_in_bytes - told.alias_size_in_bytes + told.temp_size_in_bytes
+    memory = function.lower(state, *args).compile(options).memory_analysis()
+    return _size(args) + memory.output_size_in_bytes - memory.alias_size_in_bytes + memory.temp_size_in_bytes
 
 
 def _size(tree):

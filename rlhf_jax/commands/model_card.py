@@ -1,4 +1,4 @@
-"""The README.md of an exported model: what it is, how it was made, what was measured. Names of data, never rows."""
+"""The README.md of an exported model: what it is, its recipe and its metrics. It names data and shows no rows."""
 
 import dataclasses
 from pathlib import Path
@@ -14,7 +14,7 @@ WHAT = {
     "reward": "a reward model, trained on preference pairs",
     "rl": "a policy after reinforcement learning",
 }
-# Of the config: where and how fast a run went, not what it computed; and what `Data` says.
+# Config fields left out: those that do not change a run's results, and those in the card's section `Data`.
 QUIET = ("eval_every", "save_every", "microbatches", "remat", "top_k", "top_p", "init", "path")
 
 POLICY = """\
@@ -82,11 +82,11 @@ def _recipe(config, stage):
         if name == "data":
             continue
         if dataclasses.is_dataclass(value):
-            fields = {field: told for field, told in dataclasses.asdict(value).items() if field not in QUIET}
-            told = ", ".join(f"{field} {value}" for field, value in fields.items())
+            fields = {field: value for field, value in dataclasses.asdict(value).items() if field not in QUIET}
+            values = ", ".join(f"{field} {value}" for field, value in fields.items())
         else:
-            told = Path(str(value)).name + (", this is the first" if name == "seeds" and value > 1 else "")
-        yield f"`{name}`", told
+            values = Path(str(value)).name + (", this is the first" if name == "seeds" and value > 1 else "")
+        yield f"`{name}`", values
 
 
 def _what(config, stage):
@@ -99,7 +99,7 @@ def _what(config, stage):
 
 
 def _header(config, stage):
-    """What the hub reads."""
+    """The metadata that the hub reads."""
     tag = "text-classification" if stage == "reward" else "text-generation"
     lines = ["---", "library_name: transformers", f"pipeline_tag: {tag}", f"tags: [rlhf_jax, {stage}]"]
     if _on_hub(config.model.init):
@@ -108,11 +108,11 @@ def _header(config, stage):
 
 
 def _reading(config, stage):
-    told = "PAD is a token of its own, apart from EOS. "
+    tokens = "PAD and EOS are different tokens. "
     if stage == "reward":
-        return told + "Scores are read at EOS, the last token; pad on the right. References score 0 on average."
+        return tokens + "Scores are read at EOS, the last token; pad on the right. References score 0 on average."
     begins = "EOS alone" if config.task == "write" else "the prompt, padded on the left; a summary begins with a space"
-    return f"{told}A text begins with {begins}, and ends with EOS."
+    return f"{tokens}A text begins with {begins}, and ends with EOS."
 
 
 def _data(config):
@@ -133,7 +133,7 @@ def _data(config):
 
 
 def _name(place):
-    """A name on the hub as it is; of a path its last part, for nobody else has the rest."""
+    """A name on the hub unchanged; only the last part of a local path, which nobody else has."""
     return place if not place or _on_hub(place) else Path(place).name
 
 
@@ -142,7 +142,7 @@ def _on_hub(place):
 
 
 def _number(value):
-    """Empty for what is no number and no list of numbers."""
+    """The value as text; empty unless it is a number or a list of numbers."""
     if isinstance(value, list):
         return ", ".join(map(_number, value))
     return f"{value:.4g}" if isinstance(value, int | float) else ""

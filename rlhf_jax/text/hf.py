@@ -1,6 +1,6 @@
-"""Hugging Face tokenizers <-> ours: reads their byte-level BPE and what it wrote, which AutoTokenizer loads.
+"""Hugging Face tokenizers <-> ours: reads their byte-level BPE, writes files for transformers.AutoTokenizer.
 
-A text has the same ids on both sides, but for one thing: to theirs, the name of a special token in it is that token.
+A text has the same ids on both sides, with one exception: theirs encodes the name of a special token as that token.
 """
 
 import json
@@ -13,9 +13,9 @@ from rlhf_jax.errors import InputError
 from rlhf_jax.text import bpe, char, stored
 
 FILE = "tokenizer.json"
-PADS = ("<|pad|>", "<|padding|>", "[PAD]", "<pad>")  # names that PAD has; the first is what we call it
+PADS = ("<|pad|>", "<|padding|>", "[PAD]", "<pad>")  # known names of PAD; ours is the first
 
-# What byte-level BPE has in the fields of a tokenizer.json; None: null, or not there.
+# The fields of a tokenizer.json and their values in byte-level BPE; None: null or absent.
 EXPECTED = {
     "normalizer.type": (None, "NFC"),
     "pre_tokenizer.type": ("ByteLevel",),
@@ -30,7 +30,7 @@ EXPECTED = {
     "model.byte_fallback": (None, False),
     "model.ignore_merges": (None, False),
 }
-# The same for a token that is found whole in a text.
+# The same for an added token, which is matched whole in a text.
 EXPECTED_OF_ADDED = {"single_word": (None, False), "lstrip": (None, False), "rstrip": (None, False)}
 
 
@@ -47,9 +47,9 @@ def read(path: str | os.PathLike) -> bpe.BPETokenizer | char.CharTokenizer:
 
 
 def from_hf(record: dict) -> bpe.BPETokenizer | char.CharTokenizer:
-    """A parsed tokenizer.json. A special token with one of the names PADS is PAD; without one, PAD is a new id.
+    """The tokenizer in a parsed tokenizer.json. A special token with a name in PADS is PAD; else PAD is a new id.
 
-    What the file says of truncation and padding is not read: that is for the batches.
+    The file's truncation and padding are not read: batches have their own. Raises InputError for another kind.
     """
     if _get(record, "model.type") == "WordLevel":
         return _of_characters(record)
@@ -75,15 +75,15 @@ def from_hf(record: dict) -> bpe.BPETokenizer | char.CharTokenizer:
 
 
 def to_hf(tokenizer: bpe.BPETokenizer | char.CharTokenizer) -> dict[str, dict]:
-    """The files that transformers.AutoTokenizer loads: {name: JSON value}. EOS and PAD are special tokens, and apart.
+    """The files that transformers.AutoTokenizer loads: {name: JSON value}. EOS and PAD are two special tokens.
 
-    A text with no known character is all UNK to their character tokenizer, and an error to ours.
+    Their character tokenizer encodes a text without known characters as UNK; ours raises InputError.
     """
     codec, special = _characters(tokenizer) if isinstance(tokenizer, char.CharTokenizer) else _byte_level(tokenizer)
     codec.add_special_tokens([tokenizers.AddedToken(name, normalized=False) for name in special])
     names = {"eos_token": codec.id_to_token(tokenizer.eos_id), "pad_token": codec.id_to_token(tokenizer.pad_id)}
     config = {
-        "tokenizer_class": "PreTrainedTokenizerFast",  # takes tokenizer.json as it is
+        "tokenizer_class": "PreTrainedTokenizerFast",  # uses tokenizer.json unchanged
         "add_prefix_space": False,
         "clean_up_tokenization_spaces": False,
         "padding_side": "left",
@@ -101,7 +101,7 @@ def export(tokenizer: bpe.BPETokenizer | char.CharTokenizer, folder: str | os.Pa
 def _byte_level(tokenizer):
     codec = tokenizers.Tokenizer.from_str(tokenizer.codec.to_str())
     pad = tokenizer.pad or next(name for name in PADS if name not in tokenizer.tokens)
-    return codec, dict.fromkeys((*tokenizer.special, pad))  # the one that is new gets the next id
+    return codec, dict.fromkeys((*tokenizer.special, pad))  # a new PAD gets the next id
 
 
 def _characters(tokenizer):
@@ -110,7 +110,7 @@ def _characters(tokenizer):
     codec = tokenizers.Tokenizer(tokenizers.models.WordLevel(ids, unk_token=unknown))
     codec.pre_tokenizer = tokenizers.pre_tokenizers.Split(tokenizers.Regex(r"[\s\S]"), "isolated")
     codec.decoder = tokenizers.decoders.Fuse()
-    return codec, (bpe.EOS, PADS[0])  # their ids are the next two
+    return codec, (bpe.EOS, PADS[0])  # EOS and PAD get the next two ids
 
 
 def _of_characters(record):
@@ -132,7 +132,7 @@ def _expect(fields, record, where=""):
 
 
 def _get(record, field):
-    """record["a"]["b"] for the field "a.b"; None if that is not there."""
+    """record["a"]["b"] for the field "a.b"; None if it is absent."""
     for name in field.split("."):
         record = record.get(name) if isinstance(record, dict) else None
     return record

@@ -47,7 +47,7 @@ def schedule(config, updates):
 
 
 def adamw(config, updates):
-    """The optax transformation. Build it once: a new one is a new compilation."""
+    """The optax transformation. Build it once: a new one causes a new compilation."""
     clip = optax.clip_by_global_norm(config.max_grad_norm) if config.max_grad_norm else optax.identity()
     adam = optax.adamw(
         schedule(config, updates), b2=config.adam_b2, eps=config.adam_eps, weight_decay=config.weight_decay
@@ -125,14 +125,14 @@ def all_finite(tree):
 
 
 def accumulate(grad_fn, batch, weights, microbatches):
-    """grad_fn over `microbatches` equal slices of the batch, averaged as if it had seen the batch whole.
+    """The mean of grad_fn over `microbatches` equal slices of the batch, equal to grad_fn of the whole batch.
 
-    grad_fn(slice) returns a pytree of means over the slice; weights [B] says how much of the mean each row is (its
-    number of tokens, say). A slice counts by its share of the weight, so padding does not tilt the average.
+    grad_fn(slice) returns a pytree of means over the slice. weights [B] are the rows' weights in these means (their
+    numbers of tokens, say). A slice is weighted by its share of the weights, so padding does not bias the mean.
     """
     if microbatches == 1:
         return grad_fn(batch)
-    # Rows are dealt out in turn, so that a batch laid over devices stays balanced in every slice.
+    # Rows are dealt out in turn, so every slice is spread evenly over the devices.
     slices = jax.tree.map(lambda x: x.reshape(-1, microbatches, *x.shape[1:]).swapaxes(0, 1), (batch, weights))
     shares = jnp.sum(slices[1], axis=1) / jnp.maximum(jnp.sum(weights), 1)
 

@@ -53,7 +53,7 @@ def test_an_untied_head_is_a_table_of_its_own(untied):
 
 
 def test_a_scalar_model_leaves_the_untied_head_behind(untied):
-    """Nothing reads it there."""
+    """A scalar model never reads it."""
     params, scalar = jax.jit(untied.init)(jax.random.key(0)), ScalarModel(untied.config)
     for tree in scalar.init(jax.random.key(1), params), scalar.zero_head(params):
         assert tree["trunk"].keys() == params.keys() - {"unembed"}
@@ -62,7 +62,7 @@ def test_a_scalar_model_leaves_the_untied_head_behind(untied):
 
 @pytest.mark.parametrize("count, temperature", [(1, 0.7), (5, 0.7), (5, 1.0), (10, 1.0)])
 def test_logprobs_are_of_the_last_tokens_given_those_before(count, temperature, apply, policy, sequences):
-    """invariants 2 and 3: entry i is token T - count + i, read off one place before it; the first one is not lost."""
+    """invariants 2 and 3: entry i is token T - count + i, read one position before it; the first one is not lost."""
     tokens_BT, mask_BT = sequences
     every_BTV = jax.nn.log_softmax(logits(apply.policy, policy, tokens_BT, mask_BT) / temperature)
     actual = logprobs(apply.policy, policy, tokens_BT, mask_BT, count, temperature=temperature)
@@ -103,8 +103,8 @@ def test_compare(temperature, chunk, apply, policy, reference, sequences):
 
 
 @pytest.mark.parametrize("changes", [{}, gpt2.NEOX | {"context": 40}, {"remat": True}], ids=["gpt2", "neox", "remat"])
-def test_what_is_not_asked_for_is_not_needed(changes, apply, sequences):
-    """The last layer computes the tokens before the response alone: same states, same gradients."""
+def test_tokens_that_are_not_selected_are_not_needed(changes, apply, sequences):
+    """The last layer computes only the selected tokens: same states, same gradients."""
     model = LanguageModel(dataclasses.replace(apply.policy.config, **changes))
     params, weights = jax.jit(model.init)(jax.random.key(3)), jax.random.normal(jax.random.key(4), (6, 5, 16))
 
@@ -143,8 +143,8 @@ def test_scalar_head_starts_small(apply, policy):
     np.testing.assert_allclose(heads.std(), 1 / 17**0.5, rtol=0.01)  # 1/sqrt(16) is 3% more
 
 
-def test_zero_head_says_zero(apply, policy, sequences):
-    """invariant 12: a value network may start from the SFT trunk under a zero head."""
+def test_zero_head_returns_zero(apply, policy, sequences):
+    """invariant 12: a value network may start from the SFT trunk with a zero head."""
     params = apply.scalar.zero_head(policy)
     np.testing.assert_array_equal(values(apply.scalar, params, *sequences, 5), np.zeros((6, 5)))
     assert params["trunk"] is policy
@@ -162,7 +162,7 @@ def test_score_is_read_at_the_last_real_token(apply, scalar, sequences):
 
 
 def test_padding_changes_no_score(apply, scalar, sequences):
-    """invariant 1: neither more of it on either side, nor what stands in it."""
+    """invariant 1: neither its width on either side nor its tokens."""
     tokens_BT, mask_BT = sequences
     wide = (
         jnp.pad(jnp.where(mask_BT, tokens_BT, 17), ((0, 0), (3, 2)), constant_values=17),

@@ -13,7 +13,7 @@ def rows(count, size, seed=0):
 
 
 def test_angles_by_hand():
-    # base 100, two planes: 100^0 = 1 and 100^(-1/2) = .1 radians a place
+    # base 100, two planes: 100^0 = 1 and 100^(-1/2) = .1 radians per position
     np.testing.assert_allclose(angles(jnp.array([0, 1, 3]), 2, 100.0), [[0, 0], [1, 0.1], [3, 0.3]], rtol=1e-6)
 
 
@@ -31,7 +31,7 @@ def test_no_angle_changes_nothing():
 
 
 @given(st.integers(0, 500), st.integers(0, 500), st.integers(0, 500))
-def test_products_depend_on_the_distance_alone(query, key, shift):
+def test_products_depend_only_on_the_distance(query, key, shift):
     q_K, k_K = rows(2, 6)
 
     def product(query, key):

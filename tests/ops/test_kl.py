@@ -51,7 +51,7 @@ def test_exact_is_at_the_temperature():
 
 @given(rows)
 def test_exact_and_estimators(logits):
-    """invariant 15: the exact KL is not negative, and is the mean of k1 and of k3 over tokens drawn from p."""
+    """invariant 15: the exact KL is not negative, and is the mean of k1 and of k3 over tokens sampled from p."""
     p, q = log_softmax(logits)
     expected = np.sum(np.exp(p) * (p - q))
     exact = kl.exact(*jnp.asarray(logits))
@@ -66,7 +66,7 @@ def test_exact_and_estimators(logits):
 
 @given(rows, st.floats(0.1, 3))
 def test_equal_models_have_no_kl(logits, temperature):
-    """invariant 5: not rounding errors either."""
+    """invariant 5: exactly 0, without a rounding error."""
     logits = jnp.asarray(logits)
     np.testing.assert_array_equal(kl.exact(logits, logits, temperature=temperature), [0, 0])
     np.testing.assert_array_equal(kl.k1(logits, logits), np.zeros((2, 6)))
@@ -80,7 +80,7 @@ def test_nearly_equal_models_have_nearly_no_kl(logits, change):
     assert (kl_T >= 0).all() and (kl_T <= 1e-9).all()
 
 
-def test_one_number_a_token():
+def test_one_number_per_token():
     assert kl.exact(jnp.zeros((2, 3, 5)), jnp.ones((2, 3, 5))).shape == (2, 3)
 
 

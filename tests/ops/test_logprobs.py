@@ -32,7 +32,7 @@ def test_before_by_hand():
 
 @pytest.mark.parametrize("count", [1, 2, 4])
 @pytest.mark.parametrize("axes", [(), (3,)])
-def test_before_stands_one_place_before_the_last_tokens(count, axes):
+def test_before_is_one_position_before_the_last_tokens(count, axes):
     """invariant 2"""
     x_BT = np.arange(2 * 5 * 3).reshape(2, 5, 3)[(...,) if axes else (..., 0)]
     expected = np.stack([x_BT[:, 5 - count + i - 1] for i in range(count)], axis=1)
@@ -49,14 +49,14 @@ def ends_at_minus_one(node):
 def test_nothing_else_shifts_by_one():
     """invariant 2: a slice of an array that ends at -1 is a shift by one, and `before` has the only one."""
     package = Path(rlhf_jax.__file__).parent
-    found = [
+    shifts = [
         f"{path.relative_to(package).as_posix()}: {ast.unparse(node)}"
         for folder in (".", "ops", "models", "algorithms")
         for path in sorted((package / folder).glob("*.py"))
         for node in ast.walk(ast.parse(path.read_text()))
         if ends_at_minus_one(node)
     ]
-    assert found == ["ops/logprobs.py: x_BT[:, -count - 1:-1]"]
+    assert shifts == ["ops/logprobs.py: x_BT[:, -count - 1:-1]"]
 
 
 def test_gather_by_hand():
@@ -94,7 +94,7 @@ def test_entropy_is_never_negative(logits_TV, temperature):
 
 
 def test_entropy_by_hand():
-    """invariant 15: log V where all are as likely, 0 where one is certain."""
+    """invariant 15: log V where all are equally likely, 0 where one is certain."""
     logits_TV = jnp.array([[3.0, 3, 3, 3], [900, 0, 0, 0]])
     np.testing.assert_allclose(logprobs.entropy(logits_TV), [np.log(4), 0], rtol=1e-6)
 
@@ -118,7 +118,7 @@ def project(embedding_VD, hidden, targets):
     return {"logp": logprobs.gather(logits, targets), "entropy": logprobs.entropy(logits)}
 
 
-@pytest.mark.parametrize("chunk", [1, 4, 5, 6, 7, 100])  # 6 tokens: in the last but one a single chunk, then one padded
+@pytest.mark.parametrize("chunk", [1, 4, 5, 6, 7, 100])  # of 6 tokens: several chunks up to 5, then one
 def test_chunks_change_nothing(chunk):
     """Values and gradients are those of all tokens at once, whether or not the chunks fill up."""
     embedding_VD = jax.random.normal(jax.random.key(0), (11, 3))
@@ -142,7 +142,7 @@ def test_chunks_change_nothing(chunk):
 
 
 def test_chunks_keep_no_array_of_all_tokens_by_the_vocabulary():
-    """In neither direction: the largest array with the vocabulary in it has `chunk` tokens."""
+    """Neither forward nor backward: the largest array with the vocabulary in it has `chunk` tokens."""
     V, D, chunk = 97, 3, 4
     hidden_BTD, targets_BT = jnp.zeros((5, 4, D)), jnp.zeros((5, 4), int)
 

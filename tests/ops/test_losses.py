@@ -34,7 +34,7 @@ def test_bradley_terry_by_hand():
 
 @given(reals, reals)
 def test_bradley_terry_laws(chosen, rejected):
-    """Losses of a pair and of the pair turned round differ by the margin; the gradient is sigmoid(-margin)."""
+    """Losses of a pair and of the swapped pair differ by the margin; the gradient is sigmoid(-margin)."""
     with jax.enable_x64(True):
         loss, turned = losses.bradley_terry(chosen, rejected), losses.bradley_terry(rejected, chosen)
         assert (loss >= 0).all()
@@ -53,7 +53,7 @@ def test_policy_gradient_by_hand():
     logp, advantages, mask = jnp.array([-1.0, -2, -9]), jnp.array([3.0, -1, 9]), jnp.array([1, 1, 0])
     loss, slope = jax.value_and_grad(losses.policy_gradient)(logp, advantages, mask)
     assert loss == (3 - 2) / 2
-    np.testing.assert_allclose(slope, [-1.5, 0.5, 0])  # up goes what was better than expected
+    np.testing.assert_allclose(slope, [-1.5, 0.5, 0])  # a token that was better than expected becomes more likely
 
 
 def test_ppo_by_hand():
@@ -68,7 +68,7 @@ def test_ppo_by_hand():
 
 
 def test_clipped_tokens_push_no_gradient():
-    """Beyond the clip, on the side that its advantage pushes to; on the other side a token is pulled back."""
+    """No gradient beyond the clip on the side that the advantage pushes to; on the other side there is one."""
 
     def loss(logp, advantages):
         return losses.ppo_policy(logp, jnp.zeros(2), advantages, jnp.ones(2), clip=0.2)[0]
@@ -90,7 +90,7 @@ def test_ppo_at_ratio_one_is_the_policy_gradient(logp, advantages, mask):
 
 @given(logps, logps, reals, masks, st.floats(0.05, 0.5))
 def test_ppo_is_the_mean_of_the_worse_of_two(logp, logp_old, advantages, mask, clip):
-    """invariant 8: the loss and what is logged are means over the tokens left; over padding, KL looks too healthy."""
+    """invariant 8: the loss and its metrics are means over tokens with mask 1; padding would shrink KL."""
     ratio = np.exp(logp - logp_old)
     plain, clipped = ratio * advantages, np.clip(ratio, 1 - clip, 1 + clip) * advantages
 
@@ -115,14 +115,14 @@ def test_value_loss_by_hand():
 
 
 def test_a_value_within_the_range_is_not_clipped():
-    """Not even by rounding."""
+    """Rounding does not make it count as clipped."""
     values, old = jax.random.uniform(jax.random.key(0), (2, 1000), minval=-0.09, maxval=0.09)
     _, aux = losses.ppo_value(values, old, jnp.zeros(1000), jnp.ones(1000), clip=0.2)
     assert aux["clip_fraction"] == 0
 
 
 def test_clipped_values_push_no_gradient():
-    """Where the clipped error is the larger, the value has gone far enough; elsewhere it is drawn to the return."""
+    """No gradient where the clipped error is the larger; elsewhere the value moves towards the return."""
 
     def loss(values, returns):
         return losses.ppo_value(values, jnp.zeros(2), returns, jnp.ones(2), clip=1)[0]
@@ -152,7 +152,7 @@ ON_VALUES = [lambda values: losses.ppo_value(values, OLD, ADVANTAGES, MASK, clip
 @pytest.mark.parametrize("loss", ON_LOGP)
 @pytest.mark.parametrize("hole", [-np.inf, np.nan, -1e30])
 def test_what_the_mask_hides_never_matters(loss, hole):
-    """invariant 8: a loss and its gradient are those of the tokens left, whatever is at the others."""
+    """invariant 8: a loss and its gradient do not depend on tokens with mask 0."""
     plain, holed = jnp.array([-1.0, -2, 0]), jnp.array([-1.0, -2, hole])
     assert loss(holed) == loss(plain)
     np.testing.assert_array_equal(jax.grad(loss)(holed), jax.grad(loss)(plain))
@@ -178,7 +178,7 @@ def test_what_the_mask_hides_never_matters_to_values(loss, hole):
         ([np.exp(0.1)], [1], -np.exp(0.1)),
     ],
 )
-def test_ppo_numbers_of_others(ratios, advantages, expected, float64):
+def test_ppo_numbers_of_other_libraries(ratios, advantages, expected, float64):
     np.testing.assert_allclose(ppo(ratios, advantages)[0], expected, atol=1e-12)
 
 

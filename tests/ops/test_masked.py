@@ -61,7 +61,7 @@ def test_an_empty_mask_gives_zero():
 
 
 def test_whiten_divides_by_the_biased_variance():
-    """invariant 9: [1, 3] has biased variance 1, unbiased 2; the mean is kept only if asked."""
+    """invariant 9: [1, 3] has biased variance 1, unbiased 2; the mean is kept only on request."""
     x, mask = jnp.array([1.0, 3, 99]), jnp.array([1, 1, 0])
     np.testing.assert_allclose(masked.whiten(x, mask), [-1, 1, 0], rtol=1e-6)
     np.testing.assert_allclose(masked.whiten(x, mask, shift_mean=False), [1, 3, 0], rtol=1e-6)
@@ -89,7 +89,7 @@ def test_whitened_numbers_have_mean_zero_and_variance_one(x, mask):
 
 
 @given(rows, masks)
-def test_statistics_are_those_of_what_is_left(x, mask):
+def test_statistics_are_those_of_numbers_with_mask_one(x, mask):
     with jax.enable_x64(True):
         left = x[mask] if mask.any() else np.zeros(1)
         np.testing.assert_allclose(masked.sum(x, mask), left.sum(), atol=1e-9)

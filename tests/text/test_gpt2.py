@@ -70,7 +70,7 @@ def test_a_bad_vocabulary_is_named(tmp_path, vocabulary, message):
         gpt2.from_files(tmp_path)
 
 
-def test_merges_cut_short_are_found(folder):
+def test_missing_merges_are_detected(folder):
     merges = next(file for file in folder.iterdir() if file.suffix in (".bpe", ".txt"))
     merges.write_text("#version: 0.2\nh e\n")
     with pytest.raises(InputError, match=f"does not fit {merges.name}: tokens: expected the 258 .* got 260"):
@@ -101,5 +101,5 @@ def test_golden_ids():
     assert tokenizer.encode_batch([row["text"] for row in rows]) == [row["ids"] for row in rows]
     assert [i for i, row in enumerate(rows) if tokenizer.decode(row["ids"]) != row["text"]] == []
     assert (tokenizer.eos_id, tokenizer.pad_id, tokenizer.vocab_size) == (50256, 50257, 50258)
-    there = tokenizers.Tokenizer.from_str(json.dumps(hf.to_hf(tokenizer)["tokenizer.json"]))
-    assert [i for i, row in enumerate(rows) if there.encode(row["text"]).ids != row["ids"]] == []
+    theirs = tokenizers.Tokenizer.from_str(json.dumps(hf.to_hf(tokenizer)["tokenizer.json"]))
+    assert [i for i, row in enumerate(rows) if theirs.encode(row["text"]).ids != row["ids"]] == []
