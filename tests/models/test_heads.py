@@ -165,7 +165,7 @@ def test_zero_head_says_zero(apply, policy, sequences):
 def test_score_is_read_at_the_last_real_token(apply, scalar, sequences):
     """invariant 12: at EOS, not at the padding after it, nor one before."""
     tokens_BT, mask_BT = sequences
-    hidden_BTD = LanguageModel(apply.scalar.config).hidden(scalar["trunk"], tokens_BT, mask_BT)
+    hidden_BTD = jax.jit(LanguageModel(apply.scalar.config).hidden)(scalar["trunk"], tokens_BT, mask_BT)
     at_BT = apply.scalar.read(scalar, hidden_BTD)
     last_B = [11 - 1 - empty for empty in (0, 4, 2, 0, 3, 1)]
     score_B = score(apply.scalar, scalar, tokens_BT, mask_BT)
