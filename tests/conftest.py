@@ -3,7 +3,6 @@
 import contextlib
 import dataclasses
 import hashlib
-import json
 import os
 import re
 from math import prod
@@ -21,10 +20,13 @@ from rlhf_jax.ops import logprobs
 from rlhf_jax.rollout import Apply
 from rlhf_jax.text import char
 from rlhf_jax.training.checkpoint import Checkpoints
+from tests import support
 
-DATA = Path(os.environ.get("RLHF_JAX_DATA", Path(__file__).parents[2] / "shared" / "data"))
+# Compiling is most of the time, and LLVM's optimizations are a third of it: kernels of a few numbers need none. What
+# XLA does before them (fusion, layouts, memory) is as always. Set XLA_FLAGS to have them: the tests pass either way.
+os.environ.setdefault("XLA_FLAGS", "--xla_backend_optimization_level=0 --xla_llvm_disable_expensive_passes=true")
 
-# Compiling is most of the time: a second run takes a fifth of the first, and equal programs compile once in a run.
+# A second run takes a fifth of the first, and equal programs compile once in a run.
 CACHE = Path(os.environ.get("XDG_CACHE_HOME", Path.home() / ".cache")) / "rlhf_jax" / "compiled"
 jax.config.update("jax_compilation_cache_dir", str(CACHE))
 jax.config.update("jax_persistent_cache_min_compile_time_secs", 0)
@@ -55,10 +57,7 @@ def float64():
 @pytest.fixture(scope="session")
 def goldens():
     """Float64 values of the PPO mathematics, computed by others."""
-    path = DATA / "goldens" / "ppo_maths.json"
-    if not path.exists():
-        pytest.skip("the shared golden file ppo_maths.json is not here")
-    return json.loads(path.read_text())
+    return support.golden("ppo_maths.json")
 
 
 class Bigram(heads.LanguageModel):

@@ -124,12 +124,12 @@ def rl(rows, directory, stage, *, best_of_n=None):
     reward_over_kl.png sets the policy beside it. Where rows have `_ci95` of a curve, its band is drawn.
     """
     rows = bare(rows, stage)
-    drawings = {name: _panels([panel], rows) for name, panel in RL.items()}
-    drawings["over_optimization"] = _score_and_gold(rows, x="kl")
+    plotters = {name: _panels([panel], rows) for name, panel in RL.items()}
+    plotters["over_optimization"] = _score_and_gold(rows, x="kl")
     if best_of_n:
-        drawings["reward_over_kl"] = [partial(_frontier, rows=rows, best_of_n=best_of_n)]
-    drawings[stage] = [drawing for some in drawings.values() for drawing in some]
-    figures = {name: _save(some, Path(directory) / f"{name}.png") for name, some in drawings.items()}
+        plotters["reward_over_kl"] = [partial(_frontier, rows=rows, best_of_n=best_of_n)]
+    plotters[stage] = [plotter for some in plotters.values() for plotter in some]
+    figures = {name: _save(some, Path(directory) / f"{name}.png") for name, some in plotters.items()}
     return {name: figure for name, figure in figures.items() if figure}
 
 
@@ -184,7 +184,7 @@ def pipeline(rows, path, title):
     """
     panels = {"pretrain": PRETRAIN_LOSS, "sft": SFT_LOSS, "reward": ACCURACY}
     *before, last = rows
-    drawings = [drawing for stage in before for drawing in _panels([panels[stage]], rows[stage])]
+    plotters = [plotter for stage in before for plotter in _panels([panels[stage]], rows[stage])]
     found = bare(rows[last], last)
     gain = _score_and_gold(found, x="step") or _panels([RL["score"], RL["reward"]], found)
     cost = (
@@ -192,7 +192,7 @@ def pipeline(rows, path, title):
         if len(before) == 2 and "reward" in rows
         else [RL[name] for name in ("kl", "distinct2", "repeat_rate")]
     )
-    return _save(drawings + gain + _panels(cost, found), path, columns=2, title=title)
+    return _save(plotters + gain + _panels(cost, found), path, columns=2, title=title)
 
 
 @_styled

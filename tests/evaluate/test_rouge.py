@@ -1,14 +1,13 @@
 import json
-import os
-from pathlib import Path
+from collections import Counter
+from random import Random
 
 import numpy as np
 import pytest
 
 from rlhf_jax.errors import InputError
 from rlhf_jax.evaluate.rouge import rouge
-
-DATA = Path(os.environ.get("RLHF_JAX_DATA", Path(__file__).parents[3] / "shared" / "data"))
+from tests import support
 
 
 def test_rouge_by_hand():
@@ -44,12 +43,54 @@ def test_no_pairs_is_an_error():
         dict(rouge([], []))
 
 
+def f(common, predicted, there):
+    return 2 * common / (predicted + there) if common else 0.0
+
+
+def subsequence(a, b):
+    """The length of the longest common subsequence."""
+    lengths = [[0] * (len(b) + 1) for _ in range(len(a) + 1)]
+    for i, x in enumerate(a):
+        for j, y in enumerate(b):
+            lengths[i + 1][j + 1] = lengths[i][j] + 1 if x == y else max(lengths[i][j + 1], lengths[i + 1][j])
+    return lengths[-1][-1]
+
+
+def oracle(target, prediction):
+    """Lin 2004 on lists of words: F1 of the common words and bigrams, and of the longest common subsequence."""
+    scores = {"rougeL": f(subsequence(target, prediction), len(prediction), len(target))}
+    for n in 1, 2:
+        there, predicted = (
+            Counter(zip(*(words[i:] for i in range(n)), strict=False)) for words in (target, prediction)
+        )
+        scores[f"rouge{n}"] = f((there & predicted).total(), predicted.total(), there.total())
+    return scores
+
+
+# Porter's stems; words of three letters are left alone.
+STEMS = {"walking": "walk", "walked": "walk", "walk": "walk", "cats": "cat", "cat": "cat", "happily": "happili"}
+STEMS |= {"the": "the", "as": "as", "ponies": "poni", "pony": "poni", "22": "22"}
+
+
+@pytest.mark.parametrize("stemmer", [False, True])
+def test_it_is_the_formula_on_generated_texts(stemmer):
+    draw = Random(0)
+    pairs = [[draw.choices(list(STEMS), k=draw.randrange(0, 40)) for _ in range(2)] for _ in range(100)]
+    expected = [oracle(*([STEMS[w] if stemmer else w for w in words] for words in pair)) for pair in pairs]
+    texts = [[", ".join(words).capitalize() + "." for words in pair] for pair in pairs]
+    scores = [dict(rouge([target], [prediction], stemmer=stemmer)) for target, prediction in texts]
+    means = dict(rouge(*zip(*texts, strict=True), stemmer=stemmer))
+    for name in "rouge1", "rouge2", "rougeL":
+        expected_N = [row[name] for row in expected]
+        assert 0.05 < np.mean(expected_N) < 0.95
+        np.testing.assert_allclose([score[name] for score in scores], expected_N, atol=1e-12)
+        assert means[name] == pytest.approx(np.mean(expected_N))
+
+
 @pytest.mark.parametrize(("stemmer", "suffix"), [(False, ""), (True, "_stem")])
 def test_goldens_on_real_summaries(stemmer, suffix):
-    path = DATA / "goldens" / "rouge_tldr.json"
-    if not path.exists():
-        pytest.skip("the shared golden file rouge_tldr.json is not here")
-    rows = json.loads(path.read_text())["rows"]
+    """Real people's summaries, which are not ours to publish."""
+    rows = json.loads(support.shared("goldens/rouge_tldr.json").read_text())["rows"]
     expected = {name: [row[name + suffix][2] for row in rows] for name in ("rouge1", "rouge2", "rougeL")}
     scores = [dict(rouge([row["target"]], [row["prediction"]], stemmer=stemmer)) for row in rows]
     means = dict(rouge([row["target"] for row in rows], [row["prediction"] for row in rows], stemmer=stemmer))

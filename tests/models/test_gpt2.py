@@ -229,11 +229,11 @@ def test_layers_that_are_computed_again_have_the_same_gradients(dropout, model, 
 
 
 def test_layers_that_are_computed_again_take_less_memory():
-    """XLA's temporary memory for the gradients of eight layers of 256 tokens."""
+    """XLA's temporary memory for the gradients of four layers of 256 tokens; eight take longer to compile."""
     tokens_BT = jax.ShapeDtypeStruct((4, 64), jnp.int32)
     bytes_needed = []
     for remat in False, True:
-        model = LanguageModel(gpt2.Config(layers=8, heads=2, head_size=16, width=32, vocab_size=50, remat=remat))
+        model = LanguageModel(gpt2.Config(layers=4, heads=2, head_size=16, width=32, vocab_size=50, remat=remat))
         grads = jax.jit(jax.grad(lambda p, t, m=model: m.logprobs(p, t, jnp.ones_like(t), 63).sum()))
         shapes = jax.eval_shape(model.init, jax.random.key(0))
         # XLA on a CPU merges equal computations, these too, unless this pass is off.
