@@ -32,7 +32,7 @@ def launch(task, only=None, job=pipeline.run):
 
 
 def parser(*required):
-    """A parser of flags, of which the required ones must be given, for app.run. What is wrong is told in one line."""
+    """A parser of flags for app.run; the required ones must be given. Errors are one line."""
 
     def parse(argv):
         try:
@@ -48,7 +48,7 @@ def parser(*required):
                 CONFIG.value.to_dict()  # a config that could not be loaded says so only when it is read
             return rest
         except (flags.Error, AttributeError, KeyError, TypeError, ValueError, OSError) as error:
-            leave(_told(error, argv))
+            leave(_message(error, argv))
 
     return parse
 
@@ -70,7 +70,7 @@ def _found(before, arg):
     return f"{flag if equals else ''}{equals}{files[name]}{colon}{argument}"
 
 
-def _told(error, argv):
+def _message(error, argv):
     """What was wrong with a flag: ml_collections says it in several lines, at times with a traceback in them."""
     text = str(error.args[0] if error.args else error).strip()
     if isinstance(error, AttributeError | KeyError):  # \'lrr\'\nDid you mean "lr" instead of "lrr"?
@@ -87,13 +87,13 @@ def _run(task, only, job):
     cache = Path(os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache", "rlhf_jax", "xla")
     jax.config.update("jax_compilation_cache_dir", str(cache))
     jax.config.update("jax_persistent_cache_min_compile_time_secs", 0)
-    logging.set_verbosity(logging.FATAL)  # Orbax tells of every file it touches; its errors are raised as well
+    logging.set_verbosity(logging.FATAL)  # Orbax logs every file it touches; its errors are raised as well
     try:
         with loop.stop_signal() as stop, stop.at_once(), Reporter() as reporter:
             config = configs.parse(CONFIG.value.to_dict())
             if config.task != task:
                 raise InputError(f"--config: expected a config whose task is {task}, got one for {config.task}")
-            if config.deterministic:  # read when the first device is asked for, which is below
+            if config.deterministic:  # read with the first device, which is below
                 os.environ["XLA_FLAGS"] = f"{os.environ.get('XLA_FLAGS', '')} --xla_gpu_deterministic_ops=true"
             job(config, WORKDIR.value, reporter, stop, only)
     except InputError as error:
@@ -106,7 +106,7 @@ def _run(task, only, job):
         leave(error, NOT_FINITE)
 
 
-def leave(told, code=BAD_INPUT):
+def leave(message, code=BAD_INPUT):
     """Ends the program with one line, and the exit code."""
-    print(f"{Path(sys.argv[0]).name}: {' '.join(str(told).split())}", file=sys.stderr)
+    print(f"{Path(sys.argv[0]).name}: {' '.join(str(message).split())}", file=sys.stderr)
     sys.exit(code)

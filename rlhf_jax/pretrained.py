@@ -50,7 +50,7 @@ class Pretrained:
     apply: rollout.Apply  # the functions of the parameters
     params: dict | None = dataclasses.field(repr=False)  # the policy's; None: there is only a reward model
     reward: dict | None = dataclasses.field(repr=False)  # the reward model's; None: there is none
-    max_tokens: int = MAX_TOKENS  # of a completion, EOS included, unless `generate` is asked for another number
+    max_tokens: int = MAX_TOKENS  # of a completion, EOS included, unless `generate` is given another number
 
     @property
     def context(self) -> int:
@@ -179,8 +179,8 @@ class Pretrained:
         limit = self.context - R
         for i, ids in enumerate(prompts):
             if len(ids) > limit:
-                told = f"at most {limit} tokens, the context of {self.context} without max_tokens = {R}"
-                raise InputError(f"prompts[{i}]: expected {told}, got {len(ids)}")
+                most = f"at most {limit} tokens, the context of {self.context} without max_tokens = {R}"
+                raise InputError(f"prompts[{i}]: expected {most}, got {len(ids)}")
         # The noise of a sample is its own: it does not depend on the other prompts, nor on n.
         key, sample_N = jax.random.key(seed), jnp.arange(len(prompts) * n)
         keys_N = jax.vmap(lambda i: jax.random.fold_in(jax.random.fold_in(key, i // n), i % n))(sample_N)
@@ -222,8 +222,8 @@ class Pretrained:
             ends.append([*ids, self.tokenizer.eos_id])
         for i, (start, end) in enumerate(zip(starts, ends, strict=True)):
             if len(start) + len(end) > self.context:
-                told = f"at most {self.context} tokens with prompts[{i}], the context, got {len(start)} + {len(end)}"
-                raise InputError(f"completions[{i}]: expected {told}")
+                most = f"at most {self.context} tokens with prompts[{i}], the context, got {len(start)} + {len(end)}"
+                raise InputError(f"completions[{i}]: expected {most}")
         return starts, ends
 
     def _ids(self, value, name, form=str):

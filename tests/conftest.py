@@ -1,8 +1,8 @@
 """What the tests share: float64, the golden numbers, a policy to do by hand, the smallest real models, and a hub."""
 
 import contextlib
-import dataclasses
 import hashlib
+import json
 import os
 import re
 from math import prod
@@ -15,6 +15,8 @@ import jax
 import jax.numpy as jnp
 import pytest
 
+from rlhf_jax import config as configs
+from rlhf_jax.data import sources
 from rlhf_jax.models import gpt2, heads
 from rlhf_jax.ops import logprobs
 from rlhf_jax.rollout import Apply
@@ -253,9 +255,9 @@ def workdir(tmp_path_factory, finished, policy, reference, scalar):
     """A run of TINY sizes on characters, as if it were done: sft is `reference`, ppo is `policy`."""
     folder = tmp_path_factory.mktemp("runs") / "demo"
     tokenizer = char.CharTokenizer("\n ./:DELOPRSTUabcdehimnrst")  # with UNK, EOS and PAD as many ids as TINY has
-    model = dataclasses.asdict(TINY)
+    config = configs.Config(model=TINY, data=sources.Config(response_length=9))
     folder.mkdir()
-    (folder / "config.json").write_text(json.dumps({"model": model, "data": {"response_length": 9}}))
+    (folder / "config.json").write_text(json.dumps(configs.tree(config)))
     tokenizer.save(folder / "text")
     finished(folder, "sft", policy=reference)
     finished(folder, "reward", reward=scalar)

@@ -10,7 +10,7 @@ from rlhf_jax.rollout import Rollout
 
 @dataclasses.dataclass(frozen=True)
 class Completions:
-    """A rollout as a reward sees it: tokens on the device and, decoded when first asked for, texts."""
+    """A rollout as a reward sees it: tokens on the device, and texts, which are decoded on first use."""
 
     rows: Sequence[dict]  # of the data, one a completion
     rollout: Rollout

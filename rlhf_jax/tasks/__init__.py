@@ -1,7 +1,7 @@
 """What is learned on: rows, their arrays, and the held-out questions that policies are compared on.
 
-A task is a frozen value, made without side effects: rows are read when they are first asked for, and what had to be
-cut or skipped is returned as notes. TASKS lists those that a config's `task` chooses from.
+A task is a frozen value, made without side effects: rows are read on first use, and what was cut or skipped is
+returned as notes. TASKS lists those that a config's `task` chooses from.
 
 Kinds of rows: "pretrain" (plain texts), "sft" (prompt and label), "preferences" (prompt, chosen, rejected), "prompts".
 """
