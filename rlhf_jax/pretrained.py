@@ -13,6 +13,7 @@ text as it is, and EOS.
 import contextlib
 import dataclasses
 import functools
+import json
 import logging
 import os
 from collections.abc import Callable, Iterator, Sequence
@@ -260,11 +261,20 @@ def load(source: str | os.PathLike, stage: str = "") -> Pretrained:
     path = Path(source)
     if path.is_file():
         raise InputError(f"{source}: expected a folder or a name on the hub, got a file")
-    if (path / "text").is_dir():
+    if _is_run(path):
         return _from_run(path, stage)
     if stage:
         raise InputError(f"stage: expected none, as {source} is not the folder of a run, got {stage!r}")
     return _from_transformers(hub.folder(source, *FILES))
+
+
+def _is_run(folder: Path) -> bool:
+    """Whether the folder has the config of a run, which has a section `model`; those of transformers have none."""
+    try:
+        values = json.loads((folder / "config.json").read_text(encoding="utf-8"))
+    except (OSError, ValueError):
+        return False
+    return isinstance(values, dict) and isinstance(values.get("model"), dict)
 
 
 def _from_run(folder: Path, stage: str) -> Pretrained:

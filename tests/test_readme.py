@@ -1,6 +1,5 @@
 """What the README shows is run as it stands there."""
 
-import dataclasses
 import json
 import re
 from pathlib import Path
@@ -9,6 +8,8 @@ import jax
 import numpy as np
 import pytest
 
+from rlhf_jax import config as configs
+from rlhf_jax.data import sources
 from rlhf_jax.models import gpt2, heads
 from rlhf_jax.text import char
 
@@ -21,8 +22,8 @@ def demo(tmp_path, monkeypatch, finished):
     folder, tokenizer = tmp_path / "runs" / "demo", char.train([README])
     config = gpt2.Config(layers=1, heads=1, head_size=8, width=8, context=128, vocab_size=tokenizer.vocab_size)
     tokenizer.save(folder / "text")
-    sections = {"model": dataclasses.asdict(config), "data": {"response_length": 9}}
-    (folder / "config.json").write_text(json.dumps(sections))
+    whole = configs.Config(model=config, data=sources.Config(response_length=9))
+    (folder / "config.json").write_text(json.dumps(configs.tree(whole)))
     policy = jax.jit(heads.LanguageModel(config).init)(jax.random.key(0))
     finished(folder, "reward", reward=heads.ScalarModel(config).init(jax.random.key(1), policy))
     finished(folder, "ppo", policy=policy)
