@@ -20,7 +20,7 @@ from rlhf_jax.report.console import Silent
 from rlhf_jax.rewards import function, learned
 from rlhf_jax.stages import Setup
 from rlhf_jax.stages.language_model import language_model
-from rlhf_jax.stages.preference import reward_model
+from rlhf_jax.stages.preference import check_references, reward_model
 from rlhf_jax.stages.rl import rl
 from rlhf_jax.text import bpe, char, gpt2
 from rlhf_jax.training.fit import fit, write_summary
@@ -123,13 +123,13 @@ class Stages:
 
     def _tokenizer(self):
         """The tokenizer of the config; the workdir's copy where that was made of the same."""
-        config, folder = self.config, self.workdir / "text"
+        config, folder, record = self.config, self.workdir / "text", "text/made_of.json"
         made_of = {"text": fields.significant(config.text), "data": fields.significant(config.data)}
         made_of |= {"seed": config.seed, "task": config.task, "sha256": dict(_fingerprints(config, False))}
-        record = folder / "made_of.json"
-        if record.exists() and json.loads(record.read_text()).get("made_of") == json.loads(json.dumps(made_of)):
+        there = self.workdir.read_json(record) if (self.workdir / record).exists() else {}
+        if there.get("made_of") == json.loads(json.dumps(made_of)):
             tokenizer = text.load(folder)
-            if tokenizer.fingerprint() != json.loads(record.read_text())["fingerprint"]:
+            if tokenizer.fingerprint() != there.get("fingerprint"):
                 raise InputError(f"workdir: {folder}: not the tokenizer that was saved there; remove the folder")
             return tokenizer
         tokenizer = _make_tokenizer(config.text, self.task)
@@ -144,8 +144,9 @@ class Stages:
         model, init = self.setup.apply.policy, self.config.model.init
         if not init:
             return jax.jit(model.init)(self.setup.key("policy init"))
+        weights = _weights(init)
         try:
-            return hf.load(_weights(init), model.config)
+            return hf.load(weights, model.config)
         except InputError as error:
             raise InputError(f"model.init: {error}") from None
 
@@ -229,12 +230,14 @@ class Stages:
         return self._conclude()
 
     def _check_data(self, name):
-        """Encodes what a stage trains on, and notes what was cut or skipped."""
+        """Encodes what a stage trains on, notes what was cut or skipped, and checks that it is enough."""
         kind = KINDS.get(name, "prompts")
         if kind not in self._noted:
             self._noted.add(kind)
             for note in self.setup.arrays(kind).notes:
                 self.reporter.note(note)
+        if name == "reward":
+            check_references(self.setup)
         section = configs.section(self.config, name)
         self.setup.batch_at(kind, getattr(self.config, section).batch, "evaluation", f"{section}.batch")
 
@@ -315,14 +318,19 @@ def _fingerprints(config, with_reward):
         yield f"reward = {config.reward.kind}", digest
 
 
-@functools.cache
 def _digest(path):
     """sha256 (hex) of a file, or of the files of a folder; None where there is nothing."""
     if not path.exists():
         return None
+    files = sorted(file for file in path.iterdir() if file.is_file()) if path.is_dir() else [path]
+    stats = [file.stat() for file in files]
+    return _digest_of(tuple((file, stat.st_mtime_ns, stat.st_size) for file, stat in zip(files, stats, strict=True)))
+
+
+@functools.cache  # weights have gigabytes
+def _digest_of(files):
     digest = hashlib.sha256()
-    for file in sorted(path.iterdir()) if path.is_dir() else [path]:
-        if file.is_file():
-            with file.open("rb") as opened:
-                digest.update(hashlib.file_digest(opened, "sha256").digest())
+    for file, *_ in files:
+        with file.open("rb") as opened:
+            digest.update(hashlib.file_digest(opened, "sha256").digest())
     return digest.hexdigest()

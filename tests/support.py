@@ -1,20 +1,30 @@
-"""What several test files use: comparisons, errors, reporters that remember, what a run left, golden numbers."""
+"""What several test files use: comparisons, errors, reporters that remember, runs, what they leave, golden numbers."""
 
+import csv
 import dataclasses
 import json
 import os
+import shutil
 import signal
 from pathlib import Path
 
 import jax
 import jax.numpy as jnp
 import numpy as np
+import pyarrow
+import pyarrow.parquet
 import pytest
 
+from rlhf_jax import checkpoint
+from rlhf_jax import config as configs
+from rlhf_jax.data import sources
 from rlhf_jax.errors import InputError
+from rlhf_jax.models import gpt2
 from rlhf_jax.ops import logprobs
+from rlhf_jax.pipeline import Stages
 from rlhf_jax.report import metrics
 from rlhf_jax.report.console import Silent
+from rlhf_jax.training.workdir import Workdir
 
 GOLDENS = Path(__file__).parent / "goldens"
 # Real people's writing is here at most, and never in the repository.
@@ -59,6 +69,11 @@ def assert_trees_equal(actual, expected):
     jax.tree.map(np.testing.assert_array_equal, actual, expected)
 
 
+def differ(ours, theirs):
+    """Whether any number of two trees is another."""
+    return any(jax.tree.leaves(jax.tree.map(lambda a, b: bool((a != b).any()), ours, theirs)))
+
+
 # Errors
 
 
@@ -70,13 +85,75 @@ def error(function, *args, **kwargs):
     return str(caught.value)
 
 
-# Configs and policies
+# Configs, runs and policies
 
 
 def changed(config, **sections):
-    """The config with other fields in its sections: changed(config, ppo={"steps": 3})."""
-    sections = {name: dataclasses.replace(getattr(config, name), **fields) for name, fields in sections.items()}
+    """The config with other fields in its sections: changed(config, seed=2, ppo={"steps": 3})."""
+    sections = {
+        name: dataclasses.replace(getattr(config, name), **value) if isinstance(value, dict) else value
+        for name, value in sections.items()
+    }
     return dataclasses.replace(config, **sections)
+
+
+def smallest(folder):
+    """The config of a run on the smallest world, by characters, which is generated into the folder."""
+    sizes = {"world_sft": 12, "world_preferences": 8, "world_prompts": 8, "world_held_out": 12}
+    return configs.Config(
+        text=configs.Text(kind="char"),
+        data=sources.Config(**sizes, cache=str(folder), prompt_length=300, response_length=80),
+        model=gpt2.Config(layers=1, heads=2, head_size=7, width=16, context=380),
+    )
+
+
+def write_rows(path, rows):
+    """Writes rows as JSONL, CSV or Parquet, by the path's suffix; returns the path as text."""
+    if path.suffix == ".parquet":
+        pyarrow.parquet.write_table(pyarrow.Table.from_pylist(rows), path)
+        return str(path)
+    with path.open("w", newline="", encoding="utf-8") as file:
+        if path.suffix == ".jsonl":
+            file.writelines(json.dumps(row) + "\n" for row in rows)
+        else:
+            writer = csv.DictWriter(file, rows[0])
+            writer.writeheader()
+            writer.writerows(rows)
+    return str(path)
+
+
+def stages(config, workdir, reporter=None):
+    """The stages of a config in a workdir, with a Recorder as reporter."""
+    return Stages(config, Workdir(workdir), reporter or Recorder())
+
+
+def opened(steps, name):
+    """The folder of a stage, made as its training makes it."""
+    steps._open()
+    return steps.workdir.open(name, steps.depends(name))
+
+
+def branch(steps, workdir, *finished, **changes):
+    """The stages of another config, with these finished ones of `steps` as if they had been its own."""
+    other = stages(changed(steps.config, **changes), workdir)
+    for name in finished:
+        shutil.copytree(steps.workdir / name, other.workdir / name)
+        opened(other, name)
+    if (steps.workdir / "text").exists() and finished:
+        shutil.copytree(steps.workdir / "text", other.workdir / "text", dirs_exist_ok=True)
+    return other
+
+
+def trained(steps, stage, field):
+    """A parameter tree that is the stage's result."""
+    apply = steps.setup.apply
+    trunk = apply.policy.init(jax.random.key(0))
+    return steps.parameters(stage, field, apply.scalar.zero_head(trunk) if field in ("value", "reward") else trunk)
+
+
+def last(steps, stage):
+    """The arrays of the checkpoint after the stage's last step."""
+    return checkpoint.load(steps.workdir / stage, steps.steps(stage))
 
 
 class TablePolicy:

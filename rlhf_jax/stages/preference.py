@@ -19,7 +19,7 @@ def reward_model(name: str, setup: Setup, config: preference.Config, policy) -> 
     apply = setup.apply
     held_out, rows = setup.arrays("preferences").held_out, setup.task.rows("preferences").held_out
     references = setup.arrays("sft").held_out
-    _check_references(references)
+    check_references(setup)
     tx = optim.adamw(config, config.steps)
     learn = functools.partial(preference.step, config=config, apply=apply, tx=tx, guard=setup.guard.action)
     learn = setup.jit(learn, donate_argnums=0)
@@ -93,8 +93,9 @@ def reward_model(name: str, setup: Setup, config: preference.Config, policy) -> 
     )
 
 
-def _check_references(references):
+def check_references(setup: Setup) -> None:
     """Refuses, before anything is trained, references that cannot have a spread."""
+    references = setup.arrays("sft").held_out
     rows_NT = np.concatenate([references["prompt_NP"], references["response_NR"]], axis=1)
     if len(np.unique(rows_NT, axis=0)) < 2:
         raise InputError(

@@ -6,6 +6,7 @@ returned as notes. TASKS lists those that a config's `task` chooses from.
 Kinds of rows: "pretrain" (plain texts), "sft" (prompt and label), "preferences" (prompt, chosen, rejected), "prompts".
 """
 
+from pathlib import Path
 from typing import NamedTuple, Protocol
 
 import numpy as np
@@ -29,6 +30,12 @@ class Encoded(NamedTuple):
     train: Arrays
     held_out: Arrays
     notes: tuple[str, ...] = ()  # what was read, cut or skipped
+
+
+def stamp(files: dict[str, str]) -> tuple:
+    """What changes when a file of `Task.files` does: rows are read again then, in a process that lives long."""
+    paths = sorted(Path(place).expanduser() for place in files.values())
+    return tuple((path, stat.st_mtime_ns, stat.st_size) for path in paths if path.exists() and (stat := path.stat()))
 
 
 class Task(Protocol):

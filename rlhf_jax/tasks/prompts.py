@@ -5,7 +5,7 @@ import functools
 
 from rlhf_jax.data import batches, sources
 from rlhf_jax.errors import InputError
-from rlhf_jax.tasks import Encoded, Rows
+from rlhf_jax.tasks import Encoded, Rows, stamp
 
 
 @dataclasses.dataclass(frozen=True)
@@ -40,11 +40,11 @@ class Prompts:
         return [row["prompt"] for row in self.rows("prompts").train]
 
     def rows(self, kind):
-        return _rows(self.config, kind, self.seed)
-
-    def arrays(self, kind, tokenizer):
         if kind == "pretrain":
             raise InputError("pretrain.steps: expected 0, as only task = write has plain texts to pretrain on")
+        return _rows(self.config, kind, self.seed, stamp(self.files()))
+
+    def arrays(self, kind, tokenizer):
         config, source = self.config, f"data.{kind}"
         lengths = {"prompt_length": config.prompt_length, "cut": config.cut}
         if kind == "sft":
@@ -110,7 +110,7 @@ def make(config):
 
 
 @functools.lru_cache(maxsize=8)
-def _rows(config, kind, seed):
+def _rows(config, kind, seed, _):
     (train, held_out), skipped = sources.load(kind, config, seed)
     notes = (f"data.{kind}: {len(skipped)} rows skipped; the first: {skipped[0]}",) if skipped else ()
     return Rows(train, held_out, notes)

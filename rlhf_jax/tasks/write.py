@@ -7,7 +7,7 @@ import random
 from rlhf_jax.data import corpus
 from rlhf_jax.errors import InputError
 from rlhf_jax.rewards import function
-from rlhf_jax.tasks import Encoded, Rows
+from rlhf_jax.tasks import Encoded, Rows, stamp
 
 STARTS = 65_536  # prompts of EOS alone: more than any batch
 START = {"prompt": ""}
@@ -37,7 +37,7 @@ class Write:
         return [row["text"] for row in self.rows("pretrain").train]
 
     def rows(self, kind):
-        return _rows(self, kind)
+        return _rows(self, kind, stamp(self.files()))
 
     def arrays(self, kind, tokenizer):
         if kind == "prompts":
@@ -72,7 +72,7 @@ def make(config):
 
 
 @functools.lru_cache(maxsize=8)
-def _rows(task, kind):
+def _rows(task, kind, _):
     config = task.config
     if kind == "prompts":
         return Rows([START] * STARTS, [START] * STARTS)

@@ -78,14 +78,20 @@ class Workdir:
             record = {"made_of": made_of, "fingerprint": tokenizer.fingerprint()}
             metrics.summarize(self.path / "text" / "made_of.json", record)
 
-    def read_json(self, name: str) -> Any:
-        """The value of a JSON file of the run."""
+    def read_json(self, name: str, remove: Path | None = None) -> dict:
+        """The object in a JSON file of the run. `remove` is what must go to make it again: the file, or its folder."""
         path = self.path / name
         try:
-            return json.loads(path.read_text())
+            value = json.loads(path.read_text())
         except (OSError, ValueError) as error:
-            what = getattr(error, "strerror", None) or error
-            raise InputError(f"workdir: {path}: expected JSON ({what}); remove it to make it again") from None
+            value, what = None, getattr(error, "strerror", None) or error
+        else:
+            what = f"got {type(value).__name__}"
+        if not isinstance(value, dict):
+            raise InputError(
+                f"workdir: {path}: expected an object in JSON ({what}); remove {remove or path} to make it again"
+            )
+        return value
 
     def started(self, stage: str) -> bool:
         """True where the stage has left anything."""
@@ -98,10 +104,7 @@ class Workdir:
 
     def summary(self, stage: str) -> dict:
         """The finished stage's summary.json."""
-        summary = self.read_json(f"{stage}/summary.json")
-        if not isinstance(summary, dict):
-            raise InputError(f"workdir: {self.path / stage / 'summary.json'}: expected an object; remove it")
-        return summary
+        return self.read_json(f"{stage}/summary.json")
 
     def samples(self, stage: str) -> list[dict]:
         """The rows of the finished stage's samples.jsonl."""
@@ -113,10 +116,13 @@ class Workdir:
 
     def check(self, stage: str, depends: dict) -> None:
         """Refuses a stage's folder that was made with anything else; both values are in the message."""
-        path = self.path / stage / "config.json"
+        folder, path = self.path / stage, self.path / stage / "config.json"
         if not path.exists():
+            if any((folder / name).exists() for name in ("checkpoints", "result", "summary.json")):
+                raise InputError(f"workdir: {folder}: expected config.json, what it was made with; remove {folder}")
             return
-        there, here = flat(self.read_json(f"{stage}/config.json")), flat(json.loads(json.dumps(depends)))
+        there = flat(self.read_json(f"{stage}/config.json", remove=folder))
+        here = flat(json.loads(json.dumps(depends)))
         section = depends["section"]
         free = {f"{section}.{field}" for field in MAY_CHANGE}
         for name in sorted((there | here).keys() - free):
