@@ -92,7 +92,7 @@ def test_a_stage_that_is_not_there_is_named(workdir, tmp_path):
 def test_a_run_of_other_fields_is_named(workdir, tmp_path, finished, policy):
     write_config(tmp_path, workdir, model={"depth": 3})
     finished(tmp_path, "sft", policy=policy)
-    assert error(rlhf_jax.load, tmp_path) == f"workdir: {tmp_path}/config.json: model.depth: no such field"
+    assert error(rlhf_jax.load, tmp_path) == f"workdir: {tmp_path}/config.json: model.depth: no such field; did you mean width?"
     write_config(tmp_path, workdir)
     assert error(rlhf_jax.load, tmp_path).startswith(f"{tmp_path}/text/tokenizer.json: ")
 
@@ -160,7 +160,7 @@ def test_a_name_on_the_hub(exported, hub_server):
 def test_what_is_no_model_is_named(exported, tmp_path):
     (tmp_path / "file").write_text("text")
     assert error(rlhf_jax.load, tmp_path / "file").endswith("file: expected a folder or a name on the hub, got a file")
-    assert error(rlhf_jax.load, tmp_path / "no").endswith("and no name that a model on the hub could have")
+    assert error(rlhf_jax.load, tmp_path / "no").endswith("and not a possible name of a model on the hub")
     assert error(rlhf_jax.load, tmp_path).startswith(f"{tmp_path}: expected a folder with config.json and ")
     message = f"stage: expected none, as {exported[0]} is not the folder of a run, got 'sft'"
     assert error(rlhf_jax.load, exported[0], stage="sft") == message
