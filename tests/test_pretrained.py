@@ -92,7 +92,10 @@ def test_a_stage_that_is_not_there_is_named(workdir, tmp_path):
 def test_a_run_of_other_fields_is_named(workdir, tmp_path, finished, policy):
     write_config(tmp_path, workdir, model={"depth": 3})
     finished(tmp_path, "sft", policy=policy)
-    assert error(rlhf_jax.load, tmp_path) == f"workdir: {tmp_path}/config.json: model.depth: no such field; did you mean width?"
+    assert (
+        error(rlhf_jax.load, tmp_path)
+        == f"workdir: {tmp_path}/config.json: model.depth: no such field; did you mean width?"
+    )
     write_config(tmp_path, workdir)
     assert error(rlhf_jax.load, tmp_path).startswith(f"{tmp_path}/text/tokenizer.json: ")
 

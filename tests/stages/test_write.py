@@ -10,6 +10,7 @@ import types
 import jax
 import numpy as np
 import pytest
+from rlhf_jax.run import Writing
 
 from rlhf_jax import alarms, stages
 from rlhf_jax import config as configs
@@ -20,7 +21,6 @@ from rlhf_jax.evaluate import interval
 from rlhf_jax.models import gpt2
 from rlhf_jax.report import metrics
 from rlhf_jax.report.console import Silent
-from rlhf_jax.run import Writing
 from rlhf_jax.training import loop
 
 STAGES = ("pretrain", "sft", "rl")
