@@ -2,6 +2,7 @@
 
 import dataclasses
 import json
+import logging
 
 import jax
 import numpy as np
@@ -45,8 +46,10 @@ def test_the_last_policy_of_a_run_and_its_reward_model(model, apply, policy, sca
 
 
 def test_it_is_loaded_without_a_word(workdir, caplog, capfd):
+    level = logging.getLogger("absl").level
     rlhf_jax.load(workdir)
     assert not caplog.records and capfd.readouterr() == ("", "")
+    assert logging.getLogger("absl").level == level
 
 
 def test_another_stage_of_a_run(workdir, reference, scalar):
@@ -179,6 +182,7 @@ def test_texts_of_each_prompt_one_after_another(model):
     one = [model.generate(prompt, n=3) for prompt in PROMPTS[:1]]
     assert model.generate(PROMPTS, n=3)[:3] == one[0] and len(model.generate(PROMPTS, n=3)) == 9
     assert model.generate(PROMPTS[0]) == one[0][:1] and len(set(one[0])) == 3
+    assert model.generate(PROMPTS)[1] == model.generate(PROMPTS, n=3)[3]
     assert model.generate([]) == []
     assert len(model.generate(PROMPTS, n=12)) == 36  # more than are on the device at a time
 
@@ -190,6 +194,11 @@ def test_the_seed_is_the_noise(model):
 def test_top_k_of_one_and_temperature_zero_are_the_likeliest(model):
     likeliest = model.generate(PROMPTS, temperature=0)
     assert model.generate(PROMPTS, top_k=1) == likeliest == model.generate(PROMPTS, top_p=1e-6, seed=5)
+
+
+def test_widths_are_few_and_never_more_than_the_limit():
+    assert [pretrained._width(longest, 40) for longest in (1, 16, 17, 32, 33, 40)] == [16, 16, 32, 32, 40, 40]
+    assert pretrained._width(3, 9) == 9
 
 
 def test_other_prompts_of_about_the_same_length_do_not_compile(model, compilations):
@@ -258,7 +267,7 @@ def test_tokens_of_a_completion_by_hand(model, apply, policy):
     encode, eos = model.tokenizer.encode, [model.tokenizer.eos_id]
     for prompt, completion, start, end in [
         ("Sam:", " is sad \n", encode("Sam:"), encode(" is sad") + eos),
-        ("", " Sam", eos, encode(" Sam") + eos),
+        ("", "Sam ", eos, encode("Sam ") + eos),
     ]:
         tokens_1T = np.array([start + end])
         logp_1R = apply.policy.logprobs(policy, tokens_1T, np.ones_like(tokens_1T), len(end))

@@ -11,6 +11,7 @@ import numpy as np
 import pytest
 from rlhf_jax.run import Summarization, Writing
 
+import rlhf_jax
 from rlhf_jax import config as configs
 from rlhf_jax.algorithms import ppo
 from rlhf_jax.commands.export import export
@@ -104,6 +105,16 @@ def test_a_policy_is_read_back_from_its_folder_alone(made, tmp_path):
     ours = greedy(made.run.apply.policy, made.policy, made.run.tokenizer, prompts, 9)
     theirs = greedy(LanguageModel(config), params, tokenizer, prompts, json_of(tmp_path / "out")["max_new_tokens"])
     assert ours == theirs and len(set(ours)) > 2
+
+
+def test_the_run_and_its_exports_are_the_same_from_python(made, tmp_path):
+    export(made.workdir, tmp_path / "policy")
+    export(made.workdir, tmp_path / "reward", "reward")
+    run, policy, reward = (rlhf_jax.load(folder) for folder in (made.workdir, tmp_path / "policy", tmp_path / "reward"))
+    prompts = ["the secret", "post 12"]
+    texts = run.generate(prompts, n=4, max_tokens=9)
+    assert texts == policy.generate(prompts, n=4, max_tokens=9) and len(set(texts)) > 2
+    np.testing.assert_allclose(reward.scores("the", texts), run.scores("the", texts), rtol=1e-4, atol=1e-4)
 
 
 def json_of(folder, name="generation_config.json"):
