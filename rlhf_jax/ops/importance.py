@@ -26,7 +26,7 @@ def statistics(logp_BR, logp_old_BR, mask_BR):
     """
     log_ratio_BR = jnp.where(mask_BR, logp_BR - logp_old_BR, 0)
     return {
-        "ratio_max": jnp.exp(jnp.max(log_ratio_BR)),
+        "ratio_max": jnp.max(jnp.where(mask_BR, jnp.exp(log_ratio_BR), 0)),
         "ess_token": effective_sample_size(log_ratio_BR, mask_BR),
         "ess": effective_sample_size(masked.sum(log_ratio_BR, mask_BR, axis=1)),
     }

@@ -43,6 +43,13 @@ def test_statistics_by_hand():
     close(numbers["ess"], 10**2 / (2 * (36 + 16)), rtol=1e-6)
 
 
+def test_the_largest_weight_is_of_a_real_token():
+    """All real tokens have become less likely: the largest weight is 1/2, and padding, whose ratio is 1, has none."""
+    logp_BR = jnp.array([[np.log(1 / 2), np.log(1 / 3)], [np.log(1 / 4), 0]], jnp.float32)
+    mask_BR = jnp.array([[1, 1], [1, 0]], bool)
+    close(importance.statistics(logp_BR, jnp.zeros((2, 2)), mask_BR)["ratio_max"], 1 / 2, rtol=1e-6)
+
+
 def test_a_rollout_of_the_policy_itself_is_worth_all_its_samples():
     logp_BR = jnp.array([[-1.0, -2], [-3, -4]])
     numbers = importance.statistics(logp_BR, logp_BR, jnp.ones((2, 2), bool))
