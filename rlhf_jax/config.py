@@ -223,7 +223,11 @@ def _check_files(config):
 
 
 def _reward(config, _):
-    """Problems of the reward, and of what the algorithm needs of it."""
+    """Problems of which stages there are, of the reward, and of what the algorithm needs of it."""
+    if config.pretrain.steps and config.task != "write":
+        yield "pretrain.steps", "0, as only task = write has plain texts to pretrain on"
+    if config.learned and not config.reward.steps:
+        yield "reward.steps", "more than 0 where the reward is learned"
     if not config.learned:
         function.load(config.reward.kind)  # its own InputError names what is wrong
     if config.reward.kind == "gold" and (config.task == "write" or config.data.source != "world"):

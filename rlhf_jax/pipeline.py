@@ -225,8 +225,9 @@ class Stages:
                 place = self.place(name)
                 where = "finished with this config" if place is self.workdir else f"taken from {place.path}"
                 self.reporter.note(f"{name}: {where}, skipped")
-        if not todo and (self.workdir / "summary.json").exists():
-            return self.workdir.read_json("summary.json")
+        there = self.workdir / "summary.json"
+        if not todo and there.exists() and f"{self.names[-1]}/steps" in (summary := self.workdir.read_json(there.name)):
+            return summary  # not that of another algorithm
         return self._conclude()
 
     def _check_data(self, name):

@@ -136,11 +136,10 @@ def opened(steps, name):
 def branch(steps, workdir, *finished, **changes):
     """The stages of another config, with these finished ones of `steps` as if they had been its own."""
     other = stages(changed(steps.config, **changes), workdir)
+    assert other.setup.tokenizer  # kept before there are stages that were made with it
     for name in finished:
         shutil.copytree(steps.workdir / name, other.workdir / name)
         opened(other, name)
-    if (steps.workdir / "text").exists() and finished:
-        shutil.copytree(steps.workdir / "text", other.workdir / "text", dirs_exist_ok=True)
     return other
 
 

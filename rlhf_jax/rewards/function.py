@@ -104,11 +104,11 @@ def _module(path: Path) -> ModuleType:
     folder = str(path.absolute().parent)
     if folder not in sys.path:
         sys.path.append(folder)
-    spec = importlib.util.spec_from_file_location(path.stem, path)
-    module = importlib.util.module_from_spec(spec)
-    known = sys.modules.get(path.stem)
+    name, known = path.stem, sys.modules.get(path.stem)
     if known is not None and getattr(known, "__file__", None) != str(path.absolute()):
-        spec.name = module.__name__ = f"{path.stem}_{hashlib.sha256(folder.encode()).hexdigest()[:8]}"
+        name = f"{path.stem}_{hashlib.sha256(folder.encode()).hexdigest()[:8]}"
+    spec = importlib.util.spec_from_file_location(name, path.absolute())
+    module = importlib.util.module_from_spec(spec)
     sys.modules[spec.name] = module
     try:
         spec.loader.exec_module(module)

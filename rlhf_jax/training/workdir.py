@@ -141,11 +141,16 @@ class Workdir:
         if not self.finished(stage, steps):
             raise InputError(f"workdir: expected a finished {stage} stage in {self.path / stage}; run it first")
         folder = self.path / stage / "result"
-        again = f"remove {self.path / stage / 'summary.json'} to make it again"
-        with Checkpoints(folder, read_only=folder.exists()) as checkpoints:
-            restored = checkpoints.restore({field: like})
+        restored, what = None, f"{folder}: no step {steps}"
+        if folder.exists():
+            try:
+                with Checkpoints(folder, read_only=True) as checkpoints:
+                    restored = checkpoints.restore({field: like})
+            except InputError as error:
+                what = str(error)
         if restored is None or restored.damaged or restored.step != steps:
-            what = "; ".join(restored.damaged) if restored and restored.damaged else f"{folder}: no step {steps}"
+            what = "; ".join(restored.damaged) if restored and restored.damaged else what
+            again = f"remove {self.path / stage / 'summary.json'} to make it again"
             raise InputError(f"workdir: expected the result of {stage} ({what}); {again}")
         return restored.tree[field]
 
