@@ -597,8 +597,8 @@ def test_an_update_that_is_not_finite_is_not_made_and_can_be_made_again(name, fi
     reporter = Recorder()
     names, where = replay.replay(folder, reporter)
     assert names == record["names"] and place in where and where.startswith("begins in ")
-    assert reporter.notes[-3].endswith("not finite, as it was reported")
-    assert reporter.notes[-2] == f"made again: {', '.join(names)} not finite"
+    assert reporter.notes[-3].endswith("not finite, as in the run")
+    assert reporter.notes[-2] == f"repeated: {', '.join(names)} not finite"
 
 
 @pytest.mark.parametrize("limit", [9, 1])
