@@ -181,9 +181,7 @@ class Stages:
         if algorithm.NEEDS_VALUE:
             with_reward = config.learned and section.value_init in ("auto", "reward")
             value = params if with_reward else scalar.zero_head(policy)
-        key = setup.key("rl" if config.task == "write" else "ppo")
-        # fold_in, not split: a seed samples the same alone and among others.
-        key = jax.random.fold_in(key, seed) if config.task == "write" else key
+        key = jax.random.fold_in(setup.key("rl"), seed)  # not split: a seed samples the same alone and among others
         beside = ()
         if "pretrain" in self.names:
             beside = tuple({"pretrain": row["completion"]} for row in self.place("pretrain").samples("pretrain"))
@@ -240,7 +238,7 @@ class Stages:
         if name == "reward":
             check_references(self.setup)
         section = configs.section(self.config, name)
-        self.setup.batch_at(kind, getattr(self.config, section).batch, "evaluation", f"{section}.batch")
+        self.setup.batch_at(kind, getattr(self.config, section).batch, "rl", f"{section}.batch")
 
     def _fit(self, stage, depends, workdir, stop):
         config = configs.tree(self.config)

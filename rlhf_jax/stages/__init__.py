@@ -21,7 +21,8 @@ from rlhf_jax.training import guard as guards
 from rlhf_jax.training import sharding
 
 # The index is folded into the seed: append only; reordering changes the numbers of old runs.
-PURPOSES = ("sft", "reward", "ppo", "policy init", "reward head", "evaluation", "pretrain", "rl")
+PURPOSES = ("policy init", "reward head", "evaluation", "pretrain", "sft", "reward", "rl")
+PURPOSES += ("pretrain order", "sft order", "reward order", "rl order")  # of the rows that a stage trains on
 
 
 class Step(NamedTuple):
@@ -102,12 +103,12 @@ class Setup:
         """The random key of one of PURPOSES."""
         return jax.random.fold_in(jax.random.key(self.seed), PURPOSES.index(purpose))
 
-    def batch_at(self, kind: str, batch: int, purpose: str, field: str) -> Callable[[int], dict]:
+    def batch_at(self, kind: str, batch: int, stage: str, field: str) -> Callable[[int], dict]:
         """A stage's batches on the devices, in an order of its own. `field` is the config's, for an error."""
         arrays = self.arrays(kind).train
         if batch > (rows := len(arrays["index_N"])):
             raise InputError(f"{field}: expected at most {rows}, the rows there are to train on, got {batch}")
-        seed = int(jax.random.randint(self.key(purpose), (), 0, 2**31 - 1))
+        seed = int(jax.random.randint(self.key(f"{stage} order"), (), 0, 2**31 - 1))
         at = batches.batch_at(arrays, batch=batch, seed=seed)
         return lambda step: sharding.shard(at(step), self.mesh)
 

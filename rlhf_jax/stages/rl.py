@@ -114,7 +114,7 @@ def rl(
     state = iteration.begin(policy, key, value=value, reward=reward.params)
     state = sharding.replicate(state, setup.mesh)  # before the first measurement, which would be compiled twice else
     before = measured(state)
-    batch_at = setup.batch_at("prompts", config.batch, name if name == "ppo" else "rl", f"{name}.batch")
+    batch_at = setup.batch_at("prompts", config.batch, "rl", f"{name}.batch")
     usual = {}
     if watch.active:
         usual = _usual(iteration, state, batch_at, setup, -(-setup.evaluation.prompts // config.batch))
