@@ -164,6 +164,12 @@ def section(config, stage) -> str:
     return config.algorithm if stage == rl_name(config) else stage
 
 
+def place(config, workdir, stage) -> Path:
+    """The folder of the run that a stage is in: `workdir`, or that of the stage's `from`."""
+    other = getattr(getattr(config, section(config, stage)), "from_", "")
+    return Path(other or workdir).expanduser()
+
+
 def sections(config, stage) -> list[str]:
     """The names of the sections and fields of the config that a stage's numbers depend on."""
     names = stages(config)

@@ -73,10 +73,9 @@ class Stages:
 
     def place(self, name) -> Workdir:
         """The workdir that a stage is in: this one, or that of the stage's `from`."""
-        other = getattr(getattr(self.config, configs.section(self.config, name)), "from_", "")
-        if not other:
+        there = Workdir(configs.place(self.config, self.workdir.path, name))
+        if there.path == self.workdir.path:
             return self.workdir
-        there = Workdir(other)
         field = f"{name}.from"
         if not there.finished(name, self.steps(name)):
             raise InputError(f"{field}: expected a finished stage of {self.steps(name)} steps in {there / name}")

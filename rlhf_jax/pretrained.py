@@ -285,7 +285,7 @@ def _from_run(folder: Path, stage: str) -> Pretrained:
     names = configs.stages(config)
     if stage and stage not in names:
         raise InputError(f"stage: expected {' or '.join(names)}, got {stage!r}")
-    places = {name: Path(getattr(getattr(config, name, None), "from_", "") or folder) / name for name in names}
+    places = {name: configs.place(config, folder, name) / name for name in names}
     finished = [name for name, place in places.items() if (place / "summary.json").exists()]
     if stage and stage not in finished:
         raise InputError(f"stage: expected a finished one ({', '.join(finished) or 'there is none'}), got {stage!r}")
