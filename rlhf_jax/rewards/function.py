@@ -25,7 +25,7 @@ import numpy as np
 from rlhf_jax.errors import InputError
 from rlhf_jax.rewards import Completions, gold, sentiment
 
-NAMED = {"sentiment": sentiment.compound, "gold": gold.of_rows}
+NAMED: dict[str, Callable] = {"sentiment": sentiment.compound, "gold": gold.of_rows}
 
 
 class Function:
@@ -105,6 +105,7 @@ def _module(path: Path) -> ModuleType:
     if folder not in sys.path:
         sys.path.append(folder)
     spec = importlib.util.spec_from_file_location(path.stem, path)
+    assert spec is not None and spec.loader is not None  # it ends in .py
     module = importlib.util.module_from_spec(spec)
     known = sys.modules.get(path.stem)
     if known is not None and getattr(known, "__file__", None) != str(path.absolute()):
