@@ -93,7 +93,7 @@ class Config:
 
 
 DATA = {"summarize": sources.Config, "prompts": sources.Config, "write": corpus.Config}
-WRITE = {  # defaults of the task `write`, where they are not those of Config
+WRITE: dict[str, Any] = {  # defaults of the task `write`, where they are not those of Config
     "task": "write",
     "algorithm": "policy_gradient",
     "text": Text(kind="char"),
@@ -125,14 +125,15 @@ def parse(values: Mapping, kind: type = Config, path: str = "") -> Any:
         if name.rstrip("_") not in known:
             near = difflib.get_close_matches(name, known, n=1)
             raise InputError(f"{path}{name}: no such field{f'; did you mean {near[0]}?' if near else ''}")
-    parsed = {}
+    parsed: dict[str, Any] = {}
     for name, field in known.items():
         if name not in values:
             raise InputError(f"{path}{name}: missing, expected {getattr(field.type, '__name__', field.type)}")
-        value, wanted = values[name], field.type
+        value = values[name]
+        wanted: Any = field.type
         if kind is Config and name == "data":
-            wanted = DATA.get(values.get("task"), sources.Config)
-        if dataclasses.is_dataclass(wanted):
+            wanted = DATA.get(values.get("task", ""), sources.Config)
+        if isinstance(wanted, type) and dataclasses.is_dataclass(wanted):
             if wanted is Reward and isinstance(value, str):
                 parsed[field.name] = Reward(kind=value)
                 continue

@@ -81,7 +81,7 @@ def _recipe(config, stage):
         value = getattr(config, name)
         if name == "data":
             continue
-        if dataclasses.is_dataclass(value):
+        if dataclasses.is_dataclass(value) and not isinstance(value, type):
             fields = {field: value for field, value in dataclasses.asdict(value).items() if field not in QUIET}
             values = ", ".join(f"{field} {value}" for field, value in fields.items())
         else:

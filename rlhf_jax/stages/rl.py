@@ -8,7 +8,6 @@ The device judges while the host decodes texts and computes a reward of theirs.
 import dataclasses
 import functools
 from collections.abc import Callable
-from types import ModuleType
 from typing import Any
 
 import jax
@@ -27,7 +26,7 @@ from rlhf_jax.training import optim, sharding
 class Iteration:
     """The compiled functions of one iteration. Stages, the benchmark and the memory plan call these."""
 
-    algorithm: ModuleType  # algorithms/policy.py says what it has
+    algorithm: policy_algorithm.Algorithm
     config: policy_algorithm.Config
     apply: rollout.Apply
     sampling: Any  # generate.Sampling
@@ -48,9 +47,9 @@ class Iteration:
     def sample(self):
         """(state, prompt_BP, prompt_mask_BP) -> completions of the policy, a generate.State."""
 
-        def sample(state, *prompts):
+        def sample(state, prompt_BP, prompt_mask_BP):
             keys_B = rollout.keys(state, self.config.batch)
-            drawn = rollout.draw(self.apply, state.policy, *prompts, keys_B, self.sampling)
+            drawn = rollout.draw(self.apply, state.policy, prompt_BP, prompt_mask_BP, keys_B, self.sampling)
             return drawn.replace(step=None, keys_B=None, cache=None)  # what nobody needs any more
 
         return self.jit(sample)
@@ -90,7 +89,7 @@ def rl(
     name: str,
     setup: Setup,
     config: policy_algorithm.Config,
-    algorithm: ModuleType,
+    algorithm: policy_algorithm.Algorithm,
     reward: rewards.Reward,
     policy,
     *,
