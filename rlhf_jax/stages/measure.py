@@ -2,6 +2,7 @@
 
 import dataclasses
 import functools
+from typing import Any
 
 import jax.numpy as jnp
 import numpy as np
@@ -89,7 +90,7 @@ def diversity_of(texts):
 def compare(first, last, sides, metric):
     """The summary's numbers before and after, and what the difference is worth: on gold, where there is gold."""
     before, after = sides
-    numbers = {}
+    numbers: dict[str, Any] = {}
     for name, value in last.numbers.items():
         numbers |= {name: value, f"{name}{after}": value, f"{name}{before}": first.numbers[name]}
     for name in (name for name in (metric, "gold") if name in last.rows):

@@ -77,12 +77,30 @@ class Iteration:
 
     def collect(self, state, prompts, reward, rows, decode):
         """A scored Rollout of the prompts: (Rollout, Completions, {component: [B]})."""
-        drawn = self.sample(state, *prompts)
+        return self.score(state, prompts, self.sample(state, *prompts), reward, rows, decode)
+
+    def score(self, state, prompts, drawn, reward, rows, decode):
+        """The same of completions that are sampled already."""
         judged = self.judge(state, *prompts, drawn)  # goes on while the host reads and scores
         there = judged.replace(response_BR=drawn.response_BR, mask_BR=drawn.mask_BR)  # the same, known sooner
         completions = rewards.Completions(rows, there, decode)
         components = reward(state.reward, completions)
         return judged.replace(score_B=jnp.asarray(rewards.total(components))), completions, components
+
+    def programs(self, state, prompts, reward):
+        """{name: (function, the shapes of its arguments)} of an iteration; nothing is computed.
+
+        draw, judge, reward (where it is on the device) and update, in their order. Arguments may be shapes themselves.
+        """
+        drawn = jax.eval_shape(self.sample, state, *prompts)
+        judged = jax.eval_shape(self.judge, state, *prompts, drawn)
+        scored = judged.replace(score_B=jax.ShapeDtypeStruct((self.config.batch,), jnp.float32))
+        return {
+            "draw": (self.sample, (state, *prompts)),
+            "judge": (self.judge, (state, *prompts, drawn)),
+            **({} if reward.on_host else {"reward": (reward.score, (state.reward, judged))}),
+            "update": (self.learn, (state, scored)),
+        }
 
 
 def rl(
@@ -235,8 +253,8 @@ class _Parts:
             labels = [row["label"] for row in self.questions]
             for suffix, texts in zip(self.sides, (first.texts, last.texts), strict=True):
                 numbers |= {f"{key}{suffix}": value for key, value in rouge.rouge(labels, texts)}
-        both = [measure.samples(each, state, self.config, metric) for each in (first, last)]
-        samples = measure.side_by_side(self.name, self.questions, *both, self.beside, metric, task)
+        before, after = (measure.samples(each, state, self.config, metric) for each in (first, last))
+        samples = measure.side_by_side(self.name, self.questions, before, after, self.beside, metric, task)
         plot = functools.partial(self.plot, first=first, last=last, curve=curve)
         return Summary(numbers, samples, plot, measure.table(first, last, numbers, metric))
 
