@@ -25,7 +25,7 @@ def rl(config, vocab_size, devices=1):
     reward model are counted where there are any.
     draw, judge and update are the peaks of the steps of an iteration, the state included. judge is the comparison with
     the reference and the values, then the scores of a learned reward, whichever takes more.
-    The guard (training/guard.py) keeps no copy of what an update changes, so none is counted.
+    The guard (training/guard.py) keeps no copy of what an update changes; what its check takes is part of update.
     The batch is spread over the devices; what is then sent between them is not counted.
     """
     task, section = tasks.load(config), _share(config.rl, devices)
