@@ -60,7 +60,7 @@ def adamw(config, updates):
 class AdamState(NamedTuple):
     """That of `scale_by_adam`. Its own type says that it has heeded `take`."""
 
-    count: jax.Array
+    count: jax.Array  # type: ignore[assignment]  # tuple.count
     mu: Any
     nu: Any
 
