@@ -122,7 +122,7 @@ def parse(values: Mapping, kind: type = Config, path: str = "") -> Any:
     """Nested dicts (a ConfigDict's) as dataclasses. InputError names an unknown, missing or mistyped field."""
     known = {field.name.rstrip("_"): field for field in dataclasses.fields(kind)}
     for name in values:
-        if name.rstrip("_") not in known:
+        if name not in known:
             near = difflib.get_close_matches(name, known, n=1)
             raise InputError(f"{path}{name}: no such field{f'; did you mean {near[0]}?' if near else ''}")
     parsed: dict[str, Any] = {}

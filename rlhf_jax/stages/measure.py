@@ -47,7 +47,8 @@ def measurement(setup, config, reward):
                 "mask": drawn.mask_BR,
                 "kl": jnp.sum(drawn.kl_BR, axis=1),
                 "kl_exact": jnp.sum(drawn.kl_exact_BR, axis=1),
-                "entropy": jnp.sum(drawn.entropy_BR, axis=1),
+                # The most likely token is certain.
+                "entropy": jnp.sum(drawn.entropy_BR if temperature else 0 * drawn.mask_BR, axis=1),
                 "eos_rate": drawn.eos_B,
                 "length": drawn.length_B,
             }
