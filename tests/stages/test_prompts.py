@@ -16,7 +16,8 @@ def mine(rows, texts):
     for row in rows:
         a, b = row["prompt"].removesuffix(" =").split(" + ")
         assert row["answer"] == str(int(a) + int(b))[-1]
-    return {"right": [float(row["answer"] in text) for row, text in zip(rows, texts)], "short": [-len(t) for t in texts]}
+    right = [float(row["answer"] in text) for row, text in zip(rows, texts)]
+    return {"right": right, "short": [-len(text) for text in texts]}
 """
 
 
