@@ -6,6 +6,7 @@ The workdir has its pretrain and sft stages already (experiments/pg_tweets.py); 
 """
 
 from launch import launch
+
 from rlhf_jax.commands.reuse import reuse
 
 if __name__ == "__main__":
