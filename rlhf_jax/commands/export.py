@@ -35,7 +35,7 @@ def export(workdir, out, stage=""):
         beside["tokenizer_config.json"] |= {"padding_side": "right"}
         hf.save_scalar(out, params, model, **ids, beside=beside)
     else:
-        hf.save(out, params, model, **ids, generation=_generation(config), beside=beside)
+        hf.save(out, params, model, **ids, generation=_generation(config, model, tokenizer), beside=beside)
     return stage
 
 
@@ -53,9 +53,10 @@ def _stage(workdir, config, requested):
     return requested or policies[-1]
 
 
-def _generation(config):
+def _generation(config, model, tokenizer):
     """Settings with which `generate` samples as the run's evaluation does."""
     temperature = config.evaluation.temperature
     # The default top_k of transformers is 50.
     sampling = {"do_sample": True, "temperature": temperature, "top_k": 0} if temperature else {"do_sample": False}
-    return sampling | {"max_new_tokens": config.data.response_length}
+    beyond = list(range(tokenizer.vocab_size, model.vocab_size))  # ids that the tokenizer does not have
+    return sampling | {"max_new_tokens": config.data.response_length} | ({"suppress_tokens": beyond} if beyond else {})
