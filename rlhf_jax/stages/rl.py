@@ -263,7 +263,8 @@ class _Parts:
         plots.rl(rows, folder, self.name, best_of_n=curve)
         known = "gold" if "gold" in last.rows else self.reward.metric
         before_N, after_N = first.rows[known], last.rows[known]
-        labels = {"name": known if known == "reward" else f"{known} score", "learner": self.name}
+        learner = self.name.upper() if len(self.name) < 4 else self.name.replace("_", " ")  # PPO
+        labels = {"name": known if known == "reward" else f"{known} score", "learner": learner}
         rate = win_rate.win_rate(after_N, before_N)
         plots.before_after(before_N, after_N, folder / "before_after.png", win_rate=rate, **labels)
         return _of_updates(self.name, rows, self.config)

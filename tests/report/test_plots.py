@@ -8,7 +8,8 @@ from matplotlib.image import imread
 from rlhf_jax.report import plots
 
 # Metrics of a first PPO iteration, in which nothing has changed yet.
-FIRST = {f"ppo/{name}": 0.0 for name in plots.PPO} | {"ppo/kl": 0.0, "ppo/kl_k3": 0.0, "ppo/kl_exact": 0.0}
+FIRST = {f"ppo/{name}": 0.0 for name in plots.RL if name != "ess"}
+FIRST |= {"ppo/ess_last": 0.0, "ppo/kl_k3": 0.0, "ppo/kl_exact": 0.0}
 
 
 def rows(n=80, every=20, **curves):
@@ -88,22 +89,23 @@ def test_reward_is_plotted_with_a_coin_flip(tmp_path):
 def ppo(tmp_path_factory):
     """(figures, the folder of their files)."""
     folder = tmp_path_factory.mktemp("plots")
-    return plots.ppo(PPO, folder), folder
+    return plots.rl(PPO, folder, "ppo"), folder
 
 
-def test_ppo_plots_a_dashboard_and_a_file_per_panel(ppo):
+def test_rl_plots_a_dashboard_and_a_file_per_panel(ppo):
     figures, folder = ppo
-    names = {name for name in PPO[19] if name.startswith("ppo/")}
+    names = {name.removeprefix("ppo/") for name in PPO[19] if name.startswith("ppo/")}
     assert plotted(figures["ppo"]).keys() == names
-    assert figures.keys() == plots.PPO.keys() | {"over_optimization", "ppo"}
+    absent = {"reward", "distinct2", "repeat_rate", "ess"}  # of other runs
+    assert figures.keys() == plots.RL.keys() - absent | {"over_optimization", "ppo"}
     assert {path.stem for path in folder.iterdir()} == figures.keys()
     assert all(is_picture(path) for path in folder.iterdir())
-    assert plotted(figures["kl"]).keys() == {"ppo/kl", "ppo/kl_k3", "ppo/kl_exact"}
+    assert plotted(figures["kl"]).keys() == {"kl", "kl_k3", "kl_exact"}
 
 
-def test_ppo_without_gold_has_no_gold_panels(tmp_path):
+def test_rl_without_gold_has_no_gold_panels(tmp_path):
     some = [{name: row[name] for name in ("step", "time", "ppo/score", "ppo/kl")} for row in PPO]
-    figures = plots.ppo(some, tmp_path)
+    figures = plots.rl(some, tmp_path, "ppo")
     assert figures.keys() == {"score", "kl", "ppo"}
 
 
@@ -113,9 +115,9 @@ def test_over_optimization_has_score_and_gold_over_kl_on_two_axes(ppo):
     assert (left.get_ylabel(), right.get_ylabel()) == ("learned score", "gold score")
     curves = plotted(figure)
     inner = slice(2, -2)  # the running mean over 5 points is exact on a straight line, its ends aside
-    np.testing.assert_allclose(curves["ppo/score"][0][inner], [row["ppo/kl"] for row in PPO][inner])
-    np.testing.assert_allclose(curves["ppo/score"][1][inner], [row["ppo/score"] for row in PPO][inner])
-    assert curves["ppo/score"][0][0] == pytest.approx((1 + 2 + 3) / 3 / 8)  # KL is smoothed along with the score
+    np.testing.assert_allclose(curves["score"][0][inner], [row["ppo/kl"] for row in PPO][inner])
+    np.testing.assert_allclose(curves["score"][1][inner], [row["ppo/score"] for row in PPO][inner])
+    assert curves["score"][0][0] == pytest.approx((1 + 2 + 3) / 3 / 8)  # KL is smoothed along with the score
     # On a square root scale the middle of the axis is a quarter of the way in nats.
     low, middle, high = left.transData.transform([(0, 0), (2.5, 0), (10, 0)])[:, 0]
     assert middle - low == pytest.approx((high - low) / 2)
@@ -124,25 +126,40 @@ def test_over_optimization_has_score_and_gold_over_kl_on_two_axes(ppo):
 def test_a_value_that_diverges_does_not_hide_the_others(tmp_path):
     values = [-80.0, 0.2, 0.5, 0.9]
     some = [{"step": s, "time": s, "ppo/explained_variance": value} for s, value in enumerate(values)]
-    low, high = plots.ppo(some, tmp_path)["explained_variance"].axes[0].get_ylim()
+    low, high = plots.rl(some, tmp_path, "ppo")["explained_variance"].axes[0].get_ylim()
     assert low == -1 and 0.9 < high <= 1.01
-    low, high = plots.ppo(some[:1], tmp_path)["explained_variance"].axes[0].get_ylim()
+    low, high = plots.rl(some[:1], tmp_path, "ppo")["explained_variance"].axes[0].get_ylim()
     assert low < -80 < high  # without other values, it is shown
 
 
 def test_pipeline_is_the_run_in_four_panels(tmp_path):
-    figure = plots.pipeline(SFT, REWARD, PPO, tmp_path / "run.png", "A run")
+    figure = plots.pipeline({"sft": SFT, "reward": REWARD, "ppo": PPO}, tmp_path / "run.png", "A run")
     assert [axes.get_title("left") for axes in figure.axes if axes.get_title("left")] == [
         "Fine-tuning loss", "Reward model accuracy", "Learned and gold score", "KL from the reference",
     ]  # fmt: skip
-    assert {"sft/loss", "reward/accuracy", "ppo/score", "ppo/gold", "ppo/kl"} <= plotted(figure).keys()
+    assert {"sft/loss", "reward/accuracy", "score", "gold", "kl"} <= plotted(figure).keys()
     assert figure.get_suptitle() == "A run" and is_picture(tmp_path / "run.png")
 
 
 def test_pipeline_without_gold_shows_the_score(tmp_path):
     some = [{"step": 1, "time": 0, "ppo/score": 0.5}, {"step": 2, "time": 0, "ppo/score": 0.7}]
-    figure = plots.pipeline([], [], some, tmp_path / "run.png", "A run")
-    assert plotted(figure).keys() == {"ppo/score"}
+    figure = plots.pipeline({"sft": [], "reward": [], "ppo": some}, tmp_path / "run.png", "A run")
+    assert plotted(figure).keys() == {"score"}
+
+
+def test_pipeline_of_a_reward_without_a_model_shows_what_it_cost(tmp_path):
+    """Pretraining and fine-tuning; then the reward, KL and the diversity of the samples, with the bands of seeds."""
+    some = rows(
+        rl__reward=lambda s: s / 80, rl__reward_ci95=lambda s: 0.1, rl__kl=lambda s: s / 9, rl__distinct2=lambda s: 0.9,
+        rl__repeat_rate=lambda s: 0.1, rl__eval_kl_exact=lambda s: s / 9, rl__eval_reward=lambda s: s / 80,
+    )  # fmt: skip
+    pretrain = rows(pretrain__loss=lambda s: 5 / s)
+    figure = plots.pipeline({"pretrain": pretrain, "sft": SFT, "rl": some}, tmp_path / "run.png", "A run")
+    assert plotted(figure).keys() >= {"pretrain/loss", "sft/loss", "reward", "kl", "distinct2", "repeat_rate"}
+    curve = [(1, 0.2, 0.0), (2, 0.4, 0.2), (4, 0.6, 0.6)]
+    figures = plots.rl(some, tmp_path, "rl", best_of_n=curve)
+    assert plotted(figures["reward_over_kl"]).keys() == {"best of n", "policy", "kept"}
+    assert len(figures["reward"].axes[0].collections) == 1  # the band
 
 
 def test_before_after_shows_both_distributions_and_the_changes(tmp_path):
@@ -163,15 +180,15 @@ def test_before_after_shows_both_distributions_and_the_changes(tmp_path):
 def test_no_rows_plot_nothing(tmp_path):
     assert plots.supervised([], tmp_path / "a.png") is None
     assert plots.reward([], tmp_path / "b.png") is None
-    assert plots.ppo([], tmp_path) == {}
-    assert plots.pipeline([], [], [], tmp_path / "c.png", "A run") is None
+    assert plots.rl([], tmp_path, "ppo") == {}
+    assert plots.pipeline({"sft": [], "reward": [], "ppo": []}, tmp_path / "c.png", "A run") is None
     assert plots.before_after([], [], tmp_path / "d.png", name="score", win_rate=(0.5, (0, 1))) is None
     assert not list(tmp_path.iterdir())
 
 
 def test_one_iteration_can_be_plotted(tmp_path):
-    figures = plots.ppo([{"step": 0, "time": 0.0, **FIRST}], tmp_path)
-    assert {f"ppo/{name}" for name in plots.PPO} <= plotted(figures["ppo"]).keys()
+    figures = plots.rl([{"step": 0, "time": 0.0, **FIRST}], tmp_path, "ppo")
+    assert {name.removeprefix("ppo/") for name in FIRST} <= plotted(figures["ppo"]).keys()
     assert [line.get_marker() for line in figures["score"].axes[0].lines] == ["None", "o"]  # one point needs a marker
     heights = sorted(label.xy[1] for label in figures["kl"].axes[0].texts)
     assert min(np.diff(heights)) > 0.07  # three zeros, three labels
