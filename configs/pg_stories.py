@@ -18,7 +18,7 @@ from ml_collections import ConfigDict
 from rlhf_jax import alarms
 from rlhf_jax import config as configs
 from rlhf_jax.algorithms import policy_gradient, ppo
-from rlhf_jax.config import Evaluation, Supervised, Text
+from rlhf_jax.config import Evaluation, Reward, Supervised, Text
 from rlhf_jax.data import corpus
 from rlhf_jax.errors import InputError
 from rlhf_jax.models import gpt2
@@ -41,6 +41,7 @@ def stories():
         model=gpt2.preset("micro", heads=4, head_size=32, context=64, init_std=0.08),
         pretrain=Supervised(**adam, lr=1e-3, steps=1_500, batch=32, eval_every=500),
         sft=Supervised(**adam, lr=5e-4, steps=200, batch=32, eval_every=100),
+        reward=Reward(kind="sentiment", lr=1e-3, warmup=20, adam_b2=0.95, steps=150, batch=32, eval_every=50),
         policy_gradient=policy_gradient.Config(
             lr=5e-5, schedule="linear", steps=100, batch=64, kl_coef=0.03, eval_every=20
         ),

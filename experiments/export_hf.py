@@ -14,7 +14,7 @@ from rlhf_jax.errors import InputError
 from rlhf_jax.report.console import Reporter
 
 OUT = flags.DEFINE_string("out", None, "Folder to write, new or empty.")
-STAGE = flags.DEFINE_string("stage", "", "ppo, sft, reward, rl or pretrain.")
+STAGE = flags.DEFINE_string("stage", "", "ppo, policy_gradient, rl, reward, sft or pretrain.")
 
 
 def main(_):

@@ -93,7 +93,7 @@ class Config:
 
 
 DATA = {"summarize": sources.Config, "prompts": sources.Config, "write": corpus.Config}
-WRITE = {  # defaults of the task `write` where they differ from Config's
+WRITE: dict[str, Any] = {  # defaults of the task `write`, where they are not those of Config
     "task": "write",
     "algorithm": "policy_gradient",
     "text": Text(kind="char"),
@@ -122,17 +122,18 @@ def parse(values: Mapping, kind: type = Config, path: str = "") -> Any:
     """Nested dicts (a ConfigDict's) as dataclasses. InputError names an unknown, missing or mistyped field."""
     known = {field.name.rstrip("_"): field for field in dataclasses.fields(kind)}
     for name in values:
-        if name.rstrip("_") not in known:
+        if name not in known:
             near = difflib.get_close_matches(name, known, n=1)
             raise InputError(f"{path}{name}: no such field{f'; did you mean {near[0]}?' if near else ''}")
-    parsed = {}
+    parsed: dict[str, Any] = {}
     for name, field in known.items():
         if name not in values:
             raise InputError(f"{path}{name}: missing, expected {getattr(field.type, '__name__', field.type)}")
-        value, wanted = values[name], field.type
+        value = values[name]
+        wanted: Any = field.type
         if kind is Config and name == "data":
-            wanted = DATA.get(values.get("task"), sources.Config)
-        if dataclasses.is_dataclass(wanted):
+            wanted = DATA.get(values.get("task", ""), sources.Config)
+        if isinstance(wanted, type) and dataclasses.is_dataclass(wanted):
             if wanted is Reward and isinstance(value, str):
                 parsed[field.name] = Reward(kind=value)
                 continue
@@ -162,6 +163,12 @@ def rl_name(config) -> str:
 def section(config, stage) -> str:
     """The name of the stage's own section of the config."""
     return config.algorithm if stage == rl_name(config) else stage
+
+
+def place(config, workdir, stage) -> Path:
+    """The folder of the run that a stage is in: `workdir`, or that of the stage's `from`."""
+    other = getattr(getattr(config, section(config, stage)), "from_", "")
+    return Path(other or workdir).expanduser()
 
 
 def sections(config, stage) -> list[str]:

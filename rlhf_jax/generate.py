@@ -172,7 +172,8 @@ def _from_queue(model, params, prompt_NP, prompt_mask_NP, keys_N, config):
         count_B=empty(B, jnp.int32),
         token_B=empty(B, jnp.int32),
     )
-    return jax.lax.while_loop(lambda lanes: lanes.taken < N, step, lanes).drawn.replace(cache=None)
+    lanes = jax.lax.while_loop(lambda lanes: lanes.taken < N, step, lanes)
+    return dataclasses.replace(lanes.drawn, cache=None)
 
 
 def enter(model, params, prompt_NP, prompt_mask_NP, lanes, config, group):

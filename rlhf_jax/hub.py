@@ -43,8 +43,8 @@ def folder(
     revisions = (pinned,) if pinned else revisions
     for revision in revisions:
         for choice in choices:
-            if path := _cached(repo, revision, kind, choice):
-                return path
+            if cached := _cached(repo, revision, kind, choice):
+                return cached
     with _in_one_line(name, repo, revisions, kind, choices):
         return _download(name, repo, revisions, kind, choices)
 
@@ -102,7 +102,7 @@ def _info(repo: str, revision: str, kind: str):
     """
     from huggingface_hub import HfApi
 
-    answer = Future()
+    answer: Future = Future()
 
     def request():
         try:

@@ -6,6 +6,7 @@ import hashlib
 import json
 import shutil
 from pathlib import Path
+from typing import Any
 
 import jax
 
@@ -17,7 +18,7 @@ from rlhf_jax.evaluate import seeds
 from rlhf_jax.models import heads, hf
 from rlhf_jax.report import metrics, plots
 from rlhf_jax.report.console import Silent
-from rlhf_jax.rewards import function, learned
+from rlhf_jax.rewards import Reward, function, learned
 from rlhf_jax.stages import Setup
 from rlhf_jax.stages.language_model import language_model
 from rlhf_jax.stages.preference import check_references, reward_model
@@ -72,11 +73,10 @@ class Stages:
         return getattr(self.config, configs.section(self.config, name)).steps
 
     def place(self, name) -> Workdir:
-        """The workdir that holds a stage: this one, or the stage's `from`."""
-        other = getattr(getattr(self.config, configs.section(self.config, name)), "from_", "")
-        if not other:
+        """The workdir that a stage is in: this one, or that of the stage's `from`."""
+        there = Workdir(configs.place(self.config, self.workdir.path, name))
+        if there.path == self.workdir.path:
             return self.workdir
-        there = Workdir(other)
         field = f"{name}.from"
         if not there.finished(name, self.steps(name)):
             raise InputError(f"{field}: expected a finished stage of {self.steps(name)} steps in {there / name}")
@@ -121,8 +121,8 @@ class Stages:
             jit=self._jit,
         )
 
-    def _tokenizer(self):
-        """The config's tokenizer: the workdir's copy if that was made from the same config and files."""
+    def _tokenizer(self) -> text.Tokenizer:
+        """The tokenizer of the config; the workdir's copy where that was made of the same."""
         config, folder, record = self.config, self.workdir / "text", "text/made_of.json"
         made_of = {"text": fields.significant(config.text), "data": fields.significant(config.data)}
         made_of |= {"seed": config.seed, "task": config.task, "sha256": dict(_fingerprints(config, False))}
@@ -169,6 +169,7 @@ class Stages:
         if name == "reward":
             return reward_model(name, setup, config.reward, policy)
         scalar, section = setup.apply.scalar, config.rl
+        reward: Reward
         if config.learned:
             params = self.parameters("reward", "reward", scalar.zero_head(policy))
             sampling = setup.sampling(section.temperature, lanes=section.lanes, widths=section.widths)
@@ -182,7 +183,7 @@ class Stages:
             with_reward = config.learned and section.value_init in ("auto", "reward")
             value = params if with_reward else scalar.zero_head(policy)
         key = jax.random.fold_in(setup.key("rl"), seed)  # not split: a seed samples the same alone and among others
-        beside = ()
+        beside: tuple[dict, ...] = ()
         if "pretrain" in self.names:
             beside = tuple({"pretrain": row["completion"]} for row in self.place("pretrain").samples("pretrain"))
         return rl(
@@ -273,7 +274,8 @@ class Stages:
         plots.pipeline(rows, self.workdir / "plots" / "pipeline.png", title=f"seed {self.config.seed}")
         last = self.names[-1]
         shutil.copyfile(places[last] / last / "samples.jsonl", self.workdir / "samples.jsonl")
-        numbers, seconds = {}, 0
+        numbers: dict[str, Any] = {}
+        seconds = 0
         for name, place in places.items():
             summary = place.summary(name)
             numbers |= {key: value for key, value in summary.items() if key.startswith(f"{name}/")}

@@ -94,7 +94,8 @@ class Pretrained:
         InputError where a prompt and its completion are more than the context.
         """
         _expect(temperature > 0, "temperature", "more than 0", temperature)
-        return self._logprobs(*self._pairs(prompts, completions), temperature)
+        starts, ends = self._pairs(prompts, completions)
+        return self._logprobs(starts, ends, temperature)
 
     def scores(self, prompts: str | Sequence[str], completions: Sequence[str]) -> np.ndarray:
         """The reward model's score of each completion, read at its EOS; tokens are as for `logprobs`.
@@ -132,13 +133,14 @@ class Pretrained:
         `config` has fields of the algorithm's Config (steps, lr, batch, ...) and of tasks.prompts.Given.
         """
         from rlhf_jax.algorithms import POLICY
-        from rlhf_jax.rewards import function, learned
+        from rlhf_jax.rewards import Reward, function, learned
         from rlhf_jax.stages.rl import rl
 
         _expect(algorithm in POLICY, "algorithm", " or ".join(POLICY), algorithm)
         if reward is None and self.reward is None:
             raise InputError("reward: expected a function, as this model has no reward model")
         setup, section = self._setup({"prompts": rows}, POLICY[algorithm].Config, {"temperature": 1.0} | config)
+        scored: Reward
         if reward is None:
             scored = learned.Learned(self.apply, self.reward, setup.sampling(section.temperature))
         else:
@@ -285,7 +287,7 @@ def _from_run(folder: Path, stage: str) -> Pretrained:
     names = configs.stages(config)
     if stage and stage not in names:
         raise InputError(f"stage: expected {' or '.join(names)}, got {stage!r}")
-    places = {name: Path(getattr(getattr(config, name, None), "from_", "") or folder) / name for name in names}
+    places = {name: configs.place(config, folder, name) / name for name in names}
     finished = [name for name, place in places.items() if (place / "summary.json").exists()]
     if stage and stage not in finished:
         raise InputError(f"stage: expected a finished one ({', '.join(finished) or 'there is none'}), got {stage!r}")

@@ -95,7 +95,8 @@ class _NotFinite(Exception):
 
 def _run(program, args):
     """The results of a jaxpr. Raises _NotFinite at the first operation whose result, not its input, is not finite."""
-    jaxpr, values = program.jaxpr, {}
+    jaxpr = program.jaxpr
+    values: dict = {}
     values.update(zip(jaxpr.constvars, program.consts, strict=True))
     values.update(zip(jaxpr.invars, args, strict=True))
 

@@ -13,6 +13,10 @@ from rlhf_jax.ops import kl, masked, padding
 class Policy(Protocol):
     """A language model as pure functions of its parameters; models/heads.py has the real one."""
 
+    @property
+    def config(self) -> Any:
+        """Its sizes."""
+
     def init(self, key) -> Any:
         """Random parameters."""
 
@@ -21,6 +25,9 @@ class Policy(Protocol):
 
     def decode(self, params, token_B, mask_B, cache, slot=None) -> tuple[jax.Array, Any]:
         """Reads one more token a row: (hidden states [B, D], cache)."""
+
+    def insert(self, cache, new, rows_G) -> Any:
+        """The cache with each row rows_G[g] replaced by row g of the cache `new`."""
 
     def hidden(self, params, tokens_BT, mask_BT, count=None, dropout_key=None) -> jax.Array:
         """The hidden states before each of the last `count` tokens, [B, count, D]."""
@@ -38,11 +45,20 @@ class Policy(Protocol):
 class Scalar(Protocol):
     """A model with one number a position: value model or reward model."""
 
+    def init(self, key, policy) -> Any:
+        """Parameters: the trunk of the policy under a random head."""
+
+    def zero_head(self, policy) -> Any:
+        """Parameters: the trunk of the policy under a head that returns 0."""
+
     def values(self, params, tokens_BT, mask_BT, count) -> jax.Array:
         """The value before each of the last `count` tokens, [B, count]."""
 
     def score(self, params, tokens_BT, mask_BT) -> jax.Array:
         """The score [B] of each sequence, read at its last real token."""
+
+    def normalize(self, params, mean, std) -> Any:
+        """Parameters whose scores are (score - mean) / std."""
 
 
 class Apply(NamedTuple):
@@ -100,6 +116,7 @@ class Rollout:
         kl, kl_k2, kl_k3 and kl_exact are sums over a sequence, averaged over the batch; entropy is per token.
         """
         mask_BR = self.mask_BR
+        assert self.score_B is not None
 
         def per_sequence(x_BR):
             return jnp.mean(masked.sum(x_BR, mask_BR, axis=1))

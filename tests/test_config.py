@@ -7,15 +7,16 @@ from pathlib import Path
 import pytest
 
 from rlhf_jax import config as configs
+from rlhf_jax.data import corpus
 from rlhf_jax.data.sources import COLUMNS
-from rlhf_jax.errors import InputError
+from tests.support import error
 
 ROOT = Path(__file__).parents[1]
 
 
 def tree(**changes):
     """The defaults as a nested dict, with some dotted fields changed: tree(**{"ppo.steps": 3})."""
-    whole = dataclasses.asdict(configs.Config())
+    whole = configs.tree(configs.Config())
     for field, value in changes.items():
         *sections, name = field.split(".")
         functools.reduce(dict.__getitem__, sections, whole)[name] = value
@@ -29,20 +30,13 @@ def without(field):
     return whole
 
 
-def error(function, *args, **kwargs):
-    with pytest.raises(InputError) as caught:
-        function(*args, **kwargs)
-    assert "\n" not in str(caught.value)
-    return str(caught.value)
-
-
 # Parsing
 
 
 def test_what_is_parsed_is_what_was_given():
     config = configs.parse(tree(**{"seed": 7, "ppo.kl_coef": 0.1, "data.sft": "a.jsonl", "ppo.whiten_rewards": True}))
     assert (config.seed, config.ppo.kl_coef, config.data.sft, config.ppo.whiten_rewards) == (7, 0.1, "a.jsonl", True)
-    assert configs.parse(dataclasses.asdict(config)) == config
+    assert configs.parse(configs.tree(config)) == config
 
 
 @pytest.mark.parametrize(
@@ -90,6 +84,7 @@ def test_a_whole_number_does_for_a_float():
 
 
 NAN = float("nan")
+COUNT = "at least 1 and at most 1e+09"
 WORLD = {"data.source": "world", "text.kind": "bpe", "data.prompt_length": 64, "data.response_length": 22}
 
 
@@ -122,47 +117,62 @@ def test_the_edge_of_what_is_possible(changes):
         ("model.dtype", "float16", "float32 or bfloat16, got 'float16'"),
         ("sft.loss_on", "prompt", "all or response, got 'prompt'"),
         ("ppo.missing_eos", "ignore", "replace or subtract, got 'ignore'"),
-        ("ppo.value_init", "policy", "reward or zero, got 'policy'"),
+        ("ppo.value_init", "policy", "auto or reward or zero, got 'policy'"),
         ("sft.schedule", "step", "linear or cosine or constant, got 'step'"),
         ("reward.schedule", "step", "linear or cosine or constant, got 'step'"),
         ("ppo.schedule", "step", "linear or cosine or constant, got 'step'"),
-        ("model.layers", 0, "more than 0, got 0"),
-        ("model.heads", 0, "more than 0, got 0"),
-        ("model.head_size", -1, "more than 0, got -1"),
-        ("model.width", 0, "more than 0, got 0"),
-        *(("model.rotary_share", share, "0, or a share of model.head_size ") for share in (-0.5, 0.02, 0.05, 1.1, NAN)),
-        *(
-            (f"model.{name}", value, "more than 0, got ")
-            for name in ("rotary_base", "norm_eps")
-            for value in (0.0, NAN)
-        ),
-        ("model.dropout", 1.0, "0 to less than 1, got 1.0"),
-        ("model.dropout", -0.1, "0 to less than 1, got -0.1"),
+        ("task", "translate", "summarize or write or prompts, got 'translate'"),
+        ("algorithm", "dpo", "ppo or policy_gradient, got 'dpo'"),
+        ("evaluation.result", "first", "last or best, got 'first'"),
+        ("data.cut", "middle", "left or right or newline or skip or error, got 'middle'"),
+        ("seed", -1, "at least 0 and less than 4.29497e+09, got -1"),
+        ("seed", 2**32, "at least 0 and less than 4.29497e+09, got 4294967296"),
+        *((f"model.{name}", 0, f"{COUNT}, got 0") for name in ("layers", "heads", "width")),
+        ("model.head_size", -1, f"{COUNT}, got -1"),
+        *(("model.rotary_share", share, f"at least 0 and at most 1, got {share}") for share in (-0.5, 1.1, NAN)),
+        *(("model.rotary_share", share, "0, or a share of head_size = 64 that is ") for share in (0.02, 0.05)),
+        *(("model.rotary_base", value, f"more than 0 and at most 1e+09, got {value}") for value in (0.0, NAN)),
+        *(("model.norm_eps", value, f"more than 0 and at most 1, got {value}") for value in (0.0, NAN)),
+        ("model.dropout", 1.0, "at least 0 and less than 1, got 1.0"),
+        ("model.dropout", -0.1, "at least 0 and less than 1, got -0.1"),
         ("model.context", 85, "at least data.prompt_length + data.response_length = 86, got 85"),
-        ("data.held_out", 0.0, "a share between 0 and 1, got 0.0"),
-        ("data.held_out", 1.0, "a share between 0 and 1, got 1.0"),
-        ("data.prompt_length", 0, "more than 0, got 0"),
-        ("data.response_length", 1, "at least 2, EOS included, got 1"),
-        ("data.pair_length", 1, "0, or at least 2, EOS included, got 1"),
-        ("data.pair_length", -3, "0, or at least 2, EOS included, got -3"),
-        ("evaluation.prompts", 1, "at least 2, for an interval, got 1"),
-        ("evaluation.batch", 0, "more than 0, got 0"),
-        ("evaluation.temperature", -0.1, "0 or more, got -0.1"),
+        ("data.held_out", 0.0, "more than 0 and less than 1, got 0.0"),
+        ("data.held_out", 1.0, "more than 0 and less than 1, got 1.0"),
+        ("data.prompt_length", 0, f"{COUNT}, got 0"),
+        ("data.response_length", 1, "at least 2 and at most 1e+09, got 1"),
+        ("data.pair_length", 1, "0, or at least 2 and at most 1e+09, got 1"),
+        ("data.pair_length", -3, "0, or at least 2 and at most 1e+09, got -3"),
+        ("evaluation.prompts", 1, "at least 2 and at most 1e+09, got 1"),
+        ("evaluation.batch", 0, f"{COUNT}, got 0"),
+        ("evaluation.temperature", -0.1, "at least 0 and at most 100, got -0.1"),
+        ("evaluation.temperature", NAN, "at least 0 and at most 100, got nan"),
         *(
-            (f"{stage}.{name}", 0, "more than 0, got 0")
+            (f"{stage}.{name}", 0, f"{COUNT}, got 0")
             for stage in ("sft", "reward", "ppo")
-            for name in ("steps", "batch", "microbatches")
+            for name in ("batch", "microbatches")
         ),
-        *((f"{stage}.lr", lr, f"more than 0, got {lr}") for stage in ("sft", "reward", "ppo") for lr in (0.0, NAN)),
-        ("ppo.epochs", 0, "more than 0, got 0"),
-        ("ppo.minibatches", 0, "more than 0, got 0"),
-        ("ppo.temperature", 0.0, "more than 0, got 0.0"),
-        ("ppo.clip", 0.0, "more than 0, got 0.0"),
-        ("ppo.value_clip", 0.0, "more than 0, got 0.0"),
-        ("ppo.gamma", 1.01, "0 to 1, got 1.01"),
-        ("ppo.lam", -0.01, "0 to 1, got -0.01"),
-        ("ppo.top_k", 50, "0 in training (a rollout draws from the distribution that the update differentiates"),
-        ("ppo.top_p", 0.9, "1 in training (a rollout draws from the distribution that the update differentiates"),
+        ("sft.steps", -1, "at least 0 and at most 1e+09, got -1"),  # with 0 the stage is left out
+        ("reward.steps", 0, "more than 0 where the reward is learned, got 0"),
+        ("pretrain.steps", 5, "0, as only task = write has plain texts to pretrain on, got 5"),
+        ("ppo.steps", 0, f"{COUNT}, got 0"),
+        *(
+            (f"{stage}.lr", lr, f"more than 0 and at most 10, got {lr}")
+            for stage in ("sft", "reward", "ppo")
+            for lr in (0.0, NAN)
+        ),
+        ("ppo.epochs", 0, f"{COUNT}, got 0"),
+        ("ppo.minibatches", 0, f"{COUNT}, got 0"),
+        ("ppo.temperature", 0.0, "more than 0 and at most 100, got 0.0"),
+        ("ppo.clip", 0.0, "more than 0 and at most 1e+09, got 0.0"),
+        ("ppo.value_clip", 0.0, "more than 0 and at most 1e+09, got 0.0"),
+        ("ppo.gamma", 1.01, "at least 0 and at most 1, got 1.01"),
+        ("ppo.lam", -0.01, "at least 0 and at most 1, got -0.01"),
+        ("ppo.kl_coef", -0.01, "at least 0 and at most 1e+09, got -0.01"),
+        *(
+            (f"{name}.{field}", value, f"{off} in training (a rollout samples the distribution that the update ")
+            for name in ("ppo", "policy_gradient")
+            for field, value, off in (("top_k", 50, 0), ("top_p", 0.9, 1))
+        ),
     ],
 )
 def test_what_is_impossible_is_refused(field, value, expected):
@@ -173,28 +183,36 @@ def test_what_is_impossible_is_refused(field, value, expected):
 @pytest.mark.parametrize(
     ("changes", "devices", "message"),
     [
-        ({"sft.batch": 10, "sft.microbatches": 4}, 1, "sft.batch: expected a multiple of {} = 4 x 1, got 10"),
-        ({"reward.batch": 10}, 4, "reward.batch: expected a multiple of {} = 1 x 4, got 10"),
+        ({"sft.batch": 10, "sft.microbatches": 4}, 1, "sft.batch: expected a multiple of {} = 4, got 10"),
+        ({"reward.batch": 10}, 4, "reward.batch: expected a multiple of {} x devices = 1 x 4, got 10"),
         (
             {"ppo.batch": 12, "ppo.minibatches": 2, "ppo.microbatches": 4},
             1,
-            "ppo.batch: expected a multiple of {} = 8 x 1, got 12",
+            "ppo.batch: expected a multiple of {} = 8, got 12",
         ),
     ],
 )
 def test_a_batch_that_cannot_be_divided_is_refused(changes, devices, message):
-    assert error(check, devices, **changes) == message.format("minibatches x microbatches x devices")
+    assert error(check, devices, **changes) == message.format("minibatches x microbatches")
 
 
-@pytest.mark.parametrize(("lanes", "devices"), [(5, 1), (-4, 1), (8, 1), (2, 4)])
-def test_lanes_must_share_the_batch(lanes, devices):
-    message = f"ppo.lanes: expected 0, or a divisor of ppo.batch = 12 and a multiple of the devices = {devices}"
-    assert error(check, devices, **{"ppo.batch": 12, "ppo.lanes": lanes}) == f"{message}, got {lanes}"
+@pytest.mark.parametrize(
+    ("lanes", "devices", "expected"),
+    [
+        (5, 1, "0, or a divisor of batch = 12"),
+        (-4, 1, "at least 0 and at most 1e+09"),
+        (8, 1, "0, or a divisor of batch = 12"),
+        (2, 4, "0, or a divisor of ppo.batch = 12 and a multiple of the devices = 4"),
+    ],
+)
+def test_lanes_must_share_the_batch(lanes, devices, expected):
+    message = error(check, devices, **{"ppo.batch": 12, "ppo.lanes": lanes})
+    assert message == f"ppo.lanes: expected {expected}, got {lanes}"
 
 
 def test_there_are_not_more_widths_than_columns():
     assert error(check, **{"data.prompt_length": 8, "ppo.widths": 9}) == (
-        "ppo.widths: expected 1 to data.prompt_length = 8, got 9"
+        "ppo.widths: expected at most data.prompt_length = 8, got 9"
     )
 
 
@@ -207,10 +225,10 @@ def test_pairs_that_may_be_longer_need_a_longer_context():
 def test_all_files_that_are_missing_are_named_at_once(tmp_path):
     (tmp_path / "there.jsonl").touch()
     paths = {"data.sft": str(tmp_path / "there.jsonl"), "data.prompts": "no.csv", "model.init": "no/such/x"}
-    message = error(check, **paths)
+    message = error(check, **paths, **{"data.source": "files"})
     assert "data.sft" not in message
-    told = "missing files: model.init = 'no/such/x', data.prompts = 'no.csv'; give each as --config.FIELD="
-    assert message.startswith(told)
+    named = "missing files: model.init = 'no/such/x', data.prompts = 'no.csv'; give each as --config.FIELD="
+    assert message.startswith(named)
 
 
 def test_what_may_be_on_the_hub_is_not_missing():
@@ -234,7 +252,101 @@ def test_every_field_is_read(field):
     paths = [path for path in (ROOT / "rlhf_jax").rglob("*.py") if path.name != "config.py"]
     source = "".join(path.read_text() for path in [*paths, ROOT / "experiments" / "launch.py"])
     source = source.replace('getattr(config, f"world_{kind}")', " ".join(f"config.world_{kind}" for kind in COLUMNS))
+    source = source.replace('"from_", ""', ".from_")
     assert re.search(rf"\.{field}\b", source)
+
+
+# Free choice, and what cannot go together
+
+
+@pytest.mark.parametrize(
+    ("changes", "names"),
+    [
+        ({}, ["sft", "reward", "ppo"]),
+        ({"algorithm": "policy_gradient"}, ["sft", "reward", "policy_gradient"]),
+        ({"sft.steps": 0}, ["reward", "ppo"]),
+        ({"reward": "sentiment"}, ["sft", "ppo"]),
+        ({"reward": "gold", "algorithm": "policy_gradient", "sft.steps": 0}, ["policy_gradient"]),
+    ],
+)
+def test_the_stages_of_a_run(changes, names):
+    config = configs.parse(tree(**WORLD | changes))
+    configs.check(config)
+    assert configs.stages(config) == names
+    assert [configs.section(config, name) for name in names] == names
+
+
+@pytest.mark.parametrize(
+    ("sections", "names"),
+    [
+        ({}, ["pretrain", "sft", "rl"]),
+        ({"reward": configs.Reward()}, ["pretrain", "sft", "reward", "rl"]),
+        ({"pretrain": configs.Supervised(steps=0), "algorithm": "ppo"}, ["sft", "rl"]),
+    ],
+)
+def test_the_stages_of_a_writer(sections, names):
+    config = configs.write(**sections)
+    configs.check(config)
+    assert configs.parse(configs.tree(config)) == config
+    assert configs.stages(config) == names
+    assert configs.section(config, "rl") == config.algorithm
+
+
+def test_a_reward_is_a_name_or_a_section():
+    named = tree(reward="sentiment")
+    assert configs.parse(named).reward == configs.Reward(kind="sentiment")
+    assert not configs.parse(named).learned and configs.parse(tree()).learned
+    assert error(configs.parse, tree(reward=3)) == "reward: expected a section of fields, got 3"
+
+
+def test_data_have_the_fields_of_their_task():
+    whole = tree(task="write")
+    assert error(configs.parse, whole).startswith("data.")
+    whole["data"] = configs.tree(corpus.Config())
+    assert configs.parse(whole).data == corpus.Config()
+    assert error(configs.parse, tree(data=whole["data"])).startswith("data.")
+
+
+@pytest.mark.parametrize("name", ["sft", "reward", "pretrain"])
+def test_a_stage_may_be_from_elsewhere(name):
+    config = configs.parse(tree(**{f"{name}.from": "runs/a"}))
+    assert getattr(config, name).from_ == "runs/a"
+    assert configs.tree(config)[name]["from"] == "runs/a"
+    assert f"{name}.from_: no such field" in error(configs.parse, tree(**{f"{name}.from_": "runs/a"}))
+
+
+GOLD = "learned, sentiment or path/to/file.py:function where no row has a record (data.source), got 'gold'"
+
+
+def test_what_an_algorithm_or_a_reward_needs(tmp_path):
+    zero = error(check, **{"reward": "sentiment", "ppo.value_init": "reward"})
+    assert zero == (
+        "ppo.value_init: expected zero or auto where reward is sentiment, as there is no reward model, got 'reward'"
+    )
+    check(**{"reward": "sentiment", "ppo.value_init": "reward", "algorithm": "policy_gradient"})
+    for change in {"reward": "sentiment", "ppo.value_init": "zero"}, {"reward": "gold"}, {"reward": "sentiment"}:
+        check(**change)
+    assert error(check, **{"reward": "gold", "data.source": "hub"}) == f"reward.kind: expected {GOLD}"
+    gold = configs.write(reward=configs.Reward(kind="gold"))
+    assert error(configs.check, gold) == f"reward.kind: expected {GOLD}"
+    for kind in "gould", "no/such/file.py:f", "file.py":
+        assert error(check, reward=kind).startswith("reward: ")
+    (tmp_path / "own.py").write_text("x = 3\n")
+    assert "expected a function 'x', found none" in error(check, reward=f"{tmp_path}/own.py:x")
+
+
+@pytest.mark.parametrize(
+    ("section", "fields", "message"),
+    [
+        ("model", {"context": 31}, "model.context: expected at least data.length = 32, got 31"),
+        ("policy_gradient", {"lanes": 16}, "policy_gradient.lanes: expected 0 ("),
+        ("policy_gradient", {"widths": 2}, "policy_gradient.widths: expected 1 ("),
+    ],
+)
+def test_a_writer_starts_from_nothing(section, fields, message):
+    config = configs.write()
+    changed = dataclasses.replace(config, **{section: dataclasses.replace(getattr(config, section), **fields)})
+    assert error(configs.check, changed).startswith(message)
 
 
 # configs/ppo_summarize.py

@@ -1,21 +1,17 @@
 """What every policy algorithm shares: its config, its state, and one update on a scored rollout.
 
-An algorithm is a module with a `Config` of the one below, NEEDS_VALUE, SHUFFLES, and three pure functions:
-
-    estimate(rollout, kl_coef, *, config) -> rollout with advantages (and returns)
-    loss(params, batch, *, config, apply) -> (scalar, metrics); params are trees by name: "policy" (and "value")
-    metrics(rollout, *, kl_coef, config) -> {name: scalar}, of the rollout before the update
-
-`step` combines them into an iteration's update. rollout.py samples, and the reward scores.
+`step` makes an iteration's update of an Algorithm. Sampling and scoring are rollout.py's and the reward's.
 """
 
 import dataclasses
+from typing import Any, Protocol
 
 import jax
 import jax.numpy as jnp
 
 from rlhf_jax.fields import choice, neutral, number
 from rlhf_jax.ops import kl, masked, padding
+from rlhf_jax.rollout import Apply, Rollout
 from rlhf_jax.training import optim
 from rlhf_jax.training.state import TrainState
 
@@ -66,6 +62,26 @@ class Config(optim.Config):
     def updates(self):
         """Optimizer steps of the whole stage."""
         return self.steps * self.epochs * self.minibatches
+
+
+class Algorithm(Protocol):
+    """A module such as ppo.py: its config, two flags and three pure functions."""
+
+    NEEDS_VALUE: bool
+    SHUFFLES: bool  # every epoch has its own order of the rows
+
+    @property
+    def Config(self) -> type[Any]:
+        """A subclass of the Config above."""
+
+    def estimate(self, rollout: Rollout, kl_coef, *, config) -> Rollout:
+        """The rollout with advantages (and returns)."""
+
+    def loss(self, params, batch: Rollout, *, config, apply: Apply) -> tuple[jax.Array, dict[str, jax.Array]]:
+        """(scalar, metrics) of a minibatch; params are trees by name: "policy" (and "value")."""
+
+    def metrics(self, rollout: Rollout, *, kl_coef, config) -> dict[str, jax.Array]:
+        """{name: scalar} of the rollout before the update."""
 
 
 def init(policy, key, *, config, tx, value=None, reward=None):
@@ -161,7 +177,7 @@ def trace(aux):
 
     aux is that of `update`. With one minibatch an epoch the first entries are 0: they are measured before any step.
     """
-    numbers = {}
+    numbers: dict[str, jax.Array] = {}
     for name in {"approx_kl", "clip_fraction"} & aux.keys():
         mean_E = jnp.mean(aux[name], axis=1)
         running_E = jnp.cumsum(mean_E) / jnp.arange(1, len(mean_E) + 1)

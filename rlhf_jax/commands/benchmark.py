@@ -1,8 +1,8 @@
 """Times one iteration of reinforcement learning, and compares it with the time that its arithmetic needs.
 
-The timed functions are those that the stages compile: rollout.draw, rollout.judge (rollout.compare if the reward is
-computed on the host) and the algorithm's guarded step. They run on random weights and random tokens, on one device. No
-response ends early. An iteration generates (prefill, decode), scores and updates; each phase ends before the next.
+The functions that are timed are those of the stages (stages/rl.py: Iteration), on random weights and random tokens, on
+one device. No response ends early. An iteration is sampling (prefill, decode), scoring (judge, then the reward) and the
+update, each awaited before the next. PPO has a learned reward, the article's policy gradient the sentiment of texts.
 """
 
 import contextlib
@@ -30,9 +30,10 @@ from rlhf_jax.errors import InputError
 from rlhf_jax.models import cost, gpt2, heads
 from rlhf_jax.report import metrics
 from rlhf_jax.report.console import Silent
-from rlhf_jax.rewards import function
+from rlhf_jax.rewards import function, learned
+from rlhf_jax.stages import rl
 from rlhf_jax.text import char
-from rlhf_jax.training import guard, optim
+from rlhf_jax.training import guard
 
 DTYPES = ("float32", "bfloat16")
 PHASES = ("prefill", "decode", "score", "update")
@@ -90,7 +91,7 @@ def shape(name, dtype="float32", batch=0, *, fused=False):
     if dtype not in DTYPES:
         raise InputError(f"dtype: expected {' or '.join(DTYPES)}, got {dtype!r}")
     known = SHAPES[name]
-    config, slices = known.algorithm, getattr(known.algorithm, "minibatches", 1) * known.algorithm.microbatches
+    config, slices = known.algorithm, known.algorithm.minibatches * known.algorithm.microbatches
     if batch < 0 or batch % slices:
         raise InputError(f"batch: expected a multiple of {slices}, got {batch}")
     config = dataclasses.replace(config, batch=batch or config.batch)
@@ -100,75 +101,50 @@ def shape(name, dtype="float32", batch=0, *, fused=False):
     return dataclasses.replace(known, model=model, algorithm=config)
 
 
-class Iteration:
-    """The compiled functions of an iteration, and the arrays that it starts from."""
+class Timed:
+    """The functions that are timed, and the arrays that they start from."""
 
     def __init__(self, shape, chunk=heads.LanguageModel.chunk):
-        self.shape, self._config = shape, shape.algorithm
-        self.is_ppo = isinstance(shape.algorithm, ppo.Config)
-        self.apply = rollout.Apply(heads.LanguageModel(shape.model, chunk), heads.ScalarModel(shape.model))
-        updates = self._config.epochs * getattr(self._config, "minibatches", 1)
-        self._tx = optim.adamw(self._config, self._config.steps * updates)
-        self._sampling = generate.Sampling(
+        self.shape, config = shape, shape.algorithm
+        apply = rollout.Apply(heads.LanguageModel(shape.model, chunk), heads.ScalarModel(shape.model))
+        sampling = generate.Sampling(
             max_tokens=shape.response,
             eos_id=shape.model.vocab_size,  # never sampled
             pad_id=0,
-            temperature=self._config.temperature,
+            temperature=config.temperature,
         )
-        self._reward = None if self.is_ppo else function.load("sentiment")
-        step = functools.partial((ppo if self.is_ppo else policy_gradient).step, config=self._config)
-        step = guard.guarded(functools.partial(step, apply=self.apply, tx=self._tx), guard.Config())
-        self.prefill, self.draw, self.judge = jax.jit(self._prefill), jax.jit(self._draw), jax.jit(self._judge)
-        self.update = jax.jit(step, donate_argnums=0)
+        is_ppo = isinstance(config, ppo.Config)
+        self.iteration = rl.Iteration(ppo if is_ppo else policy_gradient, config, apply, sampling)
+        self.reward = learned.Learned(apply, None, sampling) if is_ppo else function.load("sentiment")
+        self.prefill, self.sample, self.learn = jax.jit(self._prefill), self.iteration.sample, self.iteration.learn
 
     def begin(self, key):
         """(state before the first step, (prompt_BP, prompt_mask_BP))."""
+        shape, apply = self.shape, self.iteration.apply
         policy_key, reward_key, prompt_key, key = jax.random.split(key, 4)
-        policy = jax.jit(self.apply.policy.init)(policy_key)
-        prompt_BP = jax.random.randint(
-            prompt_key, (self._config.batch, self.shape.prompt), 0, self.shape.model.vocab_size, jnp.int32
-        )
-        parts = {"config": self._config, "tx": self._tx}
-        if self.is_ppo:
-            reward = self.apply.scalar.init(reward_key, policy)
-            state = ppo.init(policy, reward, reward, key, **parts)
-        else:
-            state = policy_gradient.init(policy, key, **parts)
+        policy = jax.jit(apply.policy.init)(policy_key)
+        size, ids = (shape.algorithm.batch, shape.prompt), shape.model.vocab_size
+        prompt_BP = jax.random.randint(prompt_key, size, 0, ids, jnp.int32)
+        reward = None if self.reward.on_host else apply.scalar.init(reward_key, policy)
+        state = self.iteration.begin(policy, key, value=reward, reward=reward)
         return state, (prompt_BP, jnp.ones_like(prompt_BP, bool))
 
-    def _prefill(self, state, prompts):
-        return self.apply.policy.prefill(state.policy, *prompts, self.shape.prompt + self.shape.response)
-
-    def _draw(self, state, prompts):
-        keys_B = rollout.keys(state, self._config.batch)
-        return rollout.draw(self.apply, state.policy, *prompts, keys_B, self._sampling)
-
-    def _judge(self, state, prompts, drawn):
-        if self.is_ppo:
-            return rollout.judge(self.apply, state, *prompts, drawn, self._sampling)
-        return rollout.compare(self.apply, state.policy, state.reference, *prompts, drawn, self._sampling)
+    def _prefill(self, state, prompt_BP, mask_BP):
+        slots = self.shape.prompt + self.shape.response
+        return self.iteration.apply.policy.prefill(state.policy, prompt_BP, mask_BP, slots)
 
     def score(self, state, prompts, drawn):
         """The scored Rollout."""
-        judged = self.judge(state, prompts, drawn)  # runs on the device while the host decodes and scores
-        if self.is_ppo:
-            return judged
-        rewards_B, _ = self._reward(text.responses(CHARACTERS, drawn.response_BR, drawn.mask_BR))
-        return judged.replace(score_B=jnp.asarray(rewards_B))
+        return self.iteration.score(state, prompts, drawn, self.reward, (), _texts)[0]
 
     def programs(self):
         """{name: (function, the shapes of its arguments)}, without computing anything."""
         state, prompts = jax.eval_shape(self.begin, jax.random.key(0))
-        drawn = jax.eval_shape(self.draw, state, prompts)
-        scored = jax.eval_shape(self.judge, state, prompts, drawn)
-        if not self.is_ppo:
-            scored = scored.replace(score_B=jax.ShapeDtypeStruct((self._config.batch,), jnp.float32))
-        return {
-            "prefill": (self.prefill, (state, prompts)),
-            "draw": (self.draw, (state, prompts)),
-            "score": (self.judge, (state, prompts, drawn)),
-            "update": (self.update, (state, scored)),
-        }
+        prefill = {"prefill": (self.prefill, (state, *prompts))}
+        return prefill | self.iteration.programs(state, prompts, self.reward)
+
+
+_texts = functools.partial(text.responses, CHARACTERS)
 
 
 def flops(shape):
@@ -207,21 +183,21 @@ def measure(shape, *, iterations, rounds=1, peer=(), reporter=None):
         if value < 1:
             raise InputError(f"{name}: expected at least 1, got {value}")
     reporter = reporter or Silent()
-    iteration = Iteration(shape)
+    timed = Timed(shape)
     device = rates(shape.model.dtype)
     speed = f"a large matrix product runs at {device.product / 1e9:.0f} GFLOP/s, a copy at {device.copy / 1e9:.0f} GB/s"
     reporter.note(f"{shape.name}: {_described(shape)}; {speed}")
     with _empty_cache():
-        programs = compile_times(iteration.programs())
+        programs = compile_times(timed.programs())
         reporter.note(f"compiled in {sum(program['compile_seconds'] for program in programs.values()):.1f} s")
-        state, prompts = iteration.begin(jax.random.key(0))
+        state, prompts = timed.begin(jax.random.key(0))
         rows = []
 
         def ours():
             nonlocal state
-            state, timed = _time(iteration, state, prompts, iterations)
-            rows.extend(timed)
-            return statistics.median(row["iteration"] for row in timed)
+            state, seconds = _time(timed, state, prompts, iterations)
+            rows.extend(seconds)
+            return statistics.median(row["iteration"] for row in seconds)
 
         compared = in_turn(ours, peer, rounds, reporter)
     if int(state.skipped):
@@ -292,10 +268,9 @@ def _configure(values):
 def compile_times(programs):
     """{name: {"compile_seconds", "compile_seconds_cached" as at a second start, "temp_bytes" of temporary arrays}}.
 
-    programs is the result of Iteration.programs. Both times include tracing and lowering. temp_bytes is missing where
-    the backend has no memory analysis.
+    programs as Timed.programs gives them. Tracing and lowering are in both times.
     """
-    times = {name: {} for name in programs}
+    times: dict[str, dict[str, float]] = {name: {} for name in programs}
     for kind in "compile_seconds", "compile_seconds_cached":
         jax.clear_caches()  # what is left is the persistent cache
         for name, (compiled, args) in programs.items():
@@ -307,15 +282,15 @@ def compile_times(programs):
     return times
 
 
-def _time(iteration, state, prompts, count):
-    """(state, rows of seconds) of `count` iterations, after one that is not counted."""
+def _time(timed, state, prompts, count):
+    """(state, rows of seconds) of `count` iterations; one more before them is not counted."""
     rows = []
     for _ in range(count + 1):
-        prefill = _seconds(iteration.prefill, state, prompts)[0]
+        prefill = _seconds(timed.prefill, state, *prompts)[0]
         began = time.perf_counter()
-        draw, drawn = _seconds(iteration.draw, state, prompts)
-        score, scored = _seconds(iteration.score, state, prompts, drawn)
-        update, (state, _) = _seconds(iteration.update, state, scored)
+        draw, drawn = _seconds(timed.sample, state, *prompts)
+        score, scored = _seconds(timed.score, state, prompts, drawn)
+        update, (state, _) = _seconds(timed.learn, state, scored)
         whole = time.perf_counter() - began
         seconds = {"prefill": prefill, "decode": draw - prefill, "score": score, "update": update}
         rows.append(seconds | {"iteration": whole})
@@ -379,18 +354,19 @@ def in_turn(ours, peer, rounds, reporter):
     ours() runs one of our rounds and returns its seconds. A ratio is the peer's seconds over ours. Without a peer only
     our rounds run.
     """
-    compared = {"command": shlex.join(peer), "seconds_per_iteration": [], "ours": [], "ratios": []}
+    seconds: dict[str, list[float]] = {"seconds_per_iteration": [], "ours": [], "ratios": []}
     for i in range(rounds):
         our = ours()
-        compared["ours"].append(our)
+        seconds["ours"].append(our)
         message = f"round {i + 1} of {rounds}: {our:.4g} s an iteration"
         if peer:
             their = peer_seconds(peer)
-            compared["seconds_per_iteration"].append(their)
-            compared["ratios"].append(their / our)
+            seconds["seconds_per_iteration"].append(their)
+            seconds["ratios"].append(their / our)
             message += f", the peer {their:.4g} s: {their / our:.2f} times as long"
         reporter.note(message)
-    return compared | {"ratio": statistics.median(compared["ratios"])} if peer else compared
+    compared = {"command": shlex.join(peer)} | seconds
+    return compared | {"ratio": statistics.median(seconds["ratios"])} if peer else compared
 
 
 def parse_peer(line):
@@ -429,8 +405,10 @@ def show(result, reporter):
     phases = result["phases"]
     header = ("", "seconds", "min", "max", "tokens/s", "episodes/s", "GFLOP", "GFLOP/s", "/ product's")
     reporter.table(header, [(name, *_row(phases[name])) for name in phases])
-    header = ("program", "compile s", "cached s", "temporary MB")
-    reporter.table(header, [(name, *_program(program)) for name, program in result["programs"].items()])
+    reporter.table(
+        ("program", "compile s", "cached s", "temporary MB"),
+        [(name, *_program(program)) for name, program in result["programs"].items()],
+    )
     decode, memory, seconds = result["decode"], result["memory"], result["seconds_per_iteration"]
     reporter.note(
         f"decode reads at least {decode['bytes_per_step'] / 1e6:.4g} MB a step: {decode['bytes_per_s'] / 1e9:.3g} GB/s"

@@ -23,10 +23,11 @@ def export(workdir, out, stage=""):
     workdir = Path(workdir)
     config = configs.read(workdir)
     stage = _stage(workdir, config, stage)
-    summary = json.loads((workdir / stage / "summary.json").read_text())
+    place = configs.place(config, workdir, stage) / stage
+    summary = json.loads((place / "summary.json").read_text())
     tokenizer = text.load(workdir / "text")
     model = dataclasses.replace(config.model, vocab_size=config.model.vocab_size or tokenizer.vocab_size)
-    params = checkpoint.load(workdir / stage)["reward" if stage == "reward" else "policy"]
+    params = checkpoint.load(place)["reward" if stage == "reward" else "policy"]
     ids = {"eos_id": tokenizer.eos_id, "pad_id": tokenizer.pad_id}
     beside = text_hf.to_hf(tokenizer) | {"README.md": model_card.card(config, stage, summary)}
     if stage == "reward":
@@ -34,7 +35,7 @@ def export(workdir, out, stage=""):
         beside["tokenizer_config.json"] |= {"padding_side": "right"}
         hf.save_scalar(out, params, model, **ids, beside=beside)
     else:
-        hf.save(out, params, model, **ids, generation=_generation(config), beside=beside)
+        hf.save(out, params, model, **ids, generation=_generation(config, model, tokenizer), beside=beside)
     return stage
 
 
@@ -42,7 +43,7 @@ def _stage(workdir, config, requested):
     names = configs.stages(config)
     if requested and requested not in names:
         raise InputError(f"stage: expected {' or '.join(names)}, got {requested!r}")
-    finished = [name for name in names if (workdir / name / "summary.json").exists()]
+    finished = [name for name in names if (configs.place(config, workdir, name) / name / "summary.json").exists()]
     if requested and requested not in finished:
         expected = ", ".join(finished) or "there is none"
         raise InputError(f"stage: expected a finished one ({expected}), got {requested!r}")
@@ -52,9 +53,10 @@ def _stage(workdir, config, requested):
     return requested or policies[-1]
 
 
-def _generation(config):
+def _generation(config, model, tokenizer):
     """Settings with which `generate` samples as the run's evaluation does."""
     temperature = config.evaluation.temperature
     # The default top_k of transformers is 50.
     sampling = {"do_sample": True, "temperature": temperature, "top_k": 0} if temperature else {"do_sample": False}
-    return sampling | {"max_new_tokens": config.data.response_length}
+    beyond = list(range(tokenizer.vocab_size, model.vocab_size))  # ids that the tokenizer does not have
+    return sampling | {"max_new_tokens": config.data.response_length} | ({"suppress_tokens": beyond} if beyond else {})

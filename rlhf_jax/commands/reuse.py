@@ -55,7 +55,7 @@ def reuse(config, workdir, reporter=None, stop=None, only=None):
     tx = optim.adamw(dataclasses.replace(config.policy_gradient, schedule="constant"), max(USES))
     for update in UPDATES:
         use = _use(update, config, stages.setup.apply, tx)
-        found = {uses: [] for uses in USES}
+        found: dict[int, list[dict]] = {uses: [] for uses in USES}
         for rollout in rollouts:
             moving, opt = policy, tx.init(policy)
             for uses in range(1, max(USES) + 1):

@@ -188,7 +188,8 @@ def _parsed(text: str, where: str, expected: str):
     except InputError as error:
         raise InputError(f"{where}: {error}") from None
     except (ValueError, RecursionError) as error:
-        line = f", line {error.lineno}" if getattr(error, "lineno", 1) > 1 else ""
+        number = getattr(error, "lineno", 1)
+        line = f", line {number}" if number > 1 else ""
         raise InputError(f"{where}: expected {expected} ({getattr(error, 'msg', error)}{line})") from None
 
 

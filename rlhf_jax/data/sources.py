@@ -76,7 +76,7 @@ def load(kind, config, seed):
     if not getattr(config, kind):
         wanted, value = ("data set", "NAME") if config.source == "hub" else (f"{', '.join(files.READERS)} file", "FILE")
         raise InputError(f"data.{kind}: expected a {wanted} (--config.data.{kind}={value}), got none")
-    skipped = [] if config.skip_bad else None
+    skipped: list[str] | None = [] if config.skip_bad else None
     try:
         rows = _read(kind, config, config.split, skipped, extra)
         if config.source == "hub" and config.held_out_split:

@@ -193,7 +193,7 @@ class Config(tfds.core.BuilderConfig):
         self.name = f"{self.kind}_seed{self.seed}_train{self.train}_validation{self.validation}"
 
 
-class World(tfds.core.GeneratorBasedBuilder, skip_registration=True):
+class World(tfds.core.GeneratorBasedBuilder, skip_registration=True):  # type: ignore[call-arg]  # TFDS has no types
     """The world as a TFDS builder: every feature is text, and `record` is JSON."""
 
     VERSION = tfds.core.Version("1.4.0")  # raise it with every change of the rows, or old ones are read

@@ -9,6 +9,7 @@ GPT-NeoX (Black et al. 2022, arXiv 2204.06745; Pythia is one) is the same code w
 
 import dataclasses
 from collections.abc import Callable
+from typing import Any
 
 import flax
 import flax.linen as nn
@@ -65,7 +66,7 @@ class Config:
         return self.fused and self.dtype == "bfloat16" and jax.default_backend() == "gpu"
 
 
-NEOX = {"context": 2048, "rotary_share": 0.25, "parallel_residual": True, "exact_gelu": True, "tied": False}
+NEOX: dict[str, Any] = dict(context=2048, rotary_share=0.25, parallel_residual=True, exact_gelu=True, tied=False)
 
 PRESETS = {
     "nano": Config(layers=3, heads=3, head_size=16, width=48),

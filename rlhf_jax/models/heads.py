@@ -7,6 +7,7 @@ class and one tree, {"trunk": GPT-2, "head": {"kernel" [D], "bias" []}}.
 
 import dataclasses
 import functools
+from typing import Any
 
 import jax
 import jax.numpy as jnp
@@ -39,7 +40,7 @@ class LanguageModel:
 
         Dropout is applied only if a key is given.
         """
-        how = {} if dropout_key is None else {"deterministic": False, "rngs": {"dropout": dropout_key}}
+        how: dict[str, Any] = {} if dropout_key is None else {"deterministic": False, "rngs": {"dropout": dropout_key}}
         select = None if count is None else functools.partial(logprobs.before, count=count)
         return gpt2.GPT2(self.config).apply({"params": params}, tokens_BT, mask_BT, select=select, **how)[0]
 

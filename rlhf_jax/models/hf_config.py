@@ -77,8 +77,8 @@ def read(folder):
 def compare(folder, config):
     """Raises InputError, naming each field that must change, if the checkpoint in `folder` does not fit config."""
     theirs = read(folder)
-    names = ("layers", "heads", "head_size", "width", "rotary_share", "rotary_base", "parallel_residual")
-    names += ("exact_gelu", "tied", "norm_eps")
+    names = ["layers", "heads", "head_size", "width", "rotary_share", "rotary_base", "parallel_residual"]
+    names += ["exact_gelu", "tied", "norm_eps"]
     wrong = {name: repr(getattr(theirs, name)) for name in names if getattr(theirs, name) != getattr(config, name)}
     if config.context > theirs.context or (config.context < theirs.context and not theirs.rotary_share):
         wrong["context"] = f"{theirs.context}{' or less' if theirs.rotary_share else ''}"

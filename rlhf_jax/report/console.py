@@ -8,6 +8,7 @@ import math
 import sys
 import time
 from collections import deque
+from typing import Any
 
 from rich import box
 from rich.columns import Columns
@@ -18,8 +19,15 @@ from rich.table import Column, Table
 from rich.text import Text
 
 # The metrics shown, in this order and without the stage before the slash; metrics.jsonl has all of them.
-SHOWN = ("loss", "eval_loss", "accuracy", "eval_accuracy", "score", "eval_score", "gold", "eval_gold")
-SHOWN += (
+SHOWN = (
+    "loss",
+    "eval_loss",
+    "accuracy",
+    "eval_accuracy",
+    "score",
+    "eval_score",
+    "gold",
+    "eval_gold",
     "reward",
     "eval_reward",
     "distinct2",
@@ -54,7 +62,8 @@ class Reporter:
         width = None if terminal else PLAIN_WIDTH
         self._console = Console(file=stream, force_terminal=terminal, force_jupyter=False, width=width, highlight=False)
         self._redraws = terminal and not self._console.is_dumb_terminal
-        self._stage = self._live = None
+        self._stage: Any = None  # a _Stage while one is in progress
+        self._live: Live | None = None
 
     def __enter__(self):
         return self
@@ -164,7 +173,7 @@ class _Stage:
     def __init__(self, name, total, start):
         self.name, self.total, self.step = name, total, start
         self.began = time.monotonic()
-        self._marks = deque(maxlen=PACE_STEPS)  # (step, seconds)
+        self._marks: deque[tuple[int, float]] = deque(maxlen=PACE_STEPS)  # (step, seconds)
         self._numbers = {}
 
     def update(self, step, metrics):

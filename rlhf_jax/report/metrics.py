@@ -22,7 +22,7 @@ from tensorboardX.proto.summary_pb2 import Summary
 from rlhf_jax.errors import InputError
 
 EVENTS_EVERY = 10.0  # seconds between flushes of the TensorBoard file: each one waits for the disk
-PACKAGES = ("rlhf_jax", "jax", "jaxlib", "flax", "optax", "orbax-checkpoint")
+PACKAGES: tuple[str, ...] = ("rlhf_jax", "jax", "jaxlib", "flax", "optax", "orbax-checkpoint")
 PACKAGES += ("numpy", "grain", "tensorflow-datasets", "tokenizers")
 
 

@@ -8,6 +8,7 @@ mean, and black dots are held-out evaluations. The number at the end of a curve 
 import dataclasses
 from functools import partial, wraps
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 
@@ -15,7 +16,7 @@ from rlhf_jax.report.metrics import series
 
 # Okabe and Ito's colours, distinct in any colour vision; darkened, so that text in them can be read.
 BLUE, AMBER, GREEN, PURPLE, BLACK, GREY = "#0072B2", "#B36B00", "#007A5A", "#B0578D", "#222222", "#767676"
-STYLE = {
+STYLE: dict[Any, Any] = {
     "figure.dpi": 130, "savefig.dpi": 130, "font.family": "DejaVu Sans", "font.size": 9, "text.color": BLACK,
     "axes.titlesize": 10.5, "axes.titleweight": "bold", "axes.titlelocation": "left", "axes.titlepad": 9,
     "axes.labelcolor": GREY, "axes.edgecolor": "#BBBBBB", "axes.spines.top": False, "axes.spines.right": False,
@@ -25,7 +26,7 @@ STYLE = {
 }  # fmt: skip
 PANEL, SINGLE = (4.0, 2.75), (5.5, 3.5)  # inches: one panel among others, one alone
 DASHED = 0, (4, 3)
-STEPS = dict(nbins=5, steps=(1, 2, 5, 10), integer=True)  # ticks of a step axis
+STEPS: dict[str, Any] = dict(nbins=5, steps=(1, 2, 5, 10), integer=True)  # ticks of a step axis
 
 
 def _styled(function):
@@ -222,8 +223,8 @@ def _save(plotters, path, *, columns=3, title=None):
     width, height = PANEL if len(plotters) > 1 else SINGLE
     from matplotlib.figure import Figure
 
-    figure = Figure(figsize=(width * columns, height * lines + (0.4 if title else 0)), layout="constrained")
-    figure.get_layout_engine().set(w_pad=0.1, h_pad=0.1, wspace=0.02, hspace=0.04)
+    figure = Figure(figsize=(width * columns, height * lines + (0.4 if title else 0)))
+    figure.set_layout_engine("constrained", w_pad=0.1, h_pad=0.1, wspace=0.02, hspace=0.04)
     for index, plot in enumerate(plotters, 1):
         plot(figure.add_subplot(lines, columns, index))
     if title:

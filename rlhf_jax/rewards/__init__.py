@@ -30,10 +30,17 @@ class Reward(Protocol):
     for the texts.
     """
 
-    name: str
-    metric: str
-    on_host: bool
-    params: Any
+    @property
+    def name(self) -> str: ...
+
+    @property
+    def metric(self) -> str: ...
+
+    @property
+    def on_host(self) -> bool: ...
+
+    @property
+    def params(self) -> Any: ...
 
     def __call__(self, params: Any, completions: Completions) -> dict[str, Any]:
         """{component: [B]}; the reward is their sum. Raises InputError, naming the function and the row at fault."""

@@ -25,7 +25,7 @@ import numpy as np
 from rlhf_jax.errors import InputError
 from rlhf_jax.rewards import Completions, gold, sentiment
 
-NAMED = {"sentiment": sentiment.compound, "gold": gold.of_rows}
+NAMED: dict[str, Callable] = {"sentiment": sentiment.compound, "gold": gold.of_rows}
 
 
 class Function:
@@ -108,6 +108,7 @@ def _module(path: Path) -> ModuleType:
     if known is not None and getattr(known, "__file__", None) != str(path.absolute()):
         name = f"{path.stem}_{hashlib.sha256(folder.encode()).hexdigest()[:8]}"
     spec = importlib.util.spec_from_file_location(name, path.absolute())
+    assert spec is not None and spec.loader is not None  # it ends in .py
     module = importlib.util.module_from_spec(spec)
     sys.modules[spec.name] = module
     try:

@@ -21,8 +21,10 @@ from rlhf_jax.training import guard as guards
 from rlhf_jax.training import sharding
 
 # The index is folded into the seed: append only; reordering changes the numbers of old runs.
-PURPOSES = ("policy init", "reward head", "evaluation", "pretrain", "sft", "reward", "rl")
-PURPOSES += ("pretrain order", "sft order", "reward order", "rl order")  # of the rows that a stage trains on
+PURPOSES = (
+    *("policy init", "reward head", "evaluation", "pretrain", "sft", "reward", "rl"),
+    *("pretrain order", "sft order", "reward order", "rl order"),  # of the rows that a stage trains on
+)
 
 
 class Step(NamedTuple):

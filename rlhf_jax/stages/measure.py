@@ -2,6 +2,7 @@
 
 import dataclasses
 import functools
+from typing import Any
 
 import jax.numpy as jnp
 import numpy as np
@@ -45,7 +46,8 @@ def measurement(setup, config, reward):
                 "mask": drawn.mask_BR,
                 "kl": jnp.sum(drawn.kl_BR, axis=1),
                 "kl_exact": jnp.sum(drawn.kl_exact_BR, axis=1),
-                "entropy": jnp.sum(drawn.entropy_BR, axis=1),
+                # The most likely token is certain.
+                "entropy": jnp.sum(drawn.entropy_BR if temperature else 0 * drawn.mask_BR, axis=1),
                 "eos_rate": drawn.eos_B,
                 "length": drawn.length_B,
             }
@@ -88,7 +90,7 @@ def diversity_of(texts):
 def compare(first, last, sides, metric):
     """The summary's numbers before and after, the gains, and the win rate (on gold where it is known)."""
     before, after = sides
-    numbers = {}
+    numbers: dict[str, Any] = {}
     for name, value in last.numbers.items():
         numbers |= {name: value, f"{name}{after}": value, f"{name}{before}": first.numbers[name]}
     for name in (name for name in (metric, "gold") if name in last.rows):

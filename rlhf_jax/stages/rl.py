@@ -8,7 +8,6 @@ The device judges while the host decodes texts and scores them.
 import dataclasses
 import functools
 from collections.abc import Callable
-from types import ModuleType
 from typing import Any
 
 import jax
@@ -27,7 +26,7 @@ from rlhf_jax.training import optim, sharding
 class Iteration:
     """The compiled functions of one iteration. Stages, the benchmark and the memory plan call these."""
 
-    algorithm: ModuleType  # algorithms/policy.py says what it has
+    algorithm: policy_algorithm.Algorithm
     config: policy_algorithm.Config
     apply: rollout.Apply
     sampling: Any  # generate.Sampling
@@ -48,10 +47,10 @@ class Iteration:
     def sample(self):
         """(state, prompt_BP, prompt_mask_BP) -> completions of the policy, a generate.State."""
 
-        def sample(state, *prompts):
+        def sample(state, prompt_BP, prompt_mask_BP):
             keys_B = rollout.keys(state, self.config.batch)
-            drawn = rollout.draw(self.apply, state.policy, *prompts, keys_B, self.sampling)
-            return drawn.replace(step=None, keys_B=None, cache=None)  # the update does not need the others
+            drawn = rollout.draw(self.apply, state.policy, prompt_BP, prompt_mask_BP, keys_B, self.sampling)
+            return drawn.replace(step=None, keys_B=None, cache=None)  # what nobody needs any more
 
         return self.jit(sample)
 
@@ -78,19 +77,37 @@ class Iteration:
 
     def collect(self, state, prompts, reward, rows, decode):
         """A scored Rollout of the prompts: (Rollout, Completions, {component: [B]})."""
-        drawn = self.sample(state, *prompts)
-        judged = self.judge(state, *prompts, drawn)  # runs while the host decodes and scores
-        there = judged.replace(response_BR=drawn.response_BR, mask_BR=drawn.mask_BR)  # the same arrays, ready earlier
+        return self.score(state, prompts, self.sample(state, *prompts), reward, rows, decode)
+
+    def score(self, state, prompts, drawn, reward, rows, decode):
+        """The same of completions that are sampled already."""
+        judged = self.judge(state, *prompts, drawn)  # goes on while the host reads and scores
+        there = judged.replace(response_BR=drawn.response_BR, mask_BR=drawn.mask_BR)  # the same, known sooner
         completions = rewards.Completions(rows, there, decode)
         components = reward(state.reward, completions)
         return judged.replace(score_B=jnp.asarray(rewards.total(components))), completions, components
+
+    def programs(self, state, prompts, reward):
+        """{name: (function, the shapes of its arguments)} of an iteration; nothing is computed.
+
+        draw, judge, reward (where it is on the device) and update, in their order. Arguments may be shapes themselves.
+        """
+        drawn = jax.eval_shape(self.sample, state, *prompts)
+        judged = jax.eval_shape(self.judge, state, *prompts, drawn)
+        scored = judged.replace(score_B=jax.ShapeDtypeStruct((self.config.batch,), jnp.float32))
+        return {
+            "draw": (self.sample, (state, *prompts)),
+            "judge": (self.judge, (state, *prompts, drawn)),
+            **({} if reward.on_host else {"reward": (reward.score, (state.reward, judged))}),
+            "update": (self.learn, (state, scored)),
+        }
 
 
 def rl(
     name: str,
     setup: Setup,
     config: policy_algorithm.Config,
-    algorithm: ModuleType,
+    algorithm: policy_algorithm.Algorithm,
     reward: rewards.Reward,
     policy,
     *,
@@ -236,8 +253,8 @@ class _Parts:
             labels = [row["label"] for row in self.questions]
             for suffix, texts in zip(self.sides, (first.texts, last.texts), strict=True):
                 numbers |= {f"{key}{suffix}": value for key, value in rouge.rouge(labels, texts)}
-        both = [measure.samples(each, state, self.config, metric) for each in (first, last)]
-        samples = measure.side_by_side(self.name, self.questions, *both, self.beside, metric, task)
+        before, after = (measure.samples(each, state, self.config, metric) for each in (first, last))
+        samples = measure.side_by_side(self.name, self.questions, before, after, self.beside, metric, task)
         plot = functools.partial(self.plot, first=first, last=last, curve=curve)
         return Summary(numbers, samples, plot, measure.table(first, last, numbers, metric))
 

@@ -41,11 +41,25 @@ def stamp(files: dict[str, str]) -> tuple:
 class Task(Protocol):
     """A task's values and functions. Each raises InputError, naming the field, file and row at fault."""
 
-    response_length: int  # R, tokens, EOS included
-    prompt_length: int  # P
-    same_prompt: bool  # all questions are equal: samples have one distribution
-    rows_known: bool  # a reward can read the row of a completion
-    questions: dict[str, str]  # {kind that a stage trains on: kind whose held-out prompts its policy is sampled on}
+    @property
+    def response_length(self) -> int:
+        """R, tokens, EOS included."""
+
+    @property
+    def prompt_length(self) -> int:
+        """P, tokens."""
+
+    @property
+    def same_prompt(self) -> bool:
+        """Every question is the same: samples are of one distribution."""
+
+    @property
+    def rows_known(self) -> bool:
+        """A reward may see the row of a completion."""
+
+    @property
+    def questions(self) -> dict[str, str]:
+        """{kind that a stage trains on: kind whose held-out prompts its policy is sampled on}"""
 
     def files(self) -> dict[str, str]:
         """{field of the config: path} of the local files that the rows are read from."""

@@ -2,10 +2,12 @@
 
 import dataclasses
 import functools
+from collections.abc import Callable
+from typing import Any
 
 from rlhf_jax.data import batches, sources
 from rlhf_jax.errors import InputError
-from rlhf_jax.tasks import Encoded, Rows, stamp
+from rlhf_jax.tasks import Encoded, Rows, Task, stamp
 
 
 @dataclasses.dataclass(frozen=True)
@@ -46,7 +48,8 @@ class Prompts:
 
     def arrays(self, kind, tokenizer):
         config, source = self.config, f"data.{kind}"
-        lengths = {"prompt_length": config.prompt_length, "cut": config.cut}
+        lengths: dict[str, Any] = {"prompt_length": config.prompt_length, "cut": config.cut}
+        encode: Callable
         if kind == "sft":
             encode = functools.partial(batches.encode_sft, response_length=config.response_length, **lengths)
         elif kind == "preferences":
@@ -60,7 +63,8 @@ class Prompts:
             counted = ", ".join(f"{count} {what.replace('_', ' ')}" for what, count in counts.items() if count)
             notes.append(f"{source}, {side}: {counted}")
             sides.append(arrays)
-        return Encoded(*sides, tuple(notes))
+        train, held_out = sides
+        return Encoded(train, held_out, tuple(notes))
 
     def judge(self, rows, texts):
         return {}
@@ -91,18 +95,18 @@ class Given:
         return Rows(*batches.split(list(self.rows_by_kind[kind]), self.held_out, self.seed))
 
     def arrays(self, kind, tokenizer):
-        lengths = {"prompt_length": self.prompt_length, "cut": self.cut, "source": f"rows of {kind}"}
+        lengths: dict[str, Any] = {"prompt_length": self.prompt_length, "cut": self.cut, "source": f"rows of {kind}"}
         if kind == "sft":
             lengths["response_length"] = self.response_length
-        encode = {"sft": batches.encode_sft, "prompts": batches.encode_prompts}[kind]
-        train, held_out = (encode(side, tokenizer, **lengths)[0] for side in self.rows(kind)[:2])
+        encoders: dict[str, Callable] = {"sft": batches.encode_sft, "prompts": batches.encode_prompts}
+        train, held_out = (encoders[kind](side, tokenizer, **lengths)[0] for side in self.rows(kind)[:2])
         return Encoded(train, held_out)
 
     def judge(self, rows, texts):
         return {}
 
 
-def make(config):
+def make(config) -> Task:
     """The task of a whole config whose `task` is prompts."""
     if config.data.source == "world":
         raise InputError("data.source: expected files or hub where task is prompts, got 'world'")

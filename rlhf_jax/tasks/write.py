@@ -7,7 +7,7 @@ import random
 from rlhf_jax.data import corpus
 from rlhf_jax.errors import InputError
 from rlhf_jax.rewards import function
-from rlhf_jax.tasks import Encoded, Rows, stamp
+from rlhf_jax.tasks import Encoded, Rows, Task, stamp
 
 STARTS = 65_536  # prompts of EOS alone: more than any batch
 START = {"prompt": ""}
@@ -50,7 +50,8 @@ class Write:
             f"{kind}, {side}: {len(texts)} texts, {len(arrays['index_N'])} rows"
             for side, texts, arrays in zip(("train", "held out"), (rows.train, rows.held_out), sides, strict=True)
         ]
-        return Encoded(*sides, (*rows.notes, *notes))
+        train, held_out = sides
+        return Encoded(train, held_out, (*rows.notes, *notes))
 
     def judge(self, rows, texts):
         """{"reward": [N]} of the texts, and its components if it has several."""
@@ -60,8 +61,8 @@ class Write:
         return {"reward": sum(components.values())} | components
 
 
-def make(config):
-    """The task of a whole config whose `task` is write. With a learned reward, VADER scores the texts."""
+def make(config) -> Task:
+    """The task of a whole config whose `task` is write. A learned reward is learned of pairs that VADER would rank."""
     reward = "sentiment" if config.reward.kind == "learned" else config.reward.kind
     if function.load(reward).takes_rows:
         raise InputError(

@@ -47,10 +47,13 @@ def responses(tokenizer: Tokenizer, response_BR, mask_BR) -> list[str]:
     return [tokenizer.decode(ids[mask].tolist()).strip() for ids, mask in pairs]
 
 
-def load(directory: str | os.PathLike) -> Tokenizer:
+def load(directory: str | os.PathLike) -> bpe.BPETokenizer | char.CharTokenizer:
     """The tokenizer saved in `directory`. Raises InputError if it is missing or damaged."""
     path = Path(directory, stored.FILE)
-    kinds = {"char": char.CharTokenizer, "bpe": bpe.BPETokenizer}
+    kinds: dict[str, type[bpe.BPETokenizer | char.CharTokenizer]] = {
+        "char": char.CharTokenizer,
+        "bpe": bpe.BPETokenizer,
+    }
     record = stored.read_json(path)
     try:
         return kinds[record["kind"]].from_record(record)

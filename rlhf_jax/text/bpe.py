@@ -9,6 +9,7 @@ import functools
 import json
 import os
 from collections.abc import Iterable
+from typing import Any
 
 import tokenizers
 
@@ -59,7 +60,9 @@ class BPETokenizer:
 
     @classmethod
     def from_record(cls, record: dict) -> "BPETokenizer":
-        fields = {name: tuple(value) if isinstance(value, list) else value for name, value in record.items()}
+        fields: dict[str, Any] = {
+            name: tuple(value) if isinstance(value, list) else value for name, value in record.items()
+        }
         del fields["kind"]
         return cls(**fields)
 
@@ -98,7 +101,8 @@ class BPETokenizer:
     def codec(self) -> tokenizers.Tokenizer:
         """The encoder. To it, the name of a special token in a text is ordinary text."""
         ids = {token: i for i, token in enumerate(self.tokens)}
-        codec = _byte_level(tokenizers.models.BPE(ids, [tuple(merge.split(" ")) for merge in self.merges]))
+        merges = [(left, right) for left, _, right in (merge.partition(" ") for merge in self.merges)]
+        codec = _byte_level(tokenizers.models.BPE(ids, merges))
         if self.normalizer:
             codec.normalizer = NORMALIZERS[self.normalizer]
         codec.add_tokens([tokenizers.AddedToken(token, normalized=True) for token in self.added])

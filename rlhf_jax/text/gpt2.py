@@ -34,7 +34,7 @@ def _tokens(file: Path) -> tuple[str, ...]:
         raise InputError(f"{file}: expected a JSON object of token -> id")
     if set(ids.values()) != set(range(len(ids))):
         raise InputError(f"{file}: expected each of the ids 0 to {len(ids) - 1} once")
-    return tuple(sorted(ids, key=ids.get))
+    return tuple(sorted(ids, key=lambda token: ids[token]))
 
 
 def _merges(file: Path) -> tuple[str, ...]:

@@ -125,7 +125,7 @@ class Checkpoints:
         `like` gives structure, shapes, types and placement; its values are not read. Raises InputError if every
         checkpoint is damaged.
         """
-        damaged = []
+        damaged: list[str] = []
         for step in reversed(self.steps):
             try:
                 tree, notes = self._read(step, _keys_as_data(like))
@@ -256,7 +256,7 @@ def _checksum(leaf):
         # A separate view: one that the array caches would keep its buffer from being donated.
         leaf = leaf.addressable_data(0)
     array = np.ascontiguousarray(leaf)
-    return zlib.crc32(array.reshape(-1).view(np.uint8))
+    return zlib.crc32(array.reshape(-1).view(np.uint8).data)
 
 
 def _of_json(value):

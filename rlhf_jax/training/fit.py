@@ -5,6 +5,7 @@ import dataclasses
 import time
 from typing import Any
 
+from rlhf_jax import fields
 from rlhf_jax.errors import InputError
 from rlhf_jax.report import metrics
 from rlhf_jax.report.console import Silent, number
@@ -32,7 +33,7 @@ def fit(stage, workdir, *, depends=None, config=None, keep=KEEP, reporter=None, 
     """
     workdir = workdir if isinstance(workdir, Workdir) else Workdir(workdir)
     reporter = reporter or Silent()
-    depends = depends or {"section": stage.name, stage.name: dataclasses.asdict(stage.config)}
+    depends = depends or {"section": stage.name, stage.name: fields.significant(stage.config)}
     workdir.check(stage.name, depends)
     began = _began(workdir, stage.name)
     workdir.open(stage.name, depends)

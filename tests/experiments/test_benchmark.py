@@ -25,7 +25,7 @@ runpy.run_path("experiments/benchmark.py", run_name="__main__")
 # What takes seconds, left out.
 NOTHING = """
 benchmark.compile_times = lambda programs: {}
-benchmark._time = lambda iteration, state, *_: (state, [{"iteration": 1.0}])
+benchmark._time = lambda timed, state, *_: (state, [{"iteration": 1.0}])
 """
 
 
