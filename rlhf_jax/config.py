@@ -93,7 +93,7 @@ class Config:
 
 
 DATA = {"summarize": sources.Config, "prompts": sources.Config, "write": corpus.Config}
-WRITE: dict[str, Any] = {  # defaults of the task `write`, where they are not those of Config
+WRITE: dict[str, Any] = {  # defaults of the task `write` where they differ from Config's
     "task": "write",
     "algorithm": "policy_gradient",
     "text": Text(kind="char"),

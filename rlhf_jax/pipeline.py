@@ -73,7 +73,7 @@ class Stages:
         return getattr(self.config, configs.section(self.config, name)).steps
 
     def place(self, name) -> Workdir:
-        """The workdir that a stage is in: this one, or that of the stage's `from`."""
+        """The workdir that holds a stage: this one, or the stage's `from`."""
         there = Workdir(configs.place(self.config, self.workdir.path, name))
         if there.path == self.workdir.path:
             return self.workdir
@@ -122,7 +122,7 @@ class Stages:
         )
 
     def _tokenizer(self) -> text.Tokenizer:
-        """The tokenizer of the config; the workdir's copy where that was made of the same."""
+        """The config's tokenizer: the workdir's copy if that was made from the same config and files."""
         config, folder, record = self.config, self.workdir / "text", "text/made_of.json"
         made_of = {"text": fields.significant(config.text), "data": fields.significant(config.data)}
         made_of |= {"seed": config.seed, "task": config.task, "sha256": dict(_fingerprints(config, False))}

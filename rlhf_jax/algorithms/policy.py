@@ -1,6 +1,6 @@
 """What every policy algorithm shares: its config, its state, and one update on a scored rollout.
 
-`step` makes an iteration's update of an Algorithm. Sampling and scoring are rollout.py's and the reward's.
+`step` makes an iteration's update of an Algorithm. rollout.py samples, and the reward scores.
 """
 
 import dataclasses

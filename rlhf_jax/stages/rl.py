@@ -50,7 +50,7 @@ class Iteration:
         def sample(state, prompt_BP, prompt_mask_BP):
             keys_B = rollout.keys(state, self.config.batch)
             drawn = rollout.draw(self.apply, state.policy, prompt_BP, prompt_mask_BP, keys_B, self.sampling)
-            return drawn.replace(step=None, keys_B=None, cache=None)  # what nobody needs any more
+            return drawn.replace(step=None, keys_B=None, cache=None)  # the update does not need these
 
         return self.jit(sample)
 
@@ -81,8 +81,8 @@ class Iteration:
 
     def score(self, state, prompts, drawn, reward, rows, decode):
         """The same of completions that are sampled already."""
-        judged = self.judge(state, *prompts, drawn)  # goes on while the host reads and scores
-        there = judged.replace(response_BR=drawn.response_BR, mask_BR=drawn.mask_BR)  # the same, known sooner
+        judged = self.judge(state, *prompts, drawn)  # runs while the host decodes and scores
+        there = judged.replace(response_BR=drawn.response_BR, mask_BR=drawn.mask_BR)  # the same arrays, ready earlier
         completions = rewards.Completions(rows, there, decode)
         components = reward(state.reward, completions)
         return judged.replace(score_B=jnp.asarray(rewards.total(components))), completions, components

@@ -62,7 +62,7 @@ class Write:
 
 
 def make(config) -> Task:
-    """The task of a whole config whose `task` is write. A learned reward is learned of pairs that VADER would rank."""
+    """The task of a whole config whose `task` is write. With a learned reward, VADER scores the texts."""
     reward = "sentiment" if config.reward.kind == "learned" else config.reward.kind
     if function.load(reward).takes_rows:
         raise InputError(
