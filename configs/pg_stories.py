@@ -1,11 +1,11 @@
-"""Tiny stories: GPT-2 micro learns to tell stories from nothing, then happy ones, then happier ones.
+"""Tiny stories: a small GPT-2 learns to write stories from random weights, then happy ones, then happier ones.
 
     python experiments/pg_stories.py --config=configs/pg_stories.py --workdir=runs/stories
 
-:made (the default)  on stories made from a seed
-:stories             on real ones: --config.data.path=stories.txt, with <|endoftext|> between them. 2 CPU cores: 8 to
-                     14 minutes; mean VADER .53 -> .88 at 3.6 nats (seed 1)
-                     To download some (10 MB; the split train is 1 GB, and more in memory):
+:made (the default)  stories generated from a seed
+:stories             real stories: --config.data.path=stories.txt, with <|endoftext|> between them. 2 CPU cores: 8 to
+                     14 minutes; mean VADER .53 -> .88 at 3.6 nats (seed 1).
+                     To download them (10 MB; the split train has 1 GB, and needs more in memory):
                      --config.data.source=hub --config.data.split=validation --config.data.skip_bad=true
 
 Every field is a flag: --config.algorithm=ppo, --config.seeds=8, --config.reward=path/to/file.py:function
@@ -33,7 +33,7 @@ def get_config(arg="made"):
 
 
 def stories():
-    """The article's sizes: 64 tokens, 64 samples an iteration. The learning rate is ours: 1e-5 moves little in 100."""
+    """The article's sizes: 64 tokens, 64 samples an iteration. Its learning rate, 1e-5, changes little in 100 steps."""
     adam = dict(schedule="cosine", warmup=50, adam_b2=0.95, loss_on="all")
     return configs.write(
         text=Text(kind="bpe", vocab_size=1_024),
@@ -53,16 +53,16 @@ def stories():
             kl_coef=0.03,
             value_init="zero",
             missing_eos="subtract",
-            missing_eos_penalty=0.0,  # a story cut at 63 tokens is no failure
+            missing_eos_penalty=0.0,  # a story that is cut at 63 tokens is not worse
             eval_every=10,
         ),
-        alarms=alarms.Config(repeat_rate=0.15),  # half of all openings of 60 words have one word four times
+        alarms=alarms.Config(repeat_rate=0.15),  # half of all openings of 60 words repeat a word four times
         evaluation=Evaluation(prompts=512, batch=256, temperature=1.0, result="best"),
     )
 
 
 def made():
-    """The same on stories made here, which take less learning."""
+    """The same on generated stories, which need fewer steps."""
     config = stories()
     return dataclasses.replace(
         config,

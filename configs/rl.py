@@ -3,20 +3,20 @@
     python experiments/rl.py --config=configs/rl.py --workdir=runs/mine \
         --config.data.prompts=prompts.jsonl --config.reward=my_reward.py:score
 
-:small (the default)  a GPT-2 of 0.9M parameters from random weights, on characters: to see that prompts and reward fit.
-                      With --config.sft.steps=300 --config.data.sft=rows.jsonl it is fine-tuned first.
+:small (the default)  a GPT-2 of 0.9M parameters with random weights, on characters: it shows whether prompts and reward
+                      fit together. --config.sft.steps=300 --config.data.sft=rows.jsonl fine-tunes it first.
 :gpt2                 GPT-2 124M and its tokenizer from the hub, or --config.model.init=FOLDER --config.text.path=FOLDER
 
-Prompts are rows {"prompt", ...} in a JSONL, JSON, CSV or Parquet file, or a data set of the hub
+Prompts are rows {"prompt", ...} in a JSONL, JSON, CSV or Parquet file, or in a data set on the hub
 (--config.data.source=hub --config.data.prompts=OWNER/NAME). The reward is a Python function of the completions, or of
 the rows and the completions:
 
     def score(rows, texts):
         return [float(row["answer"] in text) for row, text in zip(rows, texts)]
 
---config.algorithm=policy_gradient takes REINFORCE instead of PPO; --config.reward=learned with --config.data.sft=FILE
---config.data.preferences=FILE --config.sft.steps=N learns the reward from preferences. A prompt of more than
-data.prompt_length tokens loses its beginning; --config.data.cut=right|newline|skip|error does something else.
+--config.algorithm=policy_gradient selects REINFORCE instead of PPO. --config.reward=learned --config.data.sft=FILE
+--config.data.preferences=FILE learns the reward from preferences. A prompt of more than data.prompt_length tokens loses
+its first tokens; --config.data.cut=right|newline|skip|error selects another rule.
 """
 
 from ml_collections import ConfigDict

@@ -1,4 +1,4 @@
-"""What every experiment does first: flags -> typed config, the compilation cache, errors as one line."""
+"""What every experiment shares: flags -> typed config, the compilation cache, errors in one line."""
 
 import itertools
 import os
@@ -18,7 +18,7 @@ from rlhf_jax.report.console import Reporter
 from rlhf_jax.training import guard, loop
 
 CONFIG = config_flags.DEFINE_config_file("config", None, "Config file, and :argument.")
-WORKDIR = flags.DEFINE_string("workdir", None, "Folder of the run; started again, it goes on where it was.")
+WORKDIR = flags.DEFINE_string("workdir", None, "Folder of the run; the same command continues a stopped run.")
 
 BAD_INPUT, STOPPED, NOT_FINITE = 2, 3, 4  # exit codes
 
@@ -26,13 +26,13 @@ BAD_INPUT, STOPPED, NOT_FINITE = 2, 3, 4  # exit codes
 def launch(task, only=None, job=pipeline.run):
     """Runs job(config, workdir, reporter, stop, only) for a config of that task.
 
-    Bad input is one line and exit code 2; a stop by a signal 3; a number that is not finite 4.
+    Errors are one line. Exit codes: 2 for bad input, 3 for a stop by a signal, 4 for a number that is not finite.
     """
     app.run(lambda _: _run(task, only, job), flags_parser=parser("config", "workdir"))
 
 
 def parser(*required):
-    """A parser of flags for app.run; the required ones must be given. Errors are one line."""
+    """A parser of flags for app.run, which refuses to start without the required ones. Errors are one line."""
 
     def parse(argv):
         try:
@@ -45,7 +45,7 @@ def parser(*required):
             if rest[1:]:
                 raise InputError(f"{rest[1]}: expected only --flags")
             if CONFIG.value:
-                CONFIG.value.to_dict()  # a config that could not be loaded says so only when it is read
+                CONFIG.value.to_dict()  # a config that could not be loaded raises only when it is read
             return rest
         except (flags.Error, AttributeError, KeyError, TypeError, ValueError, OSError) as error:
             leave(_message(error, argv))
@@ -59,7 +59,7 @@ def _section(arg):
 
 
 def _found(before, arg):
-    """--config=NAME:argument with the path of rlhf_jax/configs/NAME.py; any other argument as it is."""
+    """Replaces NAME in --config=NAME:argument by the path of rlhf_jax/configs/NAME.py; other arguments stay."""
     flag, equals, value = (before, "", arg) if before in ("--config", "-config") else arg.partition("=")
     name, colon, argument = value.partition(":")
     if flag not in ("--config", "-config") or not name or "/" in name or name.endswith(".py") or Path(name).exists():
@@ -71,7 +71,7 @@ def _found(before, arg):
 
 
 def _message(error, argv):
-    """What was wrong with a flag: ml_collections says it in several lines, at times with a traceback in them."""
+    """The error of a flag in one line; ml_collections has several, sometimes with a traceback."""
     text = str(error.args[0] if error.args else error).strip()
     if isinstance(error, AttributeError | KeyError):  # \'lrr\'\nDid you mean "lr" instead of "lrr"?
         field, *hint = text.replace("\\n", "\n").replace("\\'", "'").strip("\"'").split("\n")
@@ -83,7 +83,7 @@ def _message(error, argv):
 
 
 def _run(task, only, job):
-    # Compiled programs are kept: a second start takes seconds.
+    # Compiled programs are kept, so a second start takes seconds.
     cache = Path(os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache", "rlhf_jax", "xla")
     jax.config.update("jax_compilation_cache_dir", str(cache))
     jax.config.update("jax_persistent_cache_min_compile_time_secs", 0)
@@ -93,12 +93,12 @@ def _run(task, only, job):
             config = configs.parse(CONFIG.value.to_dict())
             if config.task != task:
                 raise InputError(f"--config: expected a config whose task is {task}, got one for {config.task}")
-            if config.deterministic:  # read with the first device, which is below
+            if config.deterministic:  # JAX reads it with the first device, in the next line
                 os.environ["XLA_FLAGS"] = f"{os.environ.get('XLA_FLAGS', '')} --xla_gpu_deterministic_ops=true"
             job(config, WORKDIR.value, reporter, stop, only)
     except InputError as error:
         leave(error)
-    except OSError as error:  # a disk that is full, a folder that cannot be written
+    except OSError as error:  # a full disk, a folder that cannot be written
         leave(f"workdir: {error.filename or WORKDIR.value}: {error.strerror or error}")
     except loop.Stopped as error:
         leave(error, STOPPED)
@@ -107,6 +107,6 @@ def _run(task, only, job):
 
 
 def leave(message, code=BAD_INPUT):
-    """Ends the program with one line, and the exit code."""
+    """Prints one line and ends the program with the exit code."""
     print(f"{Path(sys.argv[0]).name}: {' '.join(str(message).split())}", file=sys.stderr)
     sys.exit(code)

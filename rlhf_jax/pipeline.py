@@ -1,4 +1,4 @@
-"""From a config to its values, and through its stages in order. No combination of task and algorithm has code here."""
+"""Makes the values of a config and trains its stages in order. No combination of task and algorithm has code here."""
 
 import dataclasses
 import functools
@@ -27,14 +27,14 @@ from rlhf_jax.text import bpe, char, gpt2
 from rlhf_jax.training.fit import fit, write_summary
 from rlhf_jax.training.workdir import Workdir
 
-KINDS = {"pretrain": "pretrain", "sft": "sft", "reward": "preferences"}  # of rows, by stage; the last has prompts
+KINDS = {"pretrain": "pretrain", "sft": "sft", "reward": "preferences"}  # of rows by stage; the last stage has prompts
 
 
 def run(config, workdir, reporter=None, stop=None, only=None) -> dict:
-    """All stages of a config, or `only` one, without what the workdir has already: the run's summary.
+    """Trains all stages of a config, or `only` one, and skips finished ones. Returns the run's summary.
 
     Raises InputError, before anything is written, for an impossible config, data that cannot be read, or a workdir of
-    another config. `stop` is a loop.Stop of the whole run, where there is one.
+    another config. `stop` is a loop.Stop for the whole run.
     """
     configs.check(config, devices=jax.device_count())
     steps = Stages(config, Workdir(workdir), reporter or Silent())
@@ -57,11 +57,11 @@ class Stages:
     # What a stage depends on, and where it is
 
     def depends(self, name) -> dict:
-        """What the numbers of a stage depend on: sections of the config, and what they name by its sha256."""
+        """What the numbers of a stage depend on: sections of the config, and the sha256 of the files that they name."""
         config, section = self.config, configs.section(self.config, name)
         everything = fields.significant(config)
         depends = {part: everything[part] for part in configs.sections(config, name)}
-        if config.model.dropout:  # each slice has its own noise
+        if config.model.dropout:  # each slice has its own dropout noise
             for stage in (stage for stage in ("pretrain", "sft") if stage in depends):
                 depends[stage] |= {"microbatches": getattr(config, stage).microbatches}
         if "reward" not in depends and (name == self.names[-1] or config.task == "write"):
@@ -73,7 +73,7 @@ class Stages:
         return getattr(self.config, configs.section(self.config, name)).steps
 
     def place(self, name) -> Workdir:
-        """The workdir that a stage is in: this one, or that of the stage's `from`."""
+        """The workdir that holds a stage: this one, or the stage's `from`."""
         there = Workdir(configs.place(self.config, self.workdir.path, name))
         if there.path == self.workdir.path:
             return self.workdir
@@ -122,7 +122,7 @@ class Stages:
         )
 
     def _tokenizer(self) -> text.Tokenizer:
-        """The tokenizer of the config; the workdir's copy where that was made of the same."""
+        """The config's tokenizer: the workdir's copy if that was made from the same config and files."""
         config, folder, record = self.config, self.workdir / "text", "text/made_of.json"
         made_of = {"text": fields.significant(config.text), "data": fields.significant(config.data)}
         made_of |= {"seed": config.seed, "task": config.task, "sha256": dict(_fingerprints(config, False))}
@@ -135,7 +135,7 @@ class Stages:
         tokenizer = _make_tokenizer(config.text, self.task)
         for name in self.names:
             if self.workdir.started(name):
-                raise InputError(f"workdir: {folder}: the tokenizer of {name} is gone or another; expected its copy")
+                raise InputError(f"workdir: {folder}: the tokenizer of {name} is missing or different")
         self.workdir.save_tokenizer(tokenizer, made_of)
         return tokenizer
 
@@ -161,7 +161,7 @@ class Stages:
         return self.setup.apply.policy.init(self.setup.key("policy init"))
 
     def make(self, name, seed=0):
-        """The Stage of a name, as a value; `seed` is the index of several runs of the last one."""
+        """The Stage of this name. `seed` is the index of the run where the last stage has several."""
         config, setup = self.config, self.setup
         if name in ("pretrain", "sft"):
             return language_model(name, setup, getattr(config, name), self._policy(name))
@@ -203,7 +203,7 @@ class Stages:
         return self._fit(self.make(name), self.depends(name), self.workdir, stop)
 
     def _open(self):
-        """Locks the workdir, and keeps the whole config in it."""
+        """Locks the workdir and writes the whole config."""
         self.workdir.lock()
         self.workdir.write_json("config.json", configs.tree(self.config))
 
@@ -211,7 +211,7 @@ class Stages:
         """Trains every stage that is not finished: the run's summary."""
         todo = [name for name in self.names if not self.finished(name)]
         if todo and todo[0] == self.names[0] and self.config.model.init:
-            _weights(self.config.model.init)  # a failed download is an error before hours of tokens
+            _weights(self.config.model.init)  # a failed download must be an error before hours of tokenization
         for name in todo:  # errors in the data are found now, not when the stage begins
             self.task.rows(KINDS.get(name, "prompts"))
         self._open()
@@ -226,7 +226,7 @@ class Stages:
                 self.reporter.note(f"{name}: {where}, skipped")
         there = self.workdir / "summary.json"
         if not todo and there.exists() and f"{self.names[-1]}/steps" in (summary := self.workdir.read_json(there.name)):
-            return summary  # not that of another algorithm
+            return summary  # of this algorithm, not of another one
         return self._conclude()
 
     def _check_data(self, name):
@@ -247,7 +247,7 @@ class Stages:
         return fit(stage, workdir, depends=depends, config=config, **parts).summary
 
     def _seeds(self, name, stop):
-        """The last stage for several seeds, each in seeds/<index> of the workdir, and their means in its own folder."""
+        """Trains the last stage for several seeds, each in seeds/<index>. The stage's own folder gets their means."""
         folders = [Workdir(self.workdir / "seeds" / str(i)) for i in range(self.config.seeds)]
         for i, folder in enumerate(folders):
             if folder.finished(name, self.steps(name)):
@@ -267,7 +267,7 @@ class Stages:
         return write_summary(self.workdir, f"{name}/summary.json", seconds, numbers, self.config.seed)
 
     def _conclude(self):
-        """Picture, samples and summary of the whole run."""
+        """Writes plot, samples and summary of the whole run."""
         places = {name: self.place(name) for name in self.names}
         rows = {name: metrics.read(place / name / "metrics.jsonl") for name, place in places.items()}
         (self.workdir / "plots").mkdir(exist_ok=True)
@@ -285,7 +285,7 @@ class Stages:
 
 
 def _make_tokenizer(config, task):
-    """The tokenizer of a Text section: from its path, or made of the task's texts."""
+    """The tokenizer of a Text section: read from its path, or trained on the task's texts."""
     if config.kind == "gpt2":
         if not config.path:
             raise InputError("text.path: expected a folder or a name on the hub, as gpt2, got none")
@@ -328,7 +328,7 @@ def _digest(path):
     return _digest_of(tuple((file, stat.st_mtime_ns, stat.st_size) for file, stat in zip(files, stats, strict=True)))
 
 
-@functools.cache  # weights have gigabytes
+@functools.cache  # files of weights have gigabytes
 def _digest_of(files):
     digest = hashlib.sha256()
     for file, *_ in files:

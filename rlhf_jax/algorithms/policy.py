@@ -1,6 +1,6 @@
 """What every policy algorithm shares: its config, its state, and one update on a scored rollout.
 
-`step` makes an iteration's update of an Algorithm. Sampling and scoring are rollout.py's and the reward's.
+`step` makes an iteration's update of an Algorithm. rollout.py samples, and the reward scores.
 """
 
 import dataclasses
@@ -24,7 +24,7 @@ class Config(optim.Config):
     batch: int = number(512, least=1)  # episodes a rollout
     # Completions generated (and scored) at once; a finished lane takes the next prompt. 0: the whole batch.
     lanes: int = number(0, least=0, neutral=True)
-    # Prompt widths compiled for, in equal steps; a slice of prompts uses the smallest that holds its longest.
+    # Number of compiled prompt widths, in equal steps; a slice of prompts uses the smallest that fits.
     widths: int = number(1, least=1, neutral=True)
     epochs: int = number(4, least=1)  # passes over a rollout
     minibatches: int = number(1, least=1)  # optimizer steps an epoch
@@ -103,8 +103,8 @@ def init(policy, key, *, config, tx, value=None, reward=None):
 def final_score(score_B, eos_B, *, missing_eos, penalty):
     """The score that is maximized: responses that never ended are punished.
 
-    missing_eos "replace": their score becomes -penalty (a good start does not pay for no end); "subtract": it becomes
-    score - penalty.
+    missing_eos "replace": their score becomes -penalty, however good the start is; "subtract": it becomes score -
+    penalty.
     """
     punished_B = jnp.full_like(score_B, -penalty) if missing_eos == "replace" else score_B - penalty
     return jnp.where(eos_B, score_B, punished_B)
@@ -120,8 +120,8 @@ def scored(rollout, config):
 def update(algorithm, state, rollout, *, config, apply, tx, guard="off"):
     """All epochs and minibatches on one rollout with advantages: (state, metrics [epochs, minibatches] each).
 
-    One compiled scan; every epoch has its own permutation. Reference and reward pass through untouched. With a `guard`
-    nothing changes from the first optimizer step on that is not finite (training/optim.py).
+    One compiled scan; every epoch has its own permutation. Reference and reward stay as they are. With a `guard`, the
+    first optimizer step that is not finite and all later ones change nothing (training/optim.py).
     """
     B = rollout.mask_BR.shape[0]
     shuffle_key = jax.random.fold_in(state.step_key, 1)
@@ -175,7 +175,7 @@ def step(algorithm, state, rollout, *, config, apply, tx, guard="off"):
 def trace(aux):
     """How far the policy has moved after each epoch of an update: means over the epochs so far, counted from 1.
 
-    aux is that of `update`. With one minibatch an epoch the first entries are 0: nothing has moved when it is measured.
+    aux is that of `update`. With one minibatch an epoch the first entries are 0: they are measured before any step.
     """
     numbers: dict[str, jax.Array] = {}
     for name in {"approx_kl", "clip_fraction"} & aux.keys():
@@ -186,7 +186,7 @@ def trace(aux):
 
 
 def totals(rollout, kl_coef, config):
-    """{"score_final", "score_total"}: the score after the rule for a missing EOS, and what is maximized in all."""
+    """{"score_final", "score_total"}: the score after the rule for a missing EOS, and the total that is maximized."""
     score_B = scored(rollout, config)
     return {
         "score_final": jnp.mean(score_B),

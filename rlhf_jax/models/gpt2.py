@@ -32,21 +32,22 @@ class Config:
     width: int = number(768, least=1)  # entries of the residual stream
     context: int = number(1024, least=1)  # most tokens of a sequence, prompt and response together
     vocab_size: int = number(0, least=0)  # tokens; 0: the tokenizer's. The extra ids of a larger one are never targets
-    # Share of each head that is rotated by its position (GPT-NeoX: .25). 0: learned positions.
+    # Share of each head's entries that is rotated (GPT-NeoX: .25); 0: learned positions.
     rotary_share: float = number(0.0, least=0, most=1)
     rotary_base: float = number(10_000.0, above=0)  # the longest wavelength is nearly 2 pi x this, in tokens
     parallel_residual: bool = False  # attention and feed-forward read the same input (GPT-NeoX)
     exact_gelu: bool = False  # x Phi(x) (GPT-NeoX), not the tanh approximation
-    tied: bool = True  # the token embedding is the output projection too; GPT-NeoX has one of its own
+    tied: bool = True  # the output projection is the token embedding; GPT-NeoX has a separate one
     norm_eps: float = number(1e-5, above=0, most=1)  # added to the variance in layer norms
-    # Of random weights; narrow models learn to copy much sooner from about 1 / sqrt(width).
+    # Standard deviation of random weights. Narrow models learn to copy much sooner with about 1 / sqrt(width).
     init_std: float = number(0.02, above=0, most=10)
-    dropout: float = number(0.0, least=0, below=1)  # share of activations, in supervised training only
+    dropout: float = number(0.0, least=0, below=1)  # share of activations set to 0, in supervised training only
     dtype: str = choice("float32", "float32", "bfloat16")  # of the activations; parameters are float32
-    fused: bool = False  # cuDNN attention for whole sequences, where dtype is bfloat16 on an NVIDIA GPU
-    remat: bool = neutral(False)  # recompute layers for their gradients: less memory (not on a CPU), a third more work
-    init: str = ""  # weights to start from: a model.safetensors, a folder of transformers', or NAME or NAME@REVISION on
-    # the hub; empty: random
+    fused: bool = False  # cuDNN attention for whole sequences; needs dtype bfloat16 and an NVIDIA GPU
+    remat: bool = neutral(False)  # recompute layers in the backward pass: less memory (not on a CPU), a third more work
+    # Weights to start from: a model.safetensors, a folder of transformers, or NAME or NAME@REVISION on the hub; empty:
+    # random.
+    init: str = ""
 
     def problems(self):
         """Checks that concern several fields."""

@@ -1,4 +1,4 @@
-"""How completions are scored: one signature for a learned reward, the known truth, sentiment and any function."""
+"""Rewards score completions. A learned reward, the known truth, sentiment and any function have one signature."""
 
 import dataclasses
 import functools
@@ -26,8 +26,8 @@ class Reward(Protocol):
     """A frozen value that scores completions.
 
     `params` is what it needs of a TrainState (`state.reward`), or None. `metric` names the total in the logs: "score"
-    of a learned reward, "reward" of one that anyone can compute. One that runs on the host has `scores(rows, texts)`
-    too, and waits for the texts.
+    of a learned reward, "reward" of a function. A reward that runs on the host also has `scores(rows, texts)` and waits
+    for the texts.
     """
 
     @property

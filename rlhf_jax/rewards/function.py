@@ -42,7 +42,7 @@ class Function:
         return self.scores(completions.rows, completions.texts)
 
     def scores(self, rows, texts: list[str]) -> dict[str, np.ndarray]:
-        """The same of rows (ignored by a function of texts alone) and texts.
+        """The same for rows and texts. A function of texts alone ignores the rows.
 
         Raises InputError, naming the function and the text's number, where it raises or its result is no reward.
         """
@@ -100,7 +100,7 @@ def _split(spec: str) -> tuple[Path, str]:
 
 
 def _module(path: Path) -> ModuleType:
-    """The file as a module that is imported as any other: its neighbours can be imported, and its classes pickled."""
+    """Imports the file like any module: it can import its neighbours, and its classes can be pickled."""
     folder = str(path.absolute().parent)
     if folder not in sys.path:
         sys.path.append(folder)
@@ -128,7 +128,7 @@ def _raised(error: BaseException) -> str:
 
 
 def _takes_rows(function: Callable) -> bool:
-    """Whether it is a function of rows and texts: two parameters that must be given."""
+    """Whether the function takes rows and texts: it has two parameters without a default."""
     try:
         parameters = inspect.signature(function).parameters.values()
     except (TypeError, ValueError):

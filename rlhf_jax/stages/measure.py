@@ -25,8 +25,7 @@ class Measured:
 def measurement(setup, config, reward):
     """A function (state, key) -> Measured.
 
-    KL belongs to the policy as it was trained and is measured at the temperature of training; all else at that of
-    evaluation.
+    KL is measured at the training temperature, everything else at the evaluation temperature.
     """
     arrays, questions = setup.questions("prompts")
     evaluation = setup.evaluation
@@ -35,7 +34,7 @@ def measurement(setup, config, reward):
     def sample(policy, reference, batch, key, temperature):
         prompts = (batch["prompt_BP"], batch["prompt_mask_BP"])
         drawn = rollout.draw(setup.apply, policy, *prompts, row_keys(key, batch), setup.sampling(temperature))
-        # The most likely tokens (temperature 0) have no distribution to compare: it is done at that of training.
+        # Temperature 0 has no distribution to compare, so policies are compared at the training temperature.
         sampling = setup.sampling(temperature or config.temperature)
         return rollout.compare(setup.apply, policy, reference, *prompts, drawn, sampling)
 
@@ -80,7 +79,7 @@ def means(rows):
 
 
 def named(reward, components):
-    """The components under their names, and the total under the reward's."""
+    """The components by name, and the total by the name of the reward's metric."""
     return {reward.metric: rewards.total(components)} | components
 
 
@@ -89,7 +88,7 @@ def diversity_of(texts):
 
 
 def compare(first, last, sides, metric):
-    """The summary's numbers before and after, and what the difference is worth: on gold, where there is gold."""
+    """The summary's numbers before and after, the gains, and the win rate (on gold where it is known)."""
     before, after = sides
     numbers: dict[str, Any] = {}
     for name, value in last.numbers.items():
@@ -117,8 +116,11 @@ def table(first, last, numbers, metric):
 
 
 def samples(measured, state, config, metric):
-    """Completions with their numbers. `total` is what the algorithm maximizes: the score after the rule for a missing
-    EOS, less the KL penalty with the coefficient of the moment."""
+    """Completions with their numbers.
+
+    `total` is what the algorithm maximizes: the score after the rule for a missing EOS, minus the KL penalty with the
+    current coefficient.
+    """
     rows = {name: measured.rows[name] for name in dict.fromkeys((metric, "kl", "gold")) if name in measured.rows}
     score_N = np.asarray(policy_algorithm.final_score(
         rows[metric], measured.rows["eos_rate"], missing_eos=config.missing_eos, penalty=config.missing_eos_penalty

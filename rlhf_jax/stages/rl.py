@@ -1,8 +1,8 @@
-"""Reinforcement learning: any policy algorithm, any reward, any task. `Iteration` is the one place of an iteration.
+"""Reinforcement learning: any policy algorithm, any reward, any task. `Iteration` defines an iteration.
 
     sample (compiled) -> judge (compiled): reference, KL, values -> reward -> learn (compiled): advantages and update
 
-The device judges while the host decodes texts and computes a reward of theirs.
+The device judges while the host decodes texts and scores them.
 """
 
 import dataclasses
@@ -50,7 +50,7 @@ class Iteration:
         def sample(state, prompt_BP, prompt_mask_BP):
             keys_B = rollout.keys(state, self.config.batch)
             drawn = rollout.draw(self.apply, state.policy, prompt_BP, prompt_mask_BP, keys_B, self.sampling)
-            return drawn.replace(step=None, keys_B=None, cache=None)  # what nobody needs any more
+            return drawn.replace(step=None, keys_B=None, cache=None)  # the update does not need these
 
         return self.jit(sample)
 
@@ -72,7 +72,7 @@ class Iteration:
 
     @functools.cached_property
     def statistics(self):
-        """A scored Rollout -> what it says of the policy that wrote it; see Rollout.statistics."""
+        """A scored Rollout -> its metrics, without a KL coefficient; see Rollout.statistics."""
         return self.jit(lambda scored: scored.statistics(0.0))
 
     def collect(self, state, prompts, reward, rows, decode):
@@ -81,8 +81,8 @@ class Iteration:
 
     def score(self, state, prompts, drawn, reward, rows, decode):
         """The same of completions that are sampled already."""
-        judged = self.judge(state, *prompts, drawn)  # goes on while the host reads and scores
-        there = judged.replace(response_BR=drawn.response_BR, mask_BR=drawn.mask_BR)  # the same, known sooner
+        judged = self.judge(state, *prompts, drawn)  # runs while the host decodes and scores
+        there = judged.replace(response_BR=drawn.response_BR, mask_BR=drawn.mask_BR)  # the same arrays, ready earlier
         completions = rewards.Completions(rows, there, decode)
         components = reward(state.reward, completions)
         return judged.replace(score_B=jnp.asarray(rewards.total(components))), completions, components
@@ -120,16 +120,16 @@ def rl(
 ) -> Stage:
     """Reinforcement learning of `policy` on the task's prompts.
 
-    watch: limits on what a policy may become. keep_best: the result is the best evaluated policy within them, not the
-    last one; its numbers are then of fresh samples. sides: the endings of a number's name before and after. beside:
-    columns to set beside the samples, one dict a question.
+    watch: limits on the policy. keep_best: the result is the best evaluated policy within the limits, measured on fresh
+    samples, instead of the last policy. sides: suffixes of the numbers before and after. beside: more columns of the
+    samples, one dict a question.
     """
     sampling = setup.sampling(config.temperature, lanes=config.lanes, widths=config.widths)
     iteration = Iteration(algorithm, config, setup.apply, sampling, setup.guard.action, setup.jit)
     measured = measure.measurement(setup, config, reward)
     key = setup.key("rl") if key is None else key
     state = iteration.begin(policy, key, value=value, reward=reward.params)
-    state = sharding.replicate(state, setup.mesh)  # before the first measurement, which would be compiled twice else
+    state = sharding.replicate(state, setup.mesh)  # else the first measurement would be compiled twice
     before = measured(state)
     batch_at = setup.batch_at("prompts", config.batch, "rl", f"{name}.batch")
     usual = {}
@@ -162,7 +162,7 @@ def rl(
 
 @dataclasses.dataclass(frozen=True, eq=False)
 class _Parts:
-    """The values that the functions of one stage share."""
+    """The values that the functions of a stage share."""
 
     name: str
     setup: Setup
@@ -172,7 +172,7 @@ class _Parts:
     measured: Callable  # (state, key) -> measure.Measured
     before: measure.Measured  # of the first policy
     watch: alarms.Config
-    usual: dict[str, float]  # what rollouts of the first policy are like, where alarms are active
+    usual: dict[str, float]  # mean numbers of the first policy's rollouts; empty without alarms
     keep_best: bool
     sides: tuple[str, str]
     beside: tuple[dict, ...]
@@ -188,14 +188,14 @@ class _Parts:
         return self.setup.questions("prompts")[1]
 
     def step(self, state, batch):
-        """One iteration, and what is measured of its rollout."""
+        """One iteration, and the metrics of its rollout."""
         if self.watch.active and self.watch.freeze and bool(state.alarms["tripped"]):
             return Step(state.replace(step=state.step + 1), {"alarms": 1})
         prompts = (batch["prompt_BP"], batch["prompt_mask_BP"])
         rows = [self.rows[i] for i in np.asarray(batch["index_B"])]
         scored, completions, components = self.iteration.collect(state, prompts, self.reward, rows, self.setup.decode)
         watched = self.iteration.statistics(scored) if self.watch.active else None
-        aside = {"best": state.best, "alarms": state.alarms}  # not the update's
+        aside = {"best": state.best, "alarms": state.alarms}  # the update does not need them
         state, numbers = self.iteration.learn(state.replace(best=None, alarms=None), scored)
         state = state.replace(**aside)
         # The device learns while the host reads the texts.
@@ -213,7 +213,7 @@ class _Parts:
         return Step(state.replace(alarms=tracked), numbers | {"alarms": int(tracked["tripped"])}, scored, notes)
 
     def evaluate(self, state):
-        """The policy on the held-out questions, and some of its completions to show."""
+        """Measures the policy on the held-out questions, with some completions to show."""
         found = self.measured(state)
         samples = measure.samples(found, state, self.config, self.reward.metric)[: self.setup.evaluation.samples]
         shown = [{"prompt": row["prompt"]} | each for row, each in zip(self.questions, samples, strict=False)]
@@ -224,7 +224,7 @@ class _Parts:
         return not self.watch.active or not any(alarms.outside(numbers, self.before.numbers, self.watch).values())
 
     def keep(self, state, evaluation):
-        """The state with its policy put aside where it is the best so far and within the limits."""
+        """The state, with a copy of its policy if that is the best so far and within the limits."""
         numbers = evaluation.details.numbers
         score = numbers[self.reward.metric]
         if not (score > float(state.best["score"]) and self.inside(numbers)):
@@ -238,9 +238,9 @@ class _Parts:
         return state.replace(policy=best), {"best_step": float(state.best["step"])}
 
     def summarize(self, state, evaluation):
-        """The policies before and after on the same prompts with the same noise."""
+        """Compares the policies before and after on the same prompts with the same noise."""
         first, last, metric, task = self.before, evaluation.details, self.reward.metric, self.setup.task
-        if self.keep_best:  # the policy was chosen on the samples of its evaluations: others measure what it is worth
+        if self.keep_best:  # its evaluations selected the policy, so fresh samples measure it
             fresh = jax.random.fold_in(self.setup.key("evaluation"), 1)
             first, last = self.measured(state.replace(policy=state.reference), fresh), self.measured(state, fresh)
         numbers = measure.compare(first, last, self.sides, metric)
@@ -259,7 +259,7 @@ class _Parts:
         return Summary(numbers, samples, plot, measure.table(first, last, numbers, metric))
 
     def plot(self, rows, folder, *, first, last, curve):
-        """Writes the pictures; returns the numbers of the updates that the summary has too."""
+        """Writes the plots; returns numbers of the updates for the summary."""
         plots.rl(rows, folder, self.name, best_of_n=curve)
         known = "gold" if "gold" in last.rows else self.reward.metric
         before_N, after_N = first.rows[known], last.rows[known]
@@ -271,7 +271,7 @@ class _Parts:
 
 
 def _usual(iteration, state, batch_at, setup, rounds):
-    """What rollouts of the first policy are like, the mean of some: alarms compare with as many samples at a time."""
+    """Mean numbers of some rollouts of the first policy: alarms compare them with rollouts of the same size."""
     found = []
     for i in range(rounds):
         batch, now = batch_at(i), state.replace(step=jnp.int32(i))
@@ -285,7 +285,7 @@ def _usual(iteration, state, batch_at, setup, rounds):
 
 
 def _of_updates(name, rows, config):
-    """{"clip_fraction": of the last update}, and the first update epoch by epoch, where it was traced."""
+    """The last update's clip fraction, and the first update epoch by epoch if that was traced."""
     numbers = {}
     clipped = metrics.series(rows, f"{name}/clip_fraction")[1]
     if len(clipped):

@@ -1,7 +1,7 @@
 """What is learned on: rows, their arrays, and the held-out questions that policies are compared on.
 
-A task is a frozen value, made without side effects: rows are read on first use, and what was cut or skipped is
-returned as notes. TASKS lists those that a config's `task` chooses from.
+A task is a frozen value, made without side effects. Rows are read on first use; notes say what was cut or skipped.
+`load` makes the task that a config names.
 
 Kinds of rows: "pretrain" (plain texts), "sft" (prompt and label), "preferences" (prompt, chosen, rejected), "prompts".
 """
@@ -33,7 +33,7 @@ class Encoded(NamedTuple):
 
 
 def stamp(files: dict[str, str]) -> tuple:
-    """What changes when a file of `Task.files` does: rows are read again then, in a process that lives long."""
+    """A key that changes with the files of `Task.files`, so that a long-lived process reads changed rows again."""
     paths = sorted(Path(place).expanduser() for place in files.values())
     return tuple((path, stat.st_mtime_ns, stat.st_size) for path in paths if path.exists() and (stat := path.stat()))
 
@@ -71,10 +71,10 @@ class Task(Protocol):
         """The rows of a kind."""
 
     def arrays(self, kind: str, tokenizer: Tokenizer) -> Encoded:
-        """Their arrays."""
+        """The arrays of these rows."""
 
     def judge(self, rows: list[dict], texts: list[str]) -> dict[str, np.ndarray]:
-        """{name: [N]} numbers of completions that anyone can compute; empty where there are none."""
+        """{name: [N]}: numbers of the completions that need no model; may be empty."""
 
 
 def load(config) -> Task:

@@ -1,4 +1,4 @@
-"""Prompts of any form from a file or the hub, with labels and preference pairs where they are given."""
+"""Prompts of any form from files or the hub, optionally with labels and preference pairs."""
 
 import dataclasses
 import functools
@@ -72,7 +72,7 @@ class Prompts:
 
 @dataclasses.dataclass(frozen=True, eq=False)
 class Given:
-    """Rows that are at hand, for a notebook: {kind: rows}."""
+    """Rows from a notebook, {kind: rows}, instead of files."""
 
     rows_by_kind: dict[str, list[dict]]
     prompt_length: int  # P, tokens

@@ -1,4 +1,4 @@
-"""Texts from nothing: pretraining on all of them, fine-tuning on the happy ones, samples that start with EOS."""
+"""Writing without a prompt: pretraining on all texts, fine-tuning on the happy ones; samples start after EOS."""
 
 import dataclasses
 import functools
@@ -15,7 +15,7 @@ START = {"prompt": ""}
 
 @dataclasses.dataclass(frozen=True)
 class Write:
-    """Tweets or stories. `reward`, a name as in a config, says which texts are happy and what a sample is worth."""
+    """Tweets or stories. `reward`, named as in a config, selects the happy stories and scores samples."""
 
     config: corpus.Config
     seed: int  # which texts are held out
@@ -54,7 +54,7 @@ class Write:
         return Encoded(train, held_out, (*rows.notes, *notes))
 
     def judge(self, rows, texts):
-        """{"reward": [N]} of the texts, and its components where it has several."""
+        """{"reward": [N]} of the texts, and its components if it has several."""
         components = function.load(self.reward).scores(rows, texts)
         if "reward" in components:
             return components
@@ -62,7 +62,7 @@ class Write:
 
 
 def make(config) -> Task:
-    """The task of a whole config whose `task` is write. A learned reward is learned of pairs that VADER would rank."""
+    """The task of a whole config whose `task` is write. With a learned reward, VADER scores the texts."""
     reward = "sentiment" if config.reward.kind == "learned" else config.reward.kind
     if function.load(reward).takes_rows:
         raise InputError(
@@ -108,7 +108,7 @@ def _by_mood(task, rows):
 
 
 def _pairs(happy, others, seed):
-    """Preference rows: each happy text beside another that is not, in an order from the seed."""
+    """Preference rows: each happy text is chosen over one of the others, which the seed selects."""
     if not others:
         return []
     rng = random.Random(f"pairs/{seed}")

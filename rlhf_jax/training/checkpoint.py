@@ -31,8 +31,8 @@ DAMAGED = "damaged"  # beside them: checkpoints that could not be read
 class Config:
     """How many checkpoints of a stage are kept: the newest and the best."""
 
-    last: int = number(2, least=1, neutral=True)  # the newest; a run resumes from the newest that is sound
-    best: int = number(1, least=0, neutral=True)  # those with the best evaluation; 0: none
+    last: int = number(2, least=1, neutral=True)  # the newest; a run resumes from the newest undamaged one
+    best: int = number(1, least=0, neutral=True)  # those with the best evaluations; 0: none
 
 
 @dataclasses.dataclass(frozen=True)

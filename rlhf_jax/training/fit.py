@@ -1,4 +1,4 @@
-"""Trains a Stage in its folder: the only function with side effects. It writes, prints and heeds signals."""
+"""Trains a Stage in its folder: the only function with side effects. It writes, prints and handles signals."""
 
 import contextlib
 import dataclasses
@@ -28,8 +28,8 @@ def fit(stage, workdir, *, depends=None, config=None, keep=KEEP, reporter=None, 
     """Trains the stage in workdir/<its name>, from its last checkpoint if it has one.
 
     workdir is a path or a Workdir. depends is what the stage's numbers depend on (default: its own config), and config
-    the whole config of the run, for incidents. A folder made with anything else is refused, and so is one that another
-    process writes to. The result is saved apart: a stage that is given more steps goes on from where its training was.
+    is the whole config of the run, for incidents. A folder of another `depends` is refused, and so is one that another
+    process writes to. The result is saved separately: a stage with more steps continues from its last checkpoint.
     """
     workdir = workdir if isinstance(workdir, Workdir) else Workdir(workdir)
     reporter = reporter or Silent()
@@ -80,7 +80,7 @@ def _train(stage, workdir, config, keep, reporter, stop):
 
 
 def _resume(stage, checkpoints, folder, reporter):
-    """(state, row of its step) of the newest sound checkpoint; the stage's own and None where there is none."""
+    """(state, row of its step) of the newest sound checkpoint; without one, the stage's first state and None."""
     frozen = {name: getattr(stage.state, name) for name in stage.frozen}
     restored = checkpoints.restore(stage.state.replace(**dict.fromkeys(frozen)))
     if restored is None:
@@ -97,7 +97,7 @@ def _resume(stage, checkpoints, folder, reporter):
 
 
 class _Incidents:
-    """Keeps an update that is not finite, and ends the run or lets it go on."""
+    """Saves an update that is not finite, then ends the run or lets it continue."""
 
     def __init__(self, stage, workdir, config, reporter):
         self._stage, self._workdir, self._config, self._reporter = stage, workdir, config, reporter
@@ -125,14 +125,14 @@ class _Incidents:
 
 
 def _began(workdir, name):
-    """When the stage would have begun, by time.monotonic, had it never been stopped."""
+    """The start of the stage on the clock of time.monotonic, without the pauses between its runs."""
     path = workdir / name / "metrics.jsonl"
     rows = metrics.read(path) if path.exists() else []
     return time.monotonic() - (rows[-1]["time"] if rows else 0)
 
 
 def _finish(stage, workdir, state, evaluation, numbers, began, reporter, seed):
-    """Plots, samples and, last, the summary of a stage: it is finished. Held-out numbers lose their `eval_`."""
+    """Writes plots, samples and, last, the summary, which marks the stage as finished. Names lose their `eval_`."""
     folder = workdir / stage.name
     found = stage.summarize(state, evaluation)
     more = found.plot(metrics.read(folder / "metrics.jsonl"), folder / "plots")

@@ -13,7 +13,7 @@ AGAIN = "the same command goes on from there"
 class Stopped(BaseException):
     """SIGTERM or SIGINT has stopped the run; the same command goes on from there.
 
-    Like KeyboardInterrupt it is no Exception: a signal may come anywhere, and no `except Exception` may eat it.
+    Like KeyboardInterrupt it is no Exception: a signal may come anywhere, and no `except Exception` may catch it.
     """
 
 
@@ -21,12 +21,13 @@ def run(stage, state, *, checkpoints, log, reporter, stop, incident, row=None):
     """Trains a Stage from state.step to its last step and returns the last state, which the caller evaluates.
 
     The stage is evaluated every config.eval_every steps. A checkpoint is taken every config.save_every steps, at the
-    best evaluation, after the last step, and when `stop()` is true; then Stopped is raised. Beside the state it holds
-    the row of metrics of its step; `row` is that of the state given. If the run stopped before that step's evaluation,
+    best evaluation, after the last step, and when `stop()` is true; then Stopped is raised. It holds the state and the
+    row of metrics of its step; `row` is the row of the given state. If the run stopped before that step's evaluation,
     the evaluation runs now.
 
-    A number that is not finite is logged and handed to incident(state, step, batch, rollout, names, skipped), which
-    raises NonFinite or lets the run go on; then each step is awaited (incident.waits), to have its state at hand.
+    For a number that is not finite the loop calls incident(state, step, batch, rollout, names, skipped), which raises
+    NonFinite or lets the run continue. If it may continue (incident.waits), every step is awaited, so that its state is
+    available.
     """
     config = stage.config
     pending = None  # the step on the device, whose numbers are read while the next one runs
@@ -55,7 +56,7 @@ def run(stage, state, *, checkpoints, log, reporter, stop, incident, row=None):
         return numbers
 
     def evaluated(state):
-        """(state, numbers), or None for the numbers where a signal came first."""
+        """(state, numbers); the numbers are None if a signal interrupted the evaluation."""
         try:
             with stop.at_once():
                 evaluation = stage.evaluate(state)
@@ -65,9 +66,9 @@ def run(stage, state, *, checkpoints, log, reporter, stop, incident, row=None):
         return stage.keep(state, evaluation) if stage.keep else state, evaluation.numbers
 
     def end_step(state, step, numbers):
-        """Evaluates if it is due, and logs: (state, row, the evaluation's numbers where its checkpoint may be kept)."""
+        """Evaluates if it is due, and logs: (state, row, its numbers if the checkpoint may be a best one)."""
         is_due, found = due(config.eval_every, step), None
-        if is_due and step < config.steps:  # the last one is the caller's
+        if is_due and step < config.steps:  # the caller evaluates the last state
             state, found = evaluated(state)
         evaluation = named(found or {})
         numbers = numbers | evaluation
@@ -90,7 +91,7 @@ def run(stage, state, *, checkpoints, log, reporter, stop, incident, row=None):
         write(start, row["numbers"])
     elif row is not None:
         state, row, found = end_step(state, start, row["numbers"])
-        if row["complete"]:  # saved once more, with the evaluation that it lacked
+        if row["complete"]:  # saved again, now with its evaluation
             save(state, start, row, found)
         leave(start)
     for step in range(start + 1, config.steps + 1):
@@ -121,7 +122,7 @@ def not_finite(numbers):
 
 
 class Stop:
-    """Whether SIGTERM or SIGINT has come. A second one ends the program, whatever it is doing: all files are whole."""
+    """Whether SIGTERM or SIGINT has come. A second signal ends the program at once; no file is ever incomplete."""
 
     def __init__(self):
         self._requested = self._raises = False
@@ -137,11 +138,11 @@ class Stop:
         self._check(f"stopped by {signal.Signals(number).name}; {AGAIN}")
 
     def at_once(self):
-        """Within, the signal raises Stopped where it comes; one that has come already does so at the start."""
+        """Inside this context a signal raises Stopped at once; an earlier signal raises it at the start."""
         return self._mode(True)
 
     def later(self):
-        """Within, the signal is only noted, for a place where the run can be saved; it is raised at the end."""
+        """Inside this context a signal is only noted, until the run can be saved; it is raised at the end."""
         return self._mode(False)
 
     @contextlib.contextmanager
@@ -161,7 +162,7 @@ class Stop:
 
 @contextlib.contextmanager
 def stop_signal():
-    """Yields a Stop that notes SIGTERM and SIGINT. The handlers of before are put back in the end."""
+    """Yields a Stop that notes SIGTERM and SIGINT. Restores the previous handlers at the end."""
     stop = Stop()
     before = {number: signal.signal(number, stop.request) for number in (signal.SIGTERM, signal.SIGINT)}
     try:
