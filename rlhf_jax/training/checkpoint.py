@@ -7,6 +7,7 @@ import concurrent.futures
 import contextlib
 import dataclasses
 import gc
+import hashlib
 import io
 import json
 import math
@@ -232,6 +233,15 @@ def _reading():
 
 def _first_line(error):
     return str(error).strip().splitlines()[0][:200] if str(error).strip() else type(error).__name__
+
+
+def fingerprint(tree):
+    """sha256 (hex) of the names and bytes of all arrays of a tree."""
+    digest = hashlib.sha256()
+    for name, leaf in sorted(by_name(_keys_as_data(tree)).items()):
+        digest.update(name.encode())
+        digest.update(np.ascontiguousarray(leaf).tobytes())
+    return digest.hexdigest()
 
 
 def _checksums(tree):

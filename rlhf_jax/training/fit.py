@@ -27,13 +27,13 @@ class Fitted:
 def fit(stage, workdir, *, depends=None, config=None, keep=KEEP, reporter=None, stop=None) -> Fitted:
     """Trains the stage in workdir/<its name>, from its last checkpoint if it has one.
 
-    workdir is a path or a Workdir. depends is what the stage's numbers depend on (default: its own config), and config
-    is the whole config of the run, for incidents. A folder of another `depends` is refused, and so is one that another
+    workdir is a path or a Workdir. depends is what the stage's numbers depend on (default: its own config, the state
+    that it starts from and its first batch), and config is the whole config of the run, for incidents. A folder of another `depends` is refused, and so is one that another
     process writes to. The result is saved separately: a stage with more steps continues from its last checkpoint.
     """
     workdir = workdir if isinstance(workdir, Workdir) else Workdir(workdir)
     reporter = reporter or Silent()
-    depends = depends or {"section": stage.name, stage.name: fields.significant(stage.config)}
+    depends = depends or _depends(stage)
     workdir.check(stage.name, depends)
     began = _began(workdir, stage.name)
     workdir.open(stage.name, depends)
@@ -42,6 +42,13 @@ def fit(stage, workdir, *, depends=None, config=None, keep=KEEP, reporter=None, 
         state, evaluation, numbers = _train(stage, workdir, config or depends, keep, reporter, stop)
     summary = _finish(stage, workdir, state, evaluation, numbers, began, reporter, depends.get("seed"))
     return Fitted(state, summary)
+
+
+def _depends(stage):
+    """What the numbers of a stage depend on, where no config of a run says so."""
+    contents = {"the first state": stage.state, "the first batch": stage.batch_at(0)}
+    digests = {name: checkpoint.fingerprint(tree) for name, tree in contents.items()}
+    return {"section": stage.name, stage.name: fields.significant(stage.config), "sha256": digests}
 
 
 def _train(stage, workdir, config, keep, reporter, stop):
