@@ -28,8 +28,9 @@ def fit(stage, workdir, *, depends=None, config=None, keep=KEEP, reporter=None, 
     """Trains the stage in workdir/<its name>, from its last checkpoint if it has one.
 
     workdir is a path or a Workdir. depends is what the stage's numbers depend on (default: its own config, the state
-    that it starts from and its first batch), and config is the whole config of the run, for incidents. A folder of another `depends` is refused, and so is one that another
-    process writes to. The result is saved separately: a stage with more steps continues from its last checkpoint.
+    that it starts from and its first batch), and config is the whole config of the run, for incidents. A folder of
+    another `depends` is refused, and so is one that another process writes to. The result is saved separately: a stage
+    with more steps continues from its last checkpoint.
     """
     workdir = workdir if isinstance(workdir, Workdir) else Workdir(workdir)
     reporter = reporter or Silent()
