@@ -60,7 +60,8 @@ class Function:
     def _checked(self, values, count: int, part: str) -> np.ndarray:
         where = f"reward {self.name}{part}"
         try:
-            values_N = np.asarray(values, np.float32)
+            with np.errstate(over="ignore"):  # what float32 cannot hold is infinite, and refused below
+                values_N = np.asarray(values, np.float32)
         except (TypeError, ValueError):
             raise InputError(f"{where}: expected {count} numbers, got {type(values).__name__}") from None
         if values_N.shape != (count,):
@@ -104,16 +105,16 @@ def _module(path: Path) -> ModuleType:
     folder = str(path.absolute().parent)
     if folder not in sys.path:
         sys.path.append(folder)
-    spec = importlib.util.spec_from_file_location(path.stem, path)
-    module = importlib.util.module_from_spec(spec)
-    known = sys.modules.get(path.stem)
+    name, known = path.stem, sys.modules.get(path.stem)
     if known is not None and getattr(known, "__file__", None) != str(path.absolute()):
-        spec.name = module.__name__ = f"{path.stem}_{hashlib.sha256(folder.encode()).hexdigest()[:8]}"
-    sys.modules[spec.name] = module
+        name = f"{name}_{hashlib.sha256(folder.encode()).hexdigest()[:8]}"  # another file has its name already
+    spec = importlib.util.spec_from_file_location(name, path)
+    module = importlib.util.module_from_spec(spec)
+    sys.modules[name] = module
     try:
         spec.loader.exec_module(module)
     except (Exception, SystemExit) as error:
-        del sys.modules[spec.name]
+        del sys.modules[name]
         raise InputError(f"reward: {path}: {_raised(error)}") from error
     return module
 
