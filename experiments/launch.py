@@ -36,7 +36,7 @@ def parser(*required):
 
     def parse(argv):
         try:
-            argv = [_section(_found(*pair)) for pair in itertools.pairwise(["", *argv])]
+            argv = [_field(_found(*pair)) for pair in itertools.pairwise(["", *argv])]
             sys.argv[:] = argv  # ml_collections reads sys.argv
             rest = flags.FLAGS(argv)
             for name in required:
@@ -53,9 +53,10 @@ def parser(*required):
     return parse
 
 
-def _section(arg):
-    """`--config.reward=gold` sets the field `kind` of the section `reward`."""
-    return re.sub(r"^(--?config\.reward)=", r"\1.kind=", arg)
+def _field(arg):
+    """The flag as ml_collections can read it: `reward` is a section, whose `kind` is meant; `from` is a keyword."""
+    arg = re.sub(r"^(--?config\.reward)(=|$)", r"\1.kind\2", arg)
+    return re.sub(r"^(--?config\.\w+)\.from(=|$)", r'\1["from"]\2', arg)
 
 
 def _found(before, arg):

@@ -222,7 +222,7 @@ def _check_files(config):
         for field, path in named.items()
         if not hub.is_name(path) or Path(path).suffix in (".safetensors", ".json")
     }
-    local = config.data.source in ("files", "file")
+    local = config.data.source != "hub"  # a file that is named but not read is as likely a mistake
     names = ("path",) if config.task == "write" else ("sft", "preferences", "prompts")
     paths |= {f"data.{name}": getattr(config.data, name) for name in names if local}
     if missing := [f"{field} = {path!r}" for field, path in paths.items() if path and not Path(path).exists()]:

@@ -34,9 +34,12 @@ def replay(folder, reporter):
     """
     folder = Path(folder).absolute()
     record = guard.read(folder)
-    watch = Watch()
-    stages = pipeline.Stages(configs.parse(record["config"]), Workdir(folder.parents[1]), reporter, jit=watch.jit)
-    stage = stages.make(record["stage"])
+    watch, config, workdir = Watch(), configs.parse(record["config"]), folder.parents[1]
+    seed = 0
+    if record["stage"] == configs.rl_name(config) and config.seeds > 1:  # the workdir is RUN/seeds/INDEX
+        workdir, seed = workdir.parents[1], int(workdir.name)
+    stages = pipeline.Stages(config, Workdir(workdir), reporter, jit=watch.jit)
+    stage = stages.make(record["stage"], seed)
     state, batch, rollout = guard.read_arrays(folder, stage.state)
     reported = guard.message(record["names"])
     reporter.note(f"{record['stage']} step {record['step']}: {reported} not finite, as in the run")

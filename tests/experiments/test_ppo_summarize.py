@@ -61,15 +61,15 @@ def on_disk(folder):
         ("--config.ppo.whiten_rewards=maybe", ["--config.ppo.whiten_rewards=maybe"]),
         ("--config.data.response_length=80", ["model.context: expected at least", "= 128"]),
         ("--config.sft.microbatches=3", ["sft.batch: expected a multiple of", "got 4"]),
-        ("--config.ppo.top_k=5", ["ppo.top_k: expected 0 in training (a rollout draws from", "got 5"]),
-        ("--config.ppo.top_p=0.9", ["ppo.top_p: expected 1 in training (a rollout draws from", "got 0.9"]),
+        ("--config.ppo.top_k=5", ["ppo.top_k: expected 0 in training (a rollout samples the", "got 5"]),
+        ("--config.ppo.top_p=0.9", ["ppo.top_p: expected 1 in training (a rollout samples the", "got 0.9"]),
         ("--config.text.kind=words", ["text.kind: expected gpt2 or bpe or char, got 'words'"]),
         ("--config.data.sft=no.jsonl", ["missing files: data.sft = 'no.jsonl'"]),
-        ("--config.data.source=files", ["data.sft: expected a .jsonl, .csv or .parquet file"]),
+        ("--config.data.source=files", ["data.sft: expected a .jsonl, .json, .csv, .parquet file"]),
         ("--config.data.prompt_length=9", ["data.sft", "prompt: expected at most 9 tokens, got"]),
         ("--config.seed=99999999999999999999", ["seed"]),
         ("--config.text.vocab_size=9", ["text.vocab_size: expected at least 258"]),
-        ("--config.data.world_sft=0", ["data.world_sft: expected at least 1 row"]),
+        ("--config.data.world_sft=0", ["data.world_sft: expected at least 1 and", "got 0"]),
         ("stray", ["stray: expected only --flags"]),
     ],
 )
@@ -83,12 +83,12 @@ def test_a_flag_that_cannot_be_is_one_line(flag, words, command, tmp_path):
     [
         (["--config=configs/ppo_summarize.py:tinny"], ["tinny: expected tiny, files, gpt2, "]),
         (["--config=configs/no.py"], ["configs/no.py"]),
-        (["--config=no"], ["--config: expected a file or one of pg_stories, pg_tweets, ppo_summarize, got no"]),
-        (["--config", "no:tiny"], ["expected a file or one of pg_stories, pg_tweets, ppo_summarize, got no"]),
+        (["--config=no"], ["--config: expected a file or one of pg_stories, pg_tweets, ppo_summarize, rl, got no"]),
+        (["--config", "no:tiny"], ["expected a file or one of pg_stories, pg_tweets, ppo_summarize, rl, got no"]),
         (["--config=ppo_summarize:tinny"], ["tinny: expected tiny, files, gpt2, "]),
         (["--config", "ppo_summarize", "--config.ppo.top_k=5"], ["ppo.top_k: expected 0"]),
         ([], ["--config: expected"]),
-        (["--config=configs/ppo_summarize.py:files"], ["data.sft: expected a .jsonl, .csv or .parquet file"]),
+        (["--config=configs/ppo_summarize.py:files"], ["data.sft: expected a .jsonl, .json, .csv, .parquet file"]),
         (
             ["--config=configs/ppo_summarize.py:gpt2", "--config.model.init=no/such/folder"],
             ["missing files: model.init = 'no/such/folder'"],
@@ -149,8 +149,12 @@ def test_a_bad_row_is_named_with_its_file(row, words, command, tmp_path):
     assert not (tmp_path / "run").exists()
 
 
+# Each step makes the weights a thousand million times as large.
+HUGE = ["--config.sft.lr=10", "--config.sft.weight_decay=1e9", "--config.sft.warmup=0"]
+
+
 def test_a_number_that_is_not_finite_ends_the_run(command, tmp_path):
-    result = command(f"--workdir={tmp_path}", "--config.sft.lr=1e38", "--config.sft.steps=9", script=SFT)
+    result = command(f"--workdir={tmp_path}", *HUGE, "--config.sft.steps=9", script=SFT)
     assert (result.code, result.err.count("\n")) == (4, 1), result.err
     assert result.err.startswith("sft_summarize.py: sft step ") and "sft/loss" in result.err
     assert (tmp_path / "sft" / "metrics.jsonl").read_text().splitlines()[-1].count("null")
