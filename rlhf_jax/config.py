@@ -235,10 +235,12 @@ def _reward(config, _):
         yield "pretrain.steps", "0, as only task = write has plain texts to pretrain on"
     if config.learned and not config.reward.steps:
         yield "reward.steps", "more than 0 where the reward is learned"
-    if not config.learned:
-        function.load(config.reward.kind)  # its own InputError names what is wrong
     if config.reward.kind == "gold" and (config.task == "write" or config.data.source != "world"):
         yield "reward.kind", "learned, sentiment or path/to/file.py:function where no row has a record (data.source)"
+    elif not config.learned:
+        reward = function.load(config.reward.kind)  # its own InputError names what is wrong
+        if reward.takes_rows and config.task == "write":
+            yield "reward.kind", "a function of texts alone where task is write, whose rows hold nothing"
     if config.algorithm == "ppo" and config.ppo.value_init == "reward" and not config.learned:
         yield "ppo.value_init", f"zero or auto where reward is {config.reward.kind}, as there is no reward model"
 

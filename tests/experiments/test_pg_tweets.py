@@ -34,6 +34,7 @@ def table(tmp_path_factory):
         "def nan(texts):\n    return [float('nan')] * len(texts)\n"
         "def short(texts):\n    return [1.0]\n"
         "def good(texts):\n    return [float(len(text)) for text in texts]\n"
+        "def both(rows, texts):\n    return [float(len(text)) for text in texts]\n"
     )
     return folder
 
@@ -91,6 +92,20 @@ def test_a_bad_row_is_named(name, words, forks, table, tmp_path):
 )
 def test_a_reward_that_is_none_is_named(name, words, forks, table, tmp_path):
     assert_refused(forks(TWEETS, *SMALL, f"--workdir={tmp_path}", f"--config.reward={table}/mine.py:{name}"), words)
+
+
+@pytest.mark.parametrize(
+    ("reward", "words"),
+    [
+        ("both", "reward.kind: expected a function of texts alone where task is write, whose rows hold nothing, got"),
+        ("gold", "reward.kind: expected learned, sentiment or path/to/file.py:function where no row has a record"),
+    ],
+)
+def test_a_reward_of_rows_is_refused_before_anything_is_trained(reward, words, forks, table, tmp_path):
+    """A text that is written from nothing has no row."""
+    spec = reward if reward == "gold" else f"{table}/mine.py:{reward}"
+    assert_refused(forks(TWEETS, *SMALL, f"--workdir={tmp_path}/run", f"--config.reward={spec}"), words)
+    assert not (tmp_path / "run").exists()
 
 
 def test_a_whole_run_on_a_file_with_a_reward_of_ones_own(forks, table, tmp_path):

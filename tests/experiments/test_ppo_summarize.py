@@ -71,6 +71,14 @@ def on_disk(folder):
         ("--config.text.vocab_size=9", ["text.vocab_size: expected at least 258"]),
         ("--config.data.world_sft=0", ["data.world_sft: expected at least 1 and", "got 0"]),
         ("stray", ["stray: expected only --flags"]),
+        ("--config.sft.max_grad_norm=-1", ["sft.max_grad_norm: expected at least 0 and", "got -1.0"]),
+        ("--config.sft.lr=nan", ["sft.lr: expected more than 0 and at most 10, got nan"]),
+        ("--config.reward.batch=0", ["reward.batch: expected at least 1 and", "got 0"]),
+        (
+            "--config.reward=joy",
+            ["reward: expected learned, sentiment or gold, or path/to/file.py:function; got 'joy'"],
+        ),
+        ("--config.sft.from=no/where", ["sft.from: expected a finished stage of 2 steps in", "no/where/sft\n"]),
     ],
 )
 def test_a_flag_that_cannot_be_is_one_line(flag, words, command, tmp_path):
@@ -98,6 +106,47 @@ def test_a_flag_that_cannot_be_is_one_line(flag, words, command, tmp_path):
 def test_a_config_that_cannot_be_is_one_line(flags, words, command, tmp_path):
     assert_refused(command(f"--workdir={tmp_path}/run", *flags, before=[]), *words)
     assert not (tmp_path / "run").exists()
+
+
+REFUSED = {
+    "a controller that could make the coefficient negative": (
+        {"ppo.batch": 48, "ppo.kl_target": 6, "ppo.kl_horizon": 5, "ppo.kl_coef": 0.15},
+        ["ppo.kl_horizon: expected more than 0.2 batch = 9.6, to keep kl_coef positive, got 5\n"],
+    ),
+    "the truth of rows that have none": (
+        {"reward": "gold", "data.source": "files"},
+        ["reward.kind: expected learned, sentiment or path/to/file.py:function where no row has a record", "'gold'"],
+    ),
+    "a value model from a reward model that is not there": (
+        {"reward": "gold", "ppo.value_init": "reward"},
+        ["ppo.value_init: expected zero or auto where reward is gold, as there is no reward model, got 'reward'\n"],
+    ),
+}
+
+
+@pytest.mark.parametrize("fields", REFUSED)
+def test_fields_that_do_not_go_together_are_one_line(fields, command, tmp_path):
+    fields, words = REFUSED[fields]
+    flags = [f"--config.{field}={value}" for field, value in fields.items()]
+    assert_refused(command(f"--workdir={tmp_path}/run", *flags), *words)
+    assert not (tmp_path / "run").exists()
+
+
+MINE = "def verb(rows, texts):\n    return [2 + (row['record']['verb'] in text) for row, text in zip(rows, texts)]\n"
+
+
+@pytest.mark.parametrize(("reward", "least", "most"), [("mine.py:verb", 2, 3), ("gold", -1, 1)])
+def test_a_reward_that_is_not_learned_needs_no_reward_model(reward, least, most, command, tmp_path):
+    """A function of rows sees the record that a post was written from."""
+    (tmp_path / "mine.py").write_text(MINE)
+    spec = reward if reward == "gold" else f"{tmp_path}/{reward}"
+    fields = {"reward": spec, "sft.steps": 1, "ppo.steps": 1, "ppo.epochs": 1}
+    result = command(f"--workdir={tmp_path}/run", *(f"--config.{field}={value}" for field, value in fields.items()))
+    assert (result.code, result.err) == (0, "")
+    summary = json.loads((tmp_path / "run" / "summary.json").read_text())
+    assert least <= summary["ppo/reward"] <= most and least <= summary["ppo/reward_sft"] <= most
+    assert (summary["ppo/reward"] == summary["ppo/gold"]) == (reward == "gold")
+    assert not (tmp_path / "run" / "reward").exists() and "reward/accuracy" not in summary
 
 
 def test_a_config_has_a_name_in_any_folder(tmp_path):

@@ -7,7 +7,7 @@ import pytest
 
 from tests.support import on_disk, write_rows
 
-RL, TWEETS, SUMMARIZE = (f"experiments/{name}.py" for name in ("rl", "pg_tweets", "ppo_summarize"))
+RL, TWEETS, PPO = (f"experiments/{name}.py" for name in ("rl", "pg_tweets", "ppo_summarize"))
 FIELDS = {"data.prompt_length": 12, "data.response_length": 6, "data.held_out": 0.3}
 FIELDS |= {"evaluation.prompts": 4, "evaluation.batch": 4, "evaluation.samples": 1}
 FIELDS |= {"model.layers": 1, "model.width": 16, "model.heads": 2, "model.head_size": 8, "model.context": 32}
@@ -144,11 +144,7 @@ def test_what_cannot_be_is_one_line_before_anything_is_written(flags, words, rl,
         (RL, "pg_tweets", "rl.py: --config: expected a config whose task is prompts, got one for write\n"),
         (RL, "ppo_summarize", "rl.py: --config: expected a config whose task is prompts, got one for summarize\n"),
         (TWEETS, "rl", "pg_tweets.py: --config: expected a config whose task is write, got one for prompts\n"),
-        (
-            SUMMARIZE,
-            "rl",
-            "ppo_summarize.py: --config: expected a config whose task is summarize, got one for prompts\n",
-        ),
+        (PPO, "rl", "ppo_summarize.py: --config: expected a config whose task is summarize, got one for prompts\n"),
     ],
 )
 def test_a_config_of_another_script_names_the_task(script, config, words, forks, tmp_path):
