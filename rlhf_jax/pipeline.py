@@ -176,8 +176,6 @@ class Stages:
             reward = learned.Learned(setup.apply, params, sampling, setup.jit)
         else:
             params, reward = None, function.load(config.reward.kind)
-            if reward.takes_rows and not self.task.rows_known:
-                raise InputError(f"reward: {reward.name} needs rows, and those of task = {config.task} hold nothing")
         algorithm, value = POLICY[config.algorithm], None
         if algorithm.NEEDS_VALUE:
             with_reward = config.learned and section.value_init in ("auto", "reward")

@@ -54,10 +54,6 @@ class Task(Protocol):
         """Every question is the same: samples are of one distribution."""
 
     @property
-    def rows_known(self) -> bool:
-        """A reward may see the row of a completion."""
-
-    @property
     def questions(self) -> dict[str, str]:
         """{kind that a stage trains on: kind whose held-out prompts its policy is sampled on}"""
 

@@ -18,7 +18,6 @@ class Prompts:
     seed: int  # which prompts are held out
 
     same_prompt = False
-    rows_known = True
     questions = {"sft": "sft", "prompts": "prompts"}
 
     @property
@@ -82,7 +81,6 @@ class Given:
     cut: str = "left"  # what happens to a longer prompt: one of batches.CUTS
 
     same_prompt = False
-    rows_known = True
     questions = {"sft": "sft", "prompts": "prompts"}
 
     def files(self):

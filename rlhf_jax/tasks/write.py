@@ -22,7 +22,6 @@ class Write:
     reward: str
 
     same_prompt = True
-    rows_known = False
     questions = {"pretrain": "prompts", "sft": "prompts", "prompts": "prompts"}
     prompt_length = 1
 
@@ -64,11 +63,6 @@ class Write:
 def make(config) -> Task:
     """The task of a whole config whose `task` is write. With a learned reward, VADER scores the texts."""
     reward = "sentiment" if config.reward.kind == "learned" else config.reward.kind
-    if function.load(reward).takes_rows:
-        raise InputError(
-            f"reward: {reward} is a function of rows and texts, and the samples of write have no rows; "
-            "expected a function of texts"
-        )
     return Write(config.data, config.seed, reward)
 
 
