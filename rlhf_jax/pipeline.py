@@ -2,7 +2,6 @@
 
 import dataclasses
 import functools
-import hashlib
 import json
 import shutil
 from pathlib import Path
@@ -11,7 +10,7 @@ from typing import Any
 import jax
 
 from rlhf_jax import config as configs
-from rlhf_jax import fields, hub, rollout, tasks, text
+from rlhf_jax import fields, hub, provenance, rollout, tasks, text
 from rlhf_jax.algorithms import POLICY
 from rlhf_jax.errors import InputError
 from rlhf_jax.evaluate import seeds
@@ -57,16 +56,8 @@ class Stages:
     # What a stage depends on, and where it is
 
     def depends(self, name) -> dict:
-        """What the numbers of a stage depend on: sections of the config, and the sha256 of the files that they name."""
-        config, section = self.config, configs.section(self.config, name)
-        everything = fields.significant(config)
-        depends = {part: everything[part] for part in configs.sections(config, name)}
-        if config.model.dropout:  # each slice has its own dropout noise
-            for stage in (stage for stage in ("pretrain", "sft") if stage in depends):
-                depends[stage] |= {"microbatches": getattr(config, stage).microbatches}
-        if "reward" not in depends and (name == self.names[-1] or config.task == "write"):
-            depends["reward"] = {"kind": config.reward.kind}
-        return depends | {"section": section, "sha256": dict(_fingerprints(config, "reward" in depends))}
+        """What the numbers of a stage depend on."""
+        return provenance.depends(self.config, name)
 
     def steps(self, name) -> int:
         """The steps that the config has for a stage."""
@@ -125,7 +116,7 @@ class Stages:
         """The config's tokenizer: the workdir's copy if that was made from the same config and files."""
         config, folder, record = self.config, self.workdir / "text", "text/made_of.json"
         made_of = {"text": fields.significant(config.text), "data": fields.significant(config.data)}
-        made_of |= {"seed": config.seed, "task": config.task, "sha256": dict(_fingerprints(config, False))}
+        made_of |= {"seed": config.seed, "task": config.task, "sha256": provenance.fingerprints(config)}
         there = self.workdir.read_json(record) if (self.workdir / record).exists() else {}
         if there.get("made_of") == json.loads(json.dumps(made_of)):
             tokenizer = text.load(folder)
@@ -305,31 +296,3 @@ def _weights(init):
         return Path(init) if Path(init).exists() else hub.folder(init, *hf.FILES)
     except InputError as error:
         raise InputError(f"model.init: {error}") from None
-
-
-def _fingerprints(config, with_reward):
-    """(place, sha256) of the local files that a run reads: data, tokenizer, weights, and the reward's code."""
-    places = dict(tasks.load(config).files()) | {"model.init": config.model.init, "text.path": config.text.path}
-    for field, place in places.items():
-        if place and (digest := _digest(Path(place).expanduser())):
-            yield f"{field} = {place}", digest
-    if with_reward and not config.learned and (digest := function.fingerprint(config.reward.kind)):
-        yield f"reward = {config.reward.kind}", digest
-
-
-def _digest(path):
-    """sha256 (hex) of a file, or of the files of a folder; None where there is nothing."""
-    if not path.exists():
-        return None
-    files = sorted(file for file in path.iterdir() if file.is_file()) if path.is_dir() else [path]
-    stats = [file.stat() for file in files]
-    return _digest_of(tuple((file, stat.st_mtime_ns, stat.st_size) for file, stat in zip(files, stats, strict=True)))
-
-
-@functools.cache  # files of weights have gigabytes
-def _digest_of(files):
-    digest = hashlib.sha256()
-    for file, *_ in files:
-        with file.open("rb") as opened:
-            digest.update(hashlib.file_digest(opened, "sha256").digest())
-    return digest.hexdigest()

@@ -55,7 +55,7 @@ MAY_IMPORT = {
 # The world is scored by its own gold reward while it is written.
 MAY_ALSO = {"data/world.py": {"rewards"}}
 # What composes the rest.
-ANYTHING = {"checkpoint", "config", "pipeline", "pretrained", "commands", "replay", "viz"}
+ANYTHING = {"checkpoint", "config", "pipeline", "provenance", "pretrained", "commands", "replay", "viz"}
 
 SPLIT = {"training", "report"}  # folders whose files each have a line of their own
 
