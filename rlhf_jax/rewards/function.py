@@ -10,6 +10,7 @@ It returns N numbers, or {component: N numbers}: then the reward is their sum, a
 `--config.reward=path/to/file.py:polite` uses it; NAMED has the ones of this package.
 """
 
+import functools
 import hashlib
 import importlib.util
 import inspect
@@ -80,7 +81,8 @@ def load(spec: str) -> Function:
     if spec in NAMED:
         return Function(NAMED[spec], spec)
     path, name = _split(spec)
-    function = getattr(_module(path), name, None)
+    stat = path.stat()
+    function = getattr(_module(path.absolute(), (stat.st_mtime_ns, stat.st_size)), name, None)
     if not callable(function):
         raise InputError(f"reward: {path}: expected a function {name!r}, found none")
     return Function(function, spec)
@@ -100,13 +102,14 @@ def _split(spec: str) -> tuple[Path, str]:
     return Path(path), name
 
 
-def _module(path: Path) -> ModuleType:
+@functools.cache  # as an import: what it loads is loaded once
+def _module(path: Path, _: tuple) -> ModuleType:
     """The file as a module that is imported as any other: its neighbours can be imported, and its classes pickled."""
-    folder = str(path.absolute().parent)
+    folder = str(path.parent)
     if folder not in sys.path:
         sys.path.append(folder)
     name, known = path.stem, sys.modules.get(path.stem)
-    if known is not None and getattr(known, "__file__", None) != str(path.absolute()):
+    if known is not None and getattr(known, "__file__", None) != str(path):
         name = f"{name}_{hashlib.sha256(folder.encode()).hexdigest()[:8]}"  # another file has its name already
     spec = importlib.util.spec_from_file_location(name, path)
     module = importlib.util.module_from_spec(spec)

@@ -112,6 +112,7 @@ def rl(
     _, questions = setup.questions("prompts")
     sampling = setup.sampling(config.temperature, lanes=config.lanes, widths=config.widths)
     iteration = Iteration(algorithm, config, apply, sampling, setup.guard.action, setup.jit)
+    judge = _judge(task, reward)
     measure = _measurement(setup, config, reward)
     key = setup.key("rl") if key is None else key
     state = iteration.begin(policy, key, value=value, reward=reward.params)
@@ -136,7 +137,7 @@ def rl(
         state, numbers = iteration.learn(state.replace(best=None, alarms=None), scored)
         state = state.replace(**aside)
         # The device learns while the host reads the texts.
-        numbers |= _means(task.judge(rows, completions.texts)) | _diversity(completions.texts)
+        numbers |= _means(judge(rows, completions.texts)) | _diversity(completions.texts)
         if reward.on_host:
             numbers.pop("score")
             numbers |= _means(_named(reward, components))
@@ -244,7 +245,7 @@ def _measurement(setup, config, reward):
     evaluation.
     """
     arrays, questions = setup.questions("prompts")
-    evaluation = setup.evaluation
+    evaluation, judge = setup.evaluation, _judge(setup.task, reward)
 
     @functools.partial(setup.jit, static_argnums=4)
     def sample(policy, reference, batch, key, temperature):
@@ -281,12 +282,17 @@ def _measurement(setup, config, reward):
         texts = setup.decode(rows.pop("response"), rows.pop("mask"))
         if reward.on_host:
             rows |= _named(reward, reward.scores(questions, texts))
-        rows |= setup.task.judge(questions, texts)
+        rows |= judge(questions, texts)
         numbers = {name: float(np.mean(values)) for name, values in rows.items()}
         numbers["entropy"] = float(rows.pop("entropy").sum() / max(rows["length"].sum(), 1))
         return Measured(numbers | _diversity(texts), rows, texts)
 
     return measure
+
+
+def _judge(task, reward):
+    """`task.judge`, or nothing where that is the reward itself: its function is called once for each completion."""
+    return (lambda rows, texts: {}) if getattr(task, "reward", None) == reward.name else task.judge
 
 
 def _usual(iteration, state, batch_at, setup, rounds):

@@ -108,6 +108,18 @@ def test_files_of_one_name_are_two(folder):
     assert scores(folder, "rules.py:score") == [1, 1, -1]
 
 
+def test_a_file_is_run_once_until_it_changes(folder):
+    """It may load a model, or count."""
+    path = folder / "rules.py"
+    code = "from pathlib import Path\nwith open(Path(__file__).with_name('runs'), 'a') as file:\n    file.write('x')\n"
+    path.write_text(RULES + code)
+    assert scores(folder, "rules.py:score") == scores(folder, "rules.py:score") == [1, 1, -1]
+    assert (folder / "runs").read_text() == "x"
+    path.write_text(RULES.replace("1.0", "2.00") + code)
+    assert scores(folder, "rules.py:score") == [2, 2, -2]
+    assert (folder / "runs").read_text() == "xx"
+
+
 @pytest.mark.parametrize(
     ("name", "expected"),
     [
