@@ -66,12 +66,17 @@ def measurement(setup, config, reward):
         texts = setup.decode(rows.pop("response"), rows.pop("mask"))
         if reward.on_host:
             rows |= named(reward, reward.scores(questions, texts))
-        rows |= setup.task.judge(questions, texts)
+        rows |= judge(setup.task, reward, questions, texts)
         numbers = {name: float(np.mean(values)) for name, values in rows.items()}
         numbers["entropy"] = float(rows.pop("entropy").sum() / max(rows["length"].sum(), 1))
         return Measured(numbers | diversity_of(texts), rows, texts)
 
     return measure
+
+
+def judge(task, reward, rows, texts):
+    """`task.judge`, or nothing where that is the reward itself, so that a function scores each completion once."""
+    return {} if getattr(task, "reward", None) == reward.name else task.judge(rows, texts)
 
 
 def means(rows):

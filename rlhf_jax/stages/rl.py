@@ -199,7 +199,7 @@ class _Parts:
         state, numbers = self.iteration.learn(state.replace(best=None, alarms=None), scored)
         state = state.replace(**aside)
         # The device learns while the host reads the texts.
-        numbers |= measure.means(self.setup.task.judge(rows, completions.texts))
+        numbers |= measure.means(measure.judge(self.setup.task, self.reward, rows, completions.texts))
         numbers |= measure.diversity_of(completions.texts)
         if self.reward.on_host:
             numbers.pop("score")

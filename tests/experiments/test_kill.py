@@ -179,17 +179,18 @@ def test_killed_at_any_moment_it_loses_nothing(whole, start, tmp_path, request):
 
 @pytest.mark.parametrize("whole", [TWEETS], ids=["tweets"], indirect=True)
 def test_stopped_while_it_evaluates_it_loses_nothing(whole, start, tmp_path):
-    """At the first evaluation, at the same again when the run goes on, and at the next; the best checkpoint is kept."""
+    """At the first of a stage, and at the same again when the run goes on; the best checkpoint is kept.
+
+    Pretraining has 5 evaluations, fine-tuning as many; policy gradient begins with one of the policy before it.
+    """
     line, undisturbed, _ = whole
     place = (glob.escape(str(undisturbed.parent)) + "/evaluations", "changed")
     stopped = {"place": place, "number": signal.SIGTERM}
     log, line = tmp_path / "log", [*line, f"--workdir={tmp_path / 'run'}"]
-    rows = []
-    for count in 2, 2, 3:  # the first is that of the policy before training
+    for stage, count in ("pretrain", 1), ("pretrain", 1), ("rl", 12), ("rl", 2):
         assert start(line, log, count=count, **stopped)[0] == 3, log.read_text()
-        rows.append(len(metrics.read(tmp_path / "run" / "rl" / "metrics.jsonl")))
-    assert rows == [2, 2, 4]
-    assert log.read_text().count("the same command goes on from there") == 3
+        assert len(metrics.read(tmp_path / "run" / stage / "metrics.jsonl")) == 2
+    assert log.read_text().count("stopped after step 2 of 9; the same command goes on from there") == 4
     assert start(line, log)[0] == 0, log.read_text()
     assert "damaged" not in log.read_text()
     assert left(tmp_path / "run") == left(undisturbed)
