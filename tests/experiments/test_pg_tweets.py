@@ -97,10 +97,7 @@ def test_a_reward_that_is_none_is_named(name, words, forks, table, tmp_path):
 @pytest.mark.parametrize(
     ("reward", "words"),
     [
-        (
-            "both",
-            "mine.py:both is a function of rows and texts, and the samples of write have no rows; expected a function of",
-        ),
+        ("both", "reward.kind: expected a function of texts alone where task is write, whose rows hold nothing"),
         ("gold", "reward.kind: expected learned, sentiment or path/to/file.py:function where no row has a record"),
     ],
 )
