@@ -15,6 +15,7 @@ test: .venv/installed-test  ## the whole suite
 lint: .venv/installed-test
 	$(PY) -m ruff check .
 	$(PY) -m ruff format --check .
+	$(PY) -m mypy
 
 clean:  ## the environment and the runs
 	rm -rf .venv runs

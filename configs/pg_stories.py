@@ -1,11 +1,11 @@
-"""Tiny stories: GPT-2 micro learns to tell stories from nothing, then happy ones, then happier ones.
+"""Tiny stories: a small GPT-2 learns to write stories from random weights, then happy ones, then happier ones.
 
     python experiments/pg_stories.py --config=configs/pg_stories.py --workdir=runs/stories
 
-:made (the default)  on stories made from a seed
-:stories             on real ones: --config.data.path=stories.txt, with <|endoftext|> between them. 2 CPU cores: 8 to
-                     14 minutes; mean VADER .53 -> .88 at 3.6 nats (seed 1)
-                     To download some (10 MB; the split train is 1 GB, and more in memory):
+:made (the default)  stories generated from a seed
+:stories             real stories: --config.data.path=stories.txt, with <|endoftext|> between them. 2 CPU cores: 8 to
+                     14 minutes; mean VADER .53 -> .88 at 3.6 nats (seed 1).
+                     To download them (10 MB; the split train has 1 GB, and needs more in memory):
                      --config.data.source=hub --config.data.split=validation --config.data.skip_bad=true
 
 Every field is a flag: --config.algorithm=ppo, --config.seeds=8, --config.reward=path/to/file.py:function
@@ -18,7 +18,7 @@ from ml_collections import ConfigDict
 from rlhf_jax import alarms
 from rlhf_jax import config as configs
 from rlhf_jax.algorithms import policy_gradient, ppo
-from rlhf_jax.config import Evaluation, Supervised, Text
+from rlhf_jax.config import Evaluation, Reward, Supervised, Text
 from rlhf_jax.data import corpus
 from rlhf_jax.errors import InputError
 from rlhf_jax.models import gpt2
@@ -33,7 +33,7 @@ def get_config(arg="made"):
 
 
 def stories():
-    """The article's sizes: 64 tokens, 64 samples an iteration. The learning rate is ours: 1e-5 moves little in 100."""
+    """The article's sizes: 64 tokens, 64 samples an iteration. Its learning rate, 1e-5, changes little in 100 steps."""
     adam = dict(schedule="cosine", warmup=50, adam_b2=0.95, loss_on="all")
     return configs.write(
         text=Text(kind="bpe", vocab_size=1_024),
@@ -41,6 +41,7 @@ def stories():
         model=gpt2.preset("micro", heads=4, head_size=32, context=64, init_std=0.08),
         pretrain=Supervised(**adam, lr=1e-3, steps=1_500, batch=32, eval_every=500),
         sft=Supervised(**adam, lr=5e-4, steps=200, batch=32, eval_every=100),
+        reward=Reward(kind="sentiment", lr=1e-3, warmup=20, adam_b2=0.95, steps=150, batch=32, eval_every=50),
         policy_gradient=policy_gradient.Config(
             lr=5e-5, schedule="linear", steps=100, batch=64, kl_coef=0.03, eval_every=20
         ),
@@ -52,16 +53,16 @@ def stories():
             kl_coef=0.03,
             value_init="zero",
             missing_eos="subtract",
-            missing_eos_penalty=0.0,  # a story cut at 63 tokens is no failure
+            missing_eos_penalty=0.0,  # a story that is cut at 63 tokens is not worse
             eval_every=10,
         ),
-        alarms=alarms.Config(repeat_rate=0.15),  # half of all openings of 60 words have one word four times
+        alarms=alarms.Config(repeat_rate=0.15),  # half of all openings of 60 words repeat a word four times
         evaluation=Evaluation(prompts=512, batch=256, temperature=1.0, result="best"),
     )
 
 
 def made():
-    """The same on stories made here, which take less learning."""
+    """The same on generated stories, which need fewer steps."""
     config = stories()
     return dataclasses.replace(
         config,

@@ -1,14 +1,14 @@
-"""Happy tweets: GPT-2 micro learns to write tweets from nothing, then happy ones, then happier ones by policy gradient.
+"""Happy tweets: a small GPT-2 learns to write tweets from random weights, then happy ones, then happier ones.
 
     python experiments/pg_tweets.py --config=configs/pg_tweets.py --workdir=runs/tweets
 
-:made (the default)  on tweets made from a seed. 2 CPU cores: 4 minutes; mean VADER .60 -> .84 at 2.5 nats (seed 1)
-:tweets              on real ones: --config.data.path=tweets.csv, with the columns text and sentiment. 2 CPU cores: 5 to
-                     10 minutes; mean VADER .24 -> .77, .26 -> .78, .27 -> .76 (seeds 1 to 3) at 4.4 nats
-                     To download such: --config.data.source=hub --config.data.skip_bad=true
-:article             the same, with the article's own policy gradient: a token answers for the score and its own KL
-                     alone, no baseline, no limits: to compare. Mean VADER .24 -> .97 at 41 nats, the same few words in
-                     98 of 100 samples (seed 1)
+:made (the default)  tweets generated from a seed. 2 CPU cores: 4 minutes; mean VADER .60 -> .84 at 2.5 nats (seed 1)
+:tweets              real tweets: --config.data.path=tweets.csv, with the columns text and sentiment. 2 CPU cores: 5 to
+                     10 minutes; mean VADER .24 -> .77, .26 -> .78, .27 -> .76 (seeds 1 to 3) at 4.4 nats.
+                     To download them: --config.data.source=hub --config.data.skip_bad=true
+:article             the same with the article's own policy gradient, for comparison: each token's return is the score
+                     minus its own KL penalty; no baseline, no limits. Mean VADER .24 -> .97 at 41 nats, the same few
+                     words in 98 of 100 samples (seed 1)
 
 Every field is a flag: --config.algorithm=ppo, --config.seeds=8, --config.reward=path/to/file.py:function
 """
@@ -20,7 +20,7 @@ from ml_collections import ConfigDict
 from rlhf_jax import alarms
 from rlhf_jax import config as configs
 from rlhf_jax.algorithms import policy_gradient, ppo
-from rlhf_jax.config import Evaluation, Supervised, Text
+from rlhf_jax.config import Evaluation, Reward, Supervised, Text
 from rlhf_jax.data import corpus
 from rlhf_jax.errors import InputError
 from rlhf_jax.models import gpt2
@@ -43,13 +43,14 @@ def tweets():
         model=gpt2.preset("micro", heads=4, head_size=32, context=32, init_std=0.08),
         pretrain=Supervised(**adam, lr=1e-3, steps=1_000, batch=64, eval_every=250),
         sft=Supervised(**adam, lr=5e-4, steps=500, batch=64, eval_every=100),
+        reward=Reward(kind="sentiment", lr=1e-3, warmup=20, adam_b2=0.95, steps=150, batch=32, eval_every=50),
         policy_gradient=policy_gradient.Config(
             lr=5e-5,
             schedule="linear",
             steps=400,
             batch=32,
             kl_coef=0.06,
-            kl_target=4.5,  # adaptive: all of the reward that 5 nats buy, and not more
+            kl_target=4.5,  # adaptive: stays below the limit of 5 nats
             kl_horizon=1_000,
             eval_every=20,
         ),
@@ -61,7 +62,7 @@ def tweets():
             kl_coef=0.03,
             value_init="zero",
             missing_eos="subtract",
-            missing_eos_penalty=0.0,  # a tweet cut at 31 characters is no failure
+            missing_eos_penalty=0.0,  # a tweet that is cut at 31 characters is not worse
             eval_every=10,
         ),
         evaluation=Evaluation(prompts=512, batch=512, temperature=1.0, result="best"),
@@ -69,7 +70,7 @@ def tweets():
 
 
 def made():
-    """The same on tweets made here, which take less learning."""
+    """The same on generated tweets, which need fewer steps."""
     config = tweets()
     return dataclasses.replace(
         config,
@@ -81,10 +82,10 @@ def made():
 
 
 def article():
-    """The article's policy gradient: every token answers for the score and its own KL alone, and nothing is watched.
+    """The article's policy gradient: each token's return is the score minus its own KL penalty; there are no limits.
 
-    Its KL coefficient of .1 is taken as the weight of the mean over the 31 tokens, as only that collapses like its own
-    code; here KL is a sum, so it is .1 / 31.
+    We read the article's KL coefficient of .1 as the weight of the mean over the 31 tokens, because only that collapses
+    like the article's code. Here KL is a sum, so the coefficient is .1 / 31.
     """
     config = tweets()
     return dataclasses.replace(

@@ -2,21 +2,21 @@
 
     python experiments/ppo_summarize.py --config=configs/ppo_summarize.py --workdir=runs/demo
 
-:tiny (the default)  a 0.9M-parameter GPT-2 on a generated world of posts, whose true reward is known. 2 CPU cores:
+:tiny (the default)  a GPT-2 of 0.9M parameters on a generated world of posts, whose true reward is known. 2 CPU cores:
                      6 minutes, 2 GB; gold .67 -> .94, win rate .78 over SFT, exact KL 1.2 nats (seed 1)
 :files               the same small model on your rows: --config.data.sft=FILE --config.data.preferences=FILE
-                     (and --config.data.prompts=FILE), with GPT-2's tokenizer from --config.text.path=FOLDER, or gpt2
-                     to download it; the rows, too, can be downloaded: --config.data.source=hub
+                     (and --config.data.prompts=FILE). GPT-2's tokenizer comes from --config.text.path=FOLDER, or from
+                     the hub with --config.text.path=gpt2. To download rows too: --config.data.source=hub
                      --config.data.sft=trl-lib/tldr --config.data.columns.label=completion
                      --config.data.preferences=openai/summarize_from_feedback/comparisons --config.data.skip_bad=true
-:gpt2, :gpt2-medium  the published recipe on Reddit TL;DR (arXiv 2403.17031; see `published`), weights, tokenizer and
-                     posts from the hub, or --config.model.init=FOLDER --config.text.path=FOLDER
+:gpt2, :gpt2-medium  the published recipe on Reddit TL;DR (arXiv 2403.17031; see `published`). Weights, tokenizer and
+                     posts come from the hub, or from --config.model.init=FOLDER --config.text.path=FOLDER
 :gpt2-2019           the same with the controls of the first recipe (arXiv 1909.08593; see `first`)
-:pythia-160m         the model of the published recipe itself. Its first update at --config.ppo.lr=1e-5 had approx KL
-                     1.6e-7, .0029, .0056, .0081 and clip fraction 0, .025, .051, .073 there, means over the epochs so
-                     far: compare ppo/..._first_update in ppo/summary.json
+:pythia-160m         the model of the published recipe itself. To compare: at --config.ppo.lr=1e-5 the paper's first
+                     update has approx KL 1.6e-7, .0029, .0056, .0081 and clip fraction 0, .025, .051, .073 (means over
+                     the epochs so far). Ours are in ppo/summary.json: ppo/..._first_update
 
-Memory of PPO on one device in float32, GiB, as XLA tells it of the programs compiled for a CPU; a GPU needs less:
+Memory of PPO on one device in float32, in GiB. XLA reports it for programs compiled for a CPU; a GPU needs less:
     python experiments/plan.py --config=configs/ppo_summarize.py:gpt2 --config.ppo.widths=1 [--config.model.remat=true]
 
                  state    draw   judge   update, with remat
@@ -38,7 +38,7 @@ from rlhf_jax.data import sources
 from rlhf_jax.errors import InputError
 from rlhf_jax.models import gpt2
 
-POSTS, PAIRS, EPISODES = 116_722, 92_800, 1_000_000  # one epoch each of the first two
+POSTS, PAIRS, EPISODES = 116_722, 92_800, 1_000_000  # posts and pairs: one epoch
 
 GPT2_LENGTHS = dict(response_length=48, pair_length=153)  # the published ones, counted in GPT-2's tokens
 PYTHIA_LENGTHS = dict(response_length=53, pair_length=169)
@@ -75,9 +75,9 @@ def tiny():
 
 
 def files():
-    """Rows in files, a small model from random weights: sizes for some hundreds of posts on a CPU.
+    """Rows from files and a small model with random weights: sizes for some hundreds of posts on a CPU.
 
-    Most of the time goes into GPT-2's vocabulary of 50,258: a fine-tuning step of 8 rows takes a second on 2 cores.
+    GPT-2's vocabulary of 50,258 tokens takes most of the time: a fine-tuning step of 8 rows takes a second on 2 cores.
     """
     return Config(
         data=sources.Config(source="files", prompt_length=128),
@@ -90,11 +90,11 @@ def files():
 
 
 def published(place, model, *, response_length, pair_length):
-    """Summarize from TL;DR with PPO, arXiv 2403.17031, from the weights and the tokenizer at a place on the hub.
+    """Summaries of TL;DR posts with PPO (arXiv 2403.17031), from weights and a tokenizer on the hub.
 
-    Posts are cut at their last newline, PAD is not EOS, a summary is a space, its text and EOS; the reward head starts
-    as N(0, 1 / sqrt(D + 1)) and references score 0 in the end. Weight decay is AdamW's default there, and gradients are
-    not clipped. What the paper does not have is that references score standard deviation 1, too.
+    As in the paper: posts are cut at their last newline; PAD is not EOS; a summary is a space, its text and EOS. The
+    reward head starts as N(0, 1 / sqrt(D + 1)), and after its training references score 0 on average. Weight decay is
+    AdamW's default, and gradients are not clipped. Not in the paper: references also score standard deviation 1.
     """
     adam = dict(lr=3e-6, adam_eps=1e-5, weight_decay=0.01, max_grad_norm=0.0)
     return Config(
@@ -116,7 +116,7 @@ def published(place, model, *, response_length, pair_length):
         ),
         reward=Reward(
             **adam, schedule="cosine", steps=PAIRS // 64, batch=64, eval_every=0, microbatches=8
-        ),  # evaluated once, for there are as many held-out pairs as others
+        ),  # evaluated once: there are as many held-out pairs as training pairs
         ppo=ppo.Config(
             **adam,
             schedule="linear",
@@ -146,9 +146,11 @@ def published(place, model, *, response_length, pair_length):
 
 
 def first(place, model, **lengths):
-    """The same with what lm-human-preferences (arXiv 1909.08593) has otherwise in its main experiments: an adaptive KL
-    coefficient, rewards whitened, values from a zero head, and the reward model normalized before its training too, on
-    references (there on samples of the policy). Sizes and learning rates stay those of `published`.
+    """`published` with the controls of the main experiments of lm-human-preferences (arXiv 1909.08593).
+
+    These are an adaptive KL coefficient, whitened rewards, a value model with a zero head, and a reward model that is
+    normalized before its training too. The references normalize it here, the policy's samples there. Sizes and learning
+    rates stay those of `published`.
     """
     config = published(place, model, **lengths)
     control = dict(kl_coef=0.15, kl_target=6.0, kl_horizon=10_000, value_init="zero", whiten_rewards=True)

@@ -1,11 +1,11 @@
-"""One iteration of PPO, or of the article's policy gradient: its seconds, phase by phase, and what they are made of.
+"""Times one iteration of PPO, or of the article's policy gradient, phase by phase.
 
     python experiments/benchmark.py --shape=tiny --batch=64
     python experiments/benchmark.py --shape=gpt2 --iterations=3 --peer="other/python other.py gpt2 4" --out=gpt2.json
 
 Shapes: tiny, gpt2 and gpt2-tldr are PPO (four models, 4 epochs of one minibatch) with 128 + 32, 256 + 48 and 512 + 53
-tokens; tweets and stories are the article's. With a peer, a command whose last line is JSON with
-"seconds_per_iteration", both run in turn for some rounds, and the ratio is told. The last line here is such JSON, too.
+tokens; tweets and stories are the article's. A peer is a command whose last line is JSON with "seconds_per_iteration".
+With a peer, both programs run in turn for some rounds, and the ratio is printed. The last line here is such JSON, too.
 """
 
 import json
@@ -22,19 +22,19 @@ from rlhf_jax.report.console import Reporter
 from rlhf_jax.training import guard
 
 SHAPE = flags.DEFINE_string("shape", None, f"One of {', '.join(benchmark.SHAPES)}.")
-ITERATIONS = flags.DEFINE_integer("iterations", 5, "Iterations of a round that count; one before them does not.")
+ITERATIONS = flags.DEFINE_integer("iterations", 5, "Timed iterations per round; one before them is not timed.")
 PEER = flags.DEFINE_string("peer", None, "Command of another program, run in turn with ours.")
-ROUNDS = flags.DEFINE_integer("rounds", 2, "How often both run, where there is a peer.")
-BATCH = flags.DEFINE_integer("batch", 0, "Episodes of an iteration; 0: the shape's own.")
-DTYPE = flags.DEFINE_string("dtype", "float32", f"Of the activations: {' or '.join(benchmark.DTYPES)}.")
-FUSED = flags.DEFINE_bool("fused", False, "cuDNN's attention: on an NVIDIA GPU, in bfloat16.")
-OUT = flags.DEFINE_string("out", None, "File for everything that was measured, as JSON.")
+ROUNDS = flags.DEFINE_integer("rounds", 2, "Rounds of both programs, with --peer.")
+BATCH = flags.DEFINE_integer("batch", 0, "Episodes per iteration; 0: the shape's own.")
+DTYPE = flags.DEFINE_string("dtype", "float32", f"Type of the activations: {' or '.join(benchmark.DTYPES)}.")
+FUSED = flags.DEFINE_bool("fused", False, "Use cuDNN's attention: on an NVIDIA GPU, in bfloat16.")
+OUT = flags.DEFINE_string("out", None, "JSON file to write all results to.")
 
 HEADLINE = ("shape", "device", "seconds_per_iteration", "episodes_per_s", "response_tokens_per_s")
 
 
 def main(_):
-    logging.set_verbosity(logging.FATAL)  # JAX tells of every folder that it keeps compiled programs in
+    logging.set_verbosity(logging.FATAL)  # JAX logs every folder of its compilation cache
     try:
         shape = benchmark.shape(SHAPE.value, DTYPE.value, BATCH.value, fused=FUSED.value)
         peer, rounds = (), 1
@@ -42,7 +42,7 @@ def main(_):
             peer, rounds = benchmark.parse_peer(PEER.value), ROUNDS.value
             os.environ.setdefault("XLA_PYTHON_CLIENT_PREALLOCATE", "false")  # a GPU's memory is shared with the peer
         if OUT.value and not Path(OUT.value).absolute().parent.is_dir():
-            raise InputError(f"out: expected a file in a folder that is there, got {OUT.value}")
+            raise InputError(f"out: expected a file in a folder that exists, got {OUT.value}")
         with Reporter() as reporter:
             result = benchmark.measure(shape, iterations=ITERATIONS.value, rounds=rounds, peer=peer, reporter=reporter)
             benchmark.show(result, reporter)

@@ -1,4 +1,4 @@
-"""Tiny stories: pretraining, fine-tuning and policy gradient, without what the workdir has already.
+"""Tiny stories: pretraining, fine-tuning and policy gradient. Finished stages of the workdir are skipped.
 
 python experiments/pg_stories.py --config=configs/pg_stories.py --workdir=runs/stories
 """

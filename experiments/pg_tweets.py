@@ -1,4 +1,4 @@
-"""Happy tweets: pretraining, fine-tuning and policy gradient, without what the workdir has already.
+"""Happy tweets: pretraining, fine-tuning and policy gradient. Finished stages of the workdir are skipped.
 
 python experiments/pg_tweets.py --config=configs/pg_tweets.py --workdir=runs/tweets
 """

@@ -1,4 +1,4 @@
-"""The main job: fine-tuning, reward model and PPO, without what the workdir has already.
+"""The main job: fine-tuning, reward model and PPO. Finished stages of the workdir are skipped.
 
 python experiments/ppo_summarize.py --config=configs/ppo_summarize.py --workdir=runs/demo
 """

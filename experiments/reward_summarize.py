@@ -1,4 +1,4 @@
-"""The reward model alone: WORKDIR/reward, from the policy in WORKDIR/sft.
+"""Trains the reward model alone, in WORKDIR/reward, from the policy in WORKDIR/sft.
 
 python experiments/reward_summarize.py --config=configs/ppo_summarize.py --workdir=runs/demo
 """

@@ -1,4 +1,4 @@
-"""Fine-tuning alone: WORKDIR/sft.
+"""Fine-tunes alone, in WORKDIR/sft.
 
 python experiments/sft_summarize.py --config=configs/ppo_summarize.py --workdir=runs/demo
 """

@@ -1,6 +1,6 @@
-"""Collapse, seen and stopped: a reward can be had by writing one thing over and over, and these numbers show it.
+"""Detects and stops collapse: a policy can earn reward by repeating one text, and these numbers show it.
 
-Limits are relative to the policy that reinforcement learning began with, measured on as many samples.
+Limits are relative to the first policy of reinforcement learning, measured on the same number of samples.
 """
 
 import dataclasses
@@ -27,7 +27,7 @@ class Config:
 
     @property
     def active(self):
-        """Whether there is any limit."""
+        """Whether any limit is set."""
         limits = dataclasses.replace(self, patience=OFF.patience, freeze=OFF.freeze)
         return limits != OFF
 
@@ -36,7 +36,7 @@ OFF = Config(distinct2=0.0, repeat_rate=1.0, entropy=0.0, length=0.0, kl_exact=0
 
 
 def outside(numbers, before, config):
-    """{name: bool}, which of WATCHED are beyond their limits; before is {name: number} of the first policy."""
+    """{name: bool}: which of WATCHED are beyond their limits. `before` has the first policy's numbers."""
     wrong = {
         "distinct2": numbers["distinct2"] < config.distinct2 * before["distinct2"],
         "repeat_rate": numbers["repeat_rate"] > before["repeat_rate"] + config.repeat_rate,
@@ -53,7 +53,7 @@ def begin(before):
 
 
 def track(state, numbers, before, config):
-    """(the next state, names of the limits that trip now) after one iteration's numbers. An alarm stays on."""
+    """(next state, names of the limits that trip now) after one iteration's numbers. An alarm stays tripped."""
     mean = {name: state["mean"][name] + (numbers[name] - state["mean"][name]) / config.patience for name in WATCHED}
     wrong = [name for name, value in outside(mean, before, config).items() if value]
     tripped = bool(state["tripped"])

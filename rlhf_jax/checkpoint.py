@@ -23,18 +23,18 @@ from rlhf_jax.training.checkpoint import FOLDERS, Checkpoints, by_name
 
 
 def load(path, step=None):
-    """A checkpoint as nested dicts of NumPy arrays: of a stage's folder its result, at a step its whole state.
+    """A checkpoint as nested dicts of NumPy arrays: a stage's result or, at a step, its whole state.
 
-    path is a stage's folder, its result/ or its checkpoints/. Raises InputError where it, or the step, is not there
-    or is damaged.
+    path is a stage's folder, its result/ or its checkpoints/. A stage without a result gives its newest checkpoint.
+    Raises InputError if the path or the step is missing or damaged.
     """
     folder, step = _find(path, step)
     with Checkpoints(folder, read_only=True) as checkpoints:
         return checkpoints.read(step)[0]
 
 
-def found(path):
-    """[(folder, step)] of all checkpoints at or below a path, in order. InputError where there are none."""
+def find_all(path):
+    """[(folder, step)] of all checkpoints at or below a path, in order. Raises InputError if there are none."""
     path = Path(path).absolute()
     folders = [path] if path.name in FOLDERS else [p for name in FOLDERS for p in path.rglob(name) if p.is_dir()]
     steps = [(p, int(s.name)) for p in sorted(folders) for s in p.iterdir() if s.name.isdigit()]
@@ -45,35 +45,35 @@ def found(path):
 
 def _find(path, step):
     """The (folder, step) of a stage: its result or, at a step, its checkpoint."""
-    there = found(path)
-    if len(stages := sorted({folder.parent.name for folder, _ in there})) > 1:
+    pairs = find_all(path)
+    if len(stages := sorted({folder.parent.name for folder, _ in pairs})) > 1:
         raise InputError(f"{path}: expected the folder of one stage, there are {', '.join(stages)}")
     if step is None:
-        return max(there, key=lambda pair: (pair[0].name == "result", pair[1]))
-    found_steps = [pair for pair in there if pair[1] == step]
-    if not found_steps:
-        raise InputError(f"{path}: no checkpoint of step {step}, there are {', '.join(str(s) for _, s in there)}")
-    return min(found_steps, key=lambda pair: pair[0].name)  # checkpoints before result
+        return max(pairs, key=lambda pair: (pair[0].name == "result", pair[1]))
+    matches = [pair for pair in pairs if pair[1] == step]
+    if not matches:
+        raise InputError(f"{path}: no checkpoint of step {step}, there are {', '.join(str(s) for _, s in pairs)}")
+    return min(matches, key=lambda pair: pair[0].name)  # a checkpoint rather than the result
 
 
 def main(argv, reporter):
     """The command line: see the top of this file."""
     parser = argparse.ArgumentParser(prog="python -m rlhf_jax.checkpoint", description="Checkpoints of a run.")
     commands = parser.add_subparsers(dest="command", required=True)
-    for name, told in (
+    for name, description in (
         ("list", "all checkpoints of a run or a stage"),
-        ("describe", "the arrays of one"),
-        ("load", "read one whole and check it; with --out, write its arrays as safetensors"),
+        ("describe", "the arrays of a checkpoint"),
+        ("load", "read a whole checkpoint and verify it; with --out, write its arrays as safetensors"),
     ):
-        command = commands.add_parser(name, help=told)
+        command = commands.add_parser(name, help=description)
         command.add_argument("path", help="folder of the run or the stage")
         if name != "list":
             command.add_argument("--step", type=int, help="default: the result of the stage, or the newest")
             command.add_argument("--part", default="", help="policy, value, optimizer/policy, ...; default: all")
         if name == "load":
-            command.add_argument("--out", help="file to write, new")
-    asked = parser.parse_args(argv)
-    {"list": _list, "describe": _describe, "load": _load}[asked.command](asked, reporter)
+            command.add_argument("--out", help="new file to write")
+    args = parser.parse_args(argv)
+    {"list": _list, "describe": _describe, "load": _load}[args.command](args, reporter)
 
 
 def _part(arrays, part, where):
@@ -84,9 +84,9 @@ def _part(arrays, part, where):
     return chosen
 
 
-def _list(asked, reporter):
+def _list(args, reporter):
     rows, damaged = [], []
-    for folder, step in found(asked.path):
+    for folder, step in find_all(args.path):
         with Checkpoints(folder, read_only=True) as checkpoints:
             try:
                 arrays, best = checkpoints.describe(step)
@@ -96,33 +96,33 @@ def _list(asked, reporter):
                 rows.append((str(folder), str(step), "damaged", None, None))
                 damaged.append(str(error))
     reporter.table(("checkpoints", "step", "arrays", "MiB", "evaluation"), rows)
-    for told in damaged:
-        reporter.note(told)
+    for message in damaged:
+        reporter.note(message)
 
 
-def _describe(asked, reporter):
-    folder, step = _find(asked.path, asked.step)
+def _describe(args, reporter):
+    folder, step = _find(args.path, args.step)
     with Checkpoints(folder, read_only=True) as checkpoints:
         arrays, best = checkpoints.describe(step)
-    chosen = _part(arrays, asked.part, folder / str(step))
-    told = "" if best is None else f", evaluation {best}"
-    reporter.note(f"{folder / str(step)}: {len(chosen)} arrays{told}")
+    chosen = _part(arrays, args.part, folder / str(step))
+    evaluation = "" if best is None else f", evaluation {best}"
+    reporter.note(f"{folder / str(step)}: {len(chosen)} arrays{evaluation}")
     rows = [(name, "x".join(map(str, leaf.shape)) or "1", str(np.dtype(leaf.dtype))) for name, leaf in chosen.items()]
     reporter.table(("array", "shape", "type"), rows)
 
 
-def _load(asked, reporter):
-    folder, step = _find(asked.path, asked.step)
+def _load(args, reporter):
+    folder, step = _find(args.path, args.step)
     with Checkpoints(folder, read_only=True) as checkpoints:
         arrays = checkpoints.read(step)[0]
-    chosen = _part(by_name(arrays), asked.part, folder / str(step))
+    chosen = _part(by_name(arrays), args.part, folder / str(step))
     numbers = sum(array.size for array in chosen.values())
-    reporter.note(f"{folder / str(step)}: {len(chosen)} arrays, {numbers:,} numbers, all as they were saved")
-    if asked.out:
-        if Path(asked.out).exists():
-            raise InputError(f"--out: {asked.out} exists already; expected a new file")
-        save_file({name: np.ascontiguousarray(array) for name, array in chosen.items()}, asked.out)
-        reporter.note(f"written to {asked.out}")
+    reporter.note(f"{folder / str(step)}: {len(chosen)} arrays, {numbers:,} numbers, checksums verified")
+    if args.out:
+        if Path(args.out).exists():
+            raise InputError(f"--out: {args.out} exists already; expected a new file")
+        save_file({name: np.ascontiguousarray(array) for name, array in chosen.items()}, args.out)
+        reporter.note(f"written to {args.out}")
 
 
 if __name__ == "__main__":

@@ -2,6 +2,7 @@
 
 import dataclasses
 import difflib
+import json
 from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
@@ -25,28 +26,28 @@ LEARNED = "learned"  # the reward that is a reward model
 class Text:
     """The tokenizer."""
 
-    kind: str = fields.choice("gpt2", "gpt2", "bpe", "char")  # gpt2: from `path`; bpe, char: made from the texts
-    path: str = ""  # a folder with tokenizer.json or the like, or NAME or NAME@REVISION on the hub: gpt2
-    vocab_size: int = fields.number(800, least=1)  # of bpe
+    kind: str = fields.choice("gpt2", "gpt2", "bpe", "char")  # gpt2: from `path`; bpe, char: trained on the texts
+    path: str = ""  # of gpt2: a folder with its files, or NAME or NAME@REVISION on the hub
+    vocab_size: int = fields.number(800, least=1)  # tokens of bpe
 
 
 @dataclasses.dataclass(frozen=True)
 class Evaluation:
     """How policies are compared, on held-out prompts."""
 
-    prompts: int = fields.number(512, least=2)  # at most; as many as are held out
+    prompts: int = fields.number(512, least=2)  # at most; all held-out prompts if there are fewer
     batch: int = fields.number(64, least=1, neutral=True)  # rows on the device at a time
     temperature: float = fields.number(0.01, least=0, most=100)
-    samples: int = fields.number(3, least=0, neutral=True)  # shown on the way; all go to samples.jsonl at the end
-    # Of reinforcement learning: the last policy, or the best evaluated one within the limits of `alarms`.
+    samples: int = fields.number(3, least=0, neutral=True)  # shown during training; samples.jsonl has all of them
+    # The result of reinforcement learning: the last policy, or the best evaluated one within the limits of `alarms`.
     result: str = fields.choice("last", "last", "best")
 
 
 @dataclasses.dataclass(frozen=True)
 class Supervised(supervised.Config):
-    """A stage of next-token training; with 0 steps it is left out."""
+    """A stage of next-token training. A stage with 0 steps is left out."""
 
-    from_: str = fields.neutral("")  # another workdir whose finished stage is used, if it depends on the same
+    from_: str = fields.neutral("")  # another workdir whose finished stage is used; config and files must agree
 
 
 @dataclasses.dataclass(frozen=True)
@@ -55,7 +56,7 @@ class Reward(preference.Config):
 
     # learned | gold: the embedded world's truth | sentiment: VADER's | path/to/file.py:function (rewards/function.py)
     kind: str = LEARNED
-    from_: str = fields.neutral("")  # another workdir whose finished reward model is used
+    from_: str = fields.neutral("")  # another workdir whose finished reward model is used; config and files must agree
 
 
 @dataclasses.dataclass(frozen=True)
@@ -63,11 +64,11 @@ class Config:
     """A run: a task, a reward, an algorithm and a model. A section's defaults stand beside the code that reads it."""
 
     seed: int = fields.number(1, least=0, below=2**32, most=2**32)
-    seeds: int = fields.number(1, least=1)  # runs of the last stage, one after another; curves get their 95% band
+    seeds: int = fields.number(1, least=1)  # runs of the last stage, one after another; curves show the 95% band
     task: str = fields.choice("summarize", "summarize", "write", "prompts")
     algorithm: str = fields.choice("ppo", *POLICY)  # the section that the last stage reads
     text: Text = Text()
-    data: Any = sources.Config()  # DATA has its type for each task
+    data: Any = sources.Config()  # its type depends on the task: see DATA
     model: gpt2.Config = gpt2.Config()
     pretrain: Supervised = Supervised(steps=0)
     sft: Supervised = Supervised()
@@ -78,7 +79,7 @@ class Config:
     evaluation: Evaluation = Evaluation()
     keep: checkpoint.Config = checkpoint.Config()
     guard: guards.Config = guards.Config()
-    deterministic: bool = False  # on a GPU: the same seed gives the same run, some operations are slower
+    deterministic: bool = False  # on a GPU, the same seed gives the same run; some operations are slower
 
     @property
     def rl(self):
@@ -92,7 +93,7 @@ class Config:
 
 
 DATA = {"summarize": sources.Config, "prompts": sources.Config, "write": corpus.Config}
-WRITE = {  # defaults of the task `write`, where they are not those of Config
+WRITE: dict[str, Any] = {  # defaults of the task `write` where they differ from Config's
     "task": "write",
     "algorithm": "policy_gradient",
     "text": Text(kind="char"),
@@ -105,7 +106,7 @@ WRITE = {  # defaults of the task `write`, where they are not those of Config
 
 
 def write(**sections) -> Config:
-    """The config of a run that writes texts from nothing, with these sections in place of its defaults."""
+    """The config of a run whose task is `write`, with these sections instead of its defaults."""
     return Config(**(WRITE | sections))
 
 
@@ -124,14 +125,15 @@ def parse(values: Mapping, kind: type = Config, path: str = "") -> Any:
         if name not in known:
             near = difflib.get_close_matches(name, known, n=1)
             raise InputError(f"{path}{name}: no such field{f'; did you mean {near[0]}?' if near else ''}")
-    parsed = {}
+    parsed: dict[str, Any] = {}
     for name, field in known.items():
         if name not in values:
             raise InputError(f"{path}{name}: missing, expected {getattr(field.type, '__name__', field.type)}")
-        value, wanted = values[name], field.type
+        value = values[name]
+        wanted: Any = field.type
         if kind is Config and name == "data":
-            wanted = DATA.get(values.get("task"), sources.Config)
-        if dataclasses.is_dataclass(wanted):
+            wanted = DATA.get(values.get("task", ""), sources.Config)
+        if isinstance(wanted, type) and dataclasses.is_dataclass(wanted):
             if wanted is Reward and isinstance(value, str):
                 parsed[field.name] = Reward(kind=value)
                 continue
@@ -154,19 +156,52 @@ def stages(config) -> list[str]:
 
 
 def rl_name(config) -> str:
-    """The folder of the last stage: that of its algorithm, so that several can be compared in one workdir."""
+    """The name of the last stage: the algorithm's, so that a workdir can hold several; `rl` for the task `write`."""
     return "rl" if config.task == "write" else config.algorithm
 
 
 def section(config, stage) -> str:
-    """The name of the section of the config that is the stage's own."""
+    """The name of the stage's own section of the config."""
     return config.algorithm if stage == rl_name(config) else stage
+
+
+def place(config, workdir, stage) -> Path:
+    """The folder of the run that a stage is in: `workdir`, or that of the stage's `from`."""
+    other = getattr(getattr(config, section(config, stage)), "from_", "")
+    return Path(other or workdir).expanduser()
+
+
+def sections(config, stage) -> list[str]:
+    """The names of the sections and fields of the config that a stage's numbers depend on."""
+    names = stages(config)
+    before = names[: names.index(stage) + 1]
+    found = ["seed", "task", "text", "data", "model", "evaluation"]
+    found += [name for name in before if name in ("pretrain", "sft", "reward")]
+    if stage == names[-1]:
+        found += ["algorithm", config.algorithm, "alarms", "seeds"]
+    return found
+
+
+def read(workdir) -> Config:
+    """The config of the run in a folder. InputError where there is none, or one of another version."""
+    path = Path(workdir).expanduser() / "config.json"
+    try:
+        values = json.loads(path.read_text())
+    except (OSError, ValueError) as error:
+        reason = getattr(error, "strerror", None) or error
+        raise InputError(f"workdir: {path}: expected the config of a run ({reason})") from None
+    if not isinstance(values, Mapping):
+        raise InputError(f"workdir: {path}: expected the config of a run, got {type(values).__name__}")
+    try:
+        return parse(values)
+    except InputError as error:
+        raise InputError(f"workdir: {path}: {error}") from None
 
 
 def check(config, *, devices: int = 1, files: bool = True) -> None:
     """Refuses impossible sizes and choices before anything is written: InputError names the field and the reason.
 
-    files: those that the config names must be there.
+    files: whether the files that the config names must exist.
     """
     fields.check(config)
     if files:
@@ -181,13 +216,13 @@ def check(config, *, devices: int = 1, files: bool = True) -> None:
 
 def _check_files(config):
     named = {"model.init": config.model.init, "text.path": config.text.path}
-    # What is not here may be on the hub, but for what has the name of a file.
+    # A path that does not exist may be a name on the hub, unless it ends like a file.
     paths = {
         field: path
         for field, path in named.items()
         if not hub.is_name(path) or Path(path).suffix in (".safetensors", ".json")
     }
-    local = config.data.source in ("files", "file")
+    local = config.data.source != "hub"  # a file that is named but not read is as likely a mistake
     names = ("path",) if config.task == "write" else ("sft", "preferences", "prompts")
     paths |= {f"data.{name}": getattr(config.data, name) for name in names if local}
     if missing := [f"{field} = {path!r}" for field, path in paths.items() if path and not Path(path).exists()]:
@@ -195,15 +230,15 @@ def _check_files(config):
 
 
 def _reward(config, _):
-    """Problems of which stages there are, of the reward, and of what the algorithm needs of it."""
+    """Problems with the choice of stages and reward, and with what the algorithm needs of the reward."""
     if config.pretrain.steps and config.task != "write":
         yield "pretrain.steps", "0, as only task = write has plain texts to pretrain on"
     if config.learned and not config.reward.steps:
         yield "reward.steps", "more than 0 where the reward is learned"
-    if not config.learned:
-        function.load(config.reward.kind)  # its own InputError names what is wrong
     if config.reward.kind == "gold" and (config.task == "write" or config.data.source != "world"):
         yield "reward.kind", "learned, sentiment or path/to/file.py:function where no row has a record (data.source)"
+    elif not config.learned:
+        function.load(config.reward.kind)  # its own InputError names what is wrong
     if config.algorithm == "ppo" and config.ppo.value_init == "reward" and not config.learned:
         yield "ppo.value_init", f"zero or auto where reward is {config.reward.kind}, as there is no reward model"
 

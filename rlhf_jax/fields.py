@@ -21,7 +21,7 @@ from typing import Any
 
 from rlhf_jax.errors import InputError
 
-LARGEST = 1e9  # of numbers without an upper limit of their own: beyond it is a typing error, and float32 overflows
+LARGEST = 1e9  # default upper limit: a larger number is a typing error, and float32 would overflow
 
 
 @dataclasses.dataclass(frozen=True)

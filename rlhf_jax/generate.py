@@ -1,8 +1,9 @@
-"""Sampling completions: read the prompts, then one decode step at a time, compiled as a loop or streamed.
+"""Sampling completions: read the prompts, then one decode step at a time, in a compiled loop or streamed.
 
-Both loops run `start` and `advance`. A third one takes N prompts from a queue into fewer lanes, and fills a lane again
-when its completion ends (continuous batching: Yu et al. 2022, Orca, section 3): `enter` and `proceed`. Randomness
-belongs to a prompt's row: row b draws its token i with fold_in(keys_B[b], i), whatever else is in the batch.
+Both loops run `start` and `advance`. A third loop runs `enter` and `proceed`: it completes N prompts in fewer lanes,
+and a lane whose completion has ended takes the next prompt from a queue (continuous batching: Yu et al. 2022, Orca,
+section 3). Randomness belongs to a prompt's row: token i of row b is sampled with fold_in(keys_B[b], i), whatever else
+is in the batch.
 """
 
 import dataclasses
@@ -13,12 +14,12 @@ import jax.numpy as jnp
 
 from rlhf_jax.ops import padding, sampling
 
-GROUPS = 4  # with lanes: a quarter of them is free before prompts are read
+GROUPS = 4  # with lanes: prompts are read once a quarter of the lanes is free
 
 
 @dataclasses.dataclass(frozen=True)
 class Sampling:
-    """How completions are drawn."""
+    """How completions are sampled."""
 
     max_tokens: int  # R, EOS included
     eos_id: int
@@ -26,26 +27,26 @@ class Sampling:
     temperature: float = 1.0  # 0: the most likely token
     top_k: int = 0  # 0: all. Evaluation and playground only
     top_p: float = 1.0  # 1: all. Evaluation and playground only
-    lanes: int = 0  # completions under way at a time, a divisor of their number; 0: all
-    widths: int = 1  # of prompts, in equal steps, that what reads them is compiled for; see ops/padding.py
+    lanes: int = 0  # completions generated at once, a divisor of their number; 0: all
+    widths: int = 1  # number of prompt widths that the reading of prompts is compiled for; see ops/padding.py
 
 
 @flax.struct.dataclass
 class State:
     """Everything the decode step needs. Columns < step of the `_BR` arrays are filled."""
 
-    step: jax.Array  # () int32, response tokens drawn so far
-    done_B: jax.Array  # the row has drawn EOS
+    step: jax.Array  # () int32, response tokens sampled so far
+    done_B: jax.Array  # the row has sampled EOS
     keys_B: jax.Array
     cache: object
     response_BR: jax.Array  # PAD after EOS
-    mask_BR: jax.Array  # 1 up to and with EOS
-    logp_BR: jax.Array  # of each token under the distribution it was drawn from; 0 after EOS
-    hidden_BRD: jax.Array  # the state that each token was drawn from
+    mask_BR: jax.Array  # 1 up to and including EOS
+    logp_BR: jax.Array  # of each token under the distribution it was sampled from; 0 after EOS
+    hidden_BRD: jax.Array  # the hidden state that each token was sampled from
 
 
 def start(model, params, prompt_BP, prompt_mask_BP, keys_B, config):
-    """Reads the prompts and draws the first token of each row."""
+    """Reads the prompts and samples the first token of each row."""
     B, P = prompt_BP.shape
     R = config.max_tokens
     hidden_BD, cache = model.prefill(params, prompt_BP, prompt_mask_BP, P + R)
@@ -63,7 +64,7 @@ def start(model, params, prompt_BP, prompt_mask_BP, keys_B, config):
 
 
 def advance(model, params, state, config):
-    """Reads the token drawn last and draws the next one of each row that has not ended."""
+    """Reads the last token of each row and samples the next one in rows that have not ended."""
     token_B = jax.lax.dynamic_index_in_dim(state.response_BR, state.step - 1, axis=1, keepdims=False)
     hidden_BD, cache = model.decode(params, token_B, ~state.done_B, state.cache)
     return _draw(model, params, hidden_BD, state.replace(cache=cache), config)
@@ -88,7 +89,7 @@ def _draw(model, params, hidden_BD, state, config):
 
 
 def _tokens(model, params, hidden_BD, keys_B, config):
-    """(the token drawn from each hidden state, its log-prob), with a key each."""
+    """(tokens [B] sampled from the hidden states, their log-probs [B]), each with its key."""
 
     def draw(key, logits_V):
         return sampling.draw(key, logits_V, temperature=config.temperature, k=config.top_k, p=config.top_p)
@@ -97,9 +98,9 @@ def _tokens(model, params, hidden_BD, keys_B, config):
 
 
 def generate(model, params, prompt_BP, prompt_mask_BP, keys_B, config):
-    """Completes every prompt: the final State. One while loop, which ends when every row has.
+    """Completes every prompt and returns the final State. One while loop, which ends when every row has ended.
 
-    With lanes it has no cache, and its step counts the decode steps of all lanes.
+    With lanes the State has no cache, and its step counts the decode steps of all lanes.
     """
     if 0 < config.lanes < len(prompt_BP):
         return _from_queue(model, params, prompt_BP, prompt_mask_BP, keys_B, config)
@@ -113,20 +114,21 @@ def generate(model, params, prompt_BP, prompt_mask_BP, keys_B, config):
 
 @flax.struct.dataclass
 class Lanes:
-    """The completions under way, one a lane, of N prompts: lane b has drawn count_B[b] tokens for prompt row_B[b]."""
+    """The completions in progress, one per lane: lane b has sampled count_B[b] tokens of prompt row_B[b], of N."""
 
-    drawn: State  # of all N, with the lanes' cache; its step counts what the lanes have read
-    queue_N: jax.Array  # the prompts by their length, so that those read together are alike
-    taken: jax.Array  # () int32, how many have left the queue
+    drawn: State  # of all N prompts, with the lanes' cache; its step counts the lanes' decode steps
+    queue_N: jax.Array  # prompt rows sorted by length: prompts read together are of similar length
+    taken: jax.Array  # () int32, number of prompts taken from the queue
     row_B: jax.Array  # N: the lane is free
     count_B: jax.Array
-    token_B: jax.Array  # drawn last
+    token_B: jax.Array  # the last token sampled
 
 
 def _from_queue(model, params, prompt_NP, prompt_mask_NP, keys_N, config):
-    """Completes every prompt in config.lanes lanes: the final State, without a cache.
+    """Completes every prompt in config.lanes lanes and returns the final State, without a cache.
 
-    Prompts are read in groups, as soon as so many lanes are free: alone they would be read slowly.
+    Prompts are read in groups, once enough lanes are free: one at a time would be slow. Raises ValueError unless the
+    number of lanes divides the number of prompts.
     """
     N, P = prompt_NP.shape
     B, R = config.lanes, config.max_tokens
@@ -134,14 +136,14 @@ def _from_queue(model, params, prompt_NP, prompt_mask_NP, keys_N, config):
         raise ValueError(f"lanes: expected a divisor of {N} prompts, got {B}")
     group = max(size for size in range(1, max(B // GROUPS, 1) + 1) if B % size == 0)
 
-    def waits(lanes):
-        """A group may enter."""
+    def may_enter(lanes):
+        """A group is in the queue, and enough lanes are free."""
         return (lanes.taken < N) & (jnp.sum(lanes.row_B == N) >= group)
 
     def step(lanes):
         lanes = enter(model, params, prompt_NP, prompt_mask_NP, lanes, config, group)
         return jax.lax.while_loop(
-            lambda lanes: jnp.any(lanes.row_B < N) & ~waits(lanes),
+            lambda lanes: jnp.any(lanes.row_B < N) & ~may_enter(lanes),
             lambda lanes: proceed(model, params, lanes, config, P),
             lanes,
         )
@@ -149,7 +151,7 @@ def _from_queue(model, params, prompt_NP, prompt_mask_NP, keys_N, config):
     def empty(shape, dtype):
         return jnp.zeros(shape, dtype)
 
-    # Of the shapes that the prompts of all lanes would have.
+    # Empty arrays, in the shapes of a prefill of all lanes.
     read = jax.eval_shape(lambda: model.prefill(params, prompt_NP[:B], prompt_mask_NP[:B], P + R))
     hidden, cache = jax.tree.map(lambda x: empty(x.shape, x.dtype), read)
     drawn = State(
@@ -170,11 +172,12 @@ def _from_queue(model, params, prompt_NP, prompt_mask_NP, keys_N, config):
         count_B=empty(B, jnp.int32),
         token_B=empty(B, jnp.int32),
     )
-    return jax.lax.while_loop(lambda lanes: lanes.taken < N, step, lanes).drawn.replace(cache=None)
+    lanes = jax.lax.while_loop(lambda lanes: lanes.taken < N, step, lanes)
+    return dataclasses.replace(lanes.drawn, cache=None)
 
 
 def enter(model, params, prompt_NP, prompt_mask_NP, lanes, config, group):
-    """Reads the next `group` prompts into free lanes, of which there must be as many, and draws their first tokens."""
+    """Reads the next `group` prompts into free lanes (there must be enough) and samples their first tokens."""
     N, P = prompt_NP.shape
     row_G = jax.lax.dynamic_slice_in_dim(lanes.queue_N, lanes.taken, group)
 
@@ -182,7 +185,7 @@ def enter(model, params, prompt_NP, prompt_mask_NP, lanes, config, group):
         return model.prefill(params, prompt_GP, mask_GP, P + config.max_tokens)
 
     hidden_GD, new = padding.cut(prefill, prompt_NP[row_G], prompt_mask_NP[row_G], config.widths)
-    lane_G = jnp.argsort(lanes.row_B < N)[:group]  # free ones first
+    lane_G = jnp.argsort(lanes.row_B < N)[:group]  # free lanes first
     drawn, token_G, goes_on_G = _draw_rows(model, params, hidden_GD, row_G, 0, lanes.drawn, config)
     return lanes.replace(
         drawn=drawn.replace(cache=model.insert(drawn.cache, new, lane_G)),
@@ -194,10 +197,10 @@ def enter(model, params, prompt_NP, prompt_mask_NP, lanes, config, group):
 
 
 def proceed(model, params, lanes, config, prompt_length):
-    """Reads the token drawn last in each lane, and draws the next one."""
+    """Reads the last token of each lane and samples the next one."""
     drawn, R = lanes.drawn, config.max_tokens
     alive_B = lanes.row_B < len(drawn.done_B)
-    # One slot of the cache for all lanes. After R steps the first is taken again: a completion that needed it is over.
+    # All lanes write to one slot of the cache. It is reused after R steps: completions that needed it have ended.
     slot = prompt_length + drawn.step % R
     hidden_BD, cache = model.decode(params, lanes.token_B, alive_B, drawn.cache, slot)
     drawn = drawn.replace(cache=cache, step=drawn.step + 1)
@@ -207,7 +210,7 @@ def proceed(model, params, lanes, config, prompt_length):
 
 
 def _draw_rows(model, params, hidden_GD, row_G, count_G, drawn, config):
-    """(State, token [G], whether its row goes on [G]): token number count_G of rows row_G; row N is nobody's."""
+    """Samples token count_G of rows row_G: (State, tokens [G], whether each row goes on [G]). Row N: a free lane."""
     count_G = jnp.broadcast_to(count_G, row_G.shape)
     keys_G = jax.vmap(jax.random.fold_in)(drawn.keys_B[row_G], count_G)
     token_G, logp_G = _tokens(model, params, hidden_GD, keys_G, config)
@@ -227,7 +230,7 @@ def _draw_rows(model, params, hidden_GD, row_G, count_G, drawn, config):
 
 
 def stream(model, params, prompt_BP, prompt_mask_BP, keys_B, config):
-    """Yields the State after each token: the same steps as `generate`, driven from Python."""
+    """Yields the State after each token: the same steps as `generate`, in a Python loop."""
     state = jax.jit(start, static_argnums=(0, 5))(model, params, prompt_BP, prompt_mask_BP, keys_B, config)
     step = jax.jit(advance, static_argnums=(0, 3), donate_argnums=())
     while True:

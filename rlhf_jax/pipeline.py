@@ -1,23 +1,23 @@
-"""From a config to its values, and through its stages in order. No combination of task and algorithm has code here."""
+"""Makes the values of a config and trains its stages in order. No combination of task and algorithm has code here."""
 
 import dataclasses
 import functools
-import hashlib
 import json
 import shutil
 from pathlib import Path
+from typing import Any
 
 import jax
 
 from rlhf_jax import config as configs
-from rlhf_jax import fields, hub, rollout, tasks, text
+from rlhf_jax import fields, hub, provenance, rollout, tasks, text
 from rlhf_jax.algorithms import POLICY
 from rlhf_jax.errors import InputError
 from rlhf_jax.evaluate import seeds
 from rlhf_jax.models import heads, hf
 from rlhf_jax.report import metrics, plots
 from rlhf_jax.report.console import Silent
-from rlhf_jax.rewards import function, learned
+from rlhf_jax.rewards import Reward, function, learned
 from rlhf_jax.stages import Setup
 from rlhf_jax.stages.language_model import language_model
 from rlhf_jax.stages.preference import check_references, reward_model
@@ -26,14 +26,14 @@ from rlhf_jax.text import bpe, char, gpt2
 from rlhf_jax.training.fit import fit, write_summary
 from rlhf_jax.training.workdir import Workdir
 
-KINDS = {"pretrain": "pretrain", "sft": "sft", "reward": "preferences"}  # of rows, by stage; the last has prompts
+KINDS = {"pretrain": "pretrain", "sft": "sft", "reward": "preferences"}  # of rows by stage; the last stage has prompts
 
 
 def run(config, workdir, reporter=None, stop=None, only=None) -> dict:
-    """All stages of a config, or `only` one, without what the workdir has already: the run's summary.
+    """Trains all stages of a config, or `only` one, and skips finished ones. Returns the run's summary.
 
     Raises InputError, before anything is written, for an impossible config, data that cannot be read, or a workdir of
-    another config. `stop` is a loop.Stop of the whole run, where there is one.
+    another config. `stop` is a loop.Stop for the whole run.
     """
     configs.check(config, devices=jax.device_count())
     steps = Stages(config, Workdir(workdir), reporter or Silent())
@@ -56,32 +56,18 @@ class Stages:
     # What a stage depends on, and where it is
 
     def depends(self, name) -> dict:
-        """What the numbers of a stage depend on: sections of the config, and what they name by its sha256."""
-        config, section = self.config, configs.section(self.config, name)
-        parts = ["seed", "task", "text", "data", "model", "evaluation"]
-        parts += [stage for stage in self.names[: self.names.index(name) + 1] if stage in ("pretrain", "sft", "reward")]
-        last = name == self.names[-1]
-        if last:
-            parts += ["algorithm", section, "alarms", "seeds"]
-        everything = fields.significant(config)
-        depends = {part: everything[part] for part in parts}
-        if config.model.dropout:  # each slice has its own noise
-            for stage in (stage for stage in ("pretrain", "sft") if stage in depends):
-                depends[stage] |= {"microbatches": getattr(config, stage).microbatches}
-        if "reward" not in depends and (last or config.task == "write"):
-            depends["reward"] = {"kind": config.reward.kind}
-        return depends | {"section": section, "sha256": dict(_fingerprints(config, "reward" in depends))}
+        """What the numbers of a stage depend on."""
+        return provenance.depends(self.config, name)
 
     def steps(self, name) -> int:
         """The steps that the config has for a stage."""
         return getattr(self.config, configs.section(self.config, name)).steps
 
     def place(self, name) -> Workdir:
-        """The workdir that a stage is in: this one, or that of the stage's `from`."""
-        other = getattr(getattr(self.config, configs.section(self.config, name)), "from_", "")
-        if not other:
+        """The workdir that holds a stage: this one, or the stage's `from`."""
+        there = Workdir(configs.place(self.config, self.workdir.path, name))
+        if there.path == self.workdir.path:
             return self.workdir
-        there = Workdir(other)
         field = f"{name}.from"
         if not there.finished(name, self.steps(name)):
             raise InputError(f"{field}: expected a finished stage of {self.steps(name)} steps in {there / name}")
@@ -126,11 +112,11 @@ class Stages:
             jit=self._jit,
         )
 
-    def _tokenizer(self):
-        """The tokenizer of the config; the workdir's copy where that was made of the same."""
+    def _tokenizer(self) -> text.Tokenizer:
+        """The config's tokenizer: the workdir's copy if that was made from the same config and files."""
         config, folder, record = self.config, self.workdir / "text", "text/made_of.json"
         made_of = {"text": fields.significant(config.text), "data": fields.significant(config.data)}
-        made_of |= {"seed": config.seed, "task": config.task, "sha256": dict(_fingerprints(config, False))}
+        made_of |= {"seed": config.seed, "task": config.task, "sha256": provenance.fingerprints(config)}
         there = self.workdir.read_json(record) if (self.workdir / record).exists() else {}
         if there.get("made_of") == json.loads(json.dumps(made_of)):
             tokenizer = text.load(folder)
@@ -140,7 +126,7 @@ class Stages:
         tokenizer = _make_tokenizer(config.text, self.task)
         for name in self.names:
             if self.workdir.started(name):
-                raise InputError(f"workdir: {folder}: the tokenizer of {name} is gone or another; expected its copy")
+                raise InputError(f"workdir: {folder}: the tokenizer of {name} is missing or different")
         self.workdir.save_tokenizer(tokenizer, made_of)
         return tokenizer
 
@@ -166,7 +152,7 @@ class Stages:
         return self.setup.apply.policy.init(self.setup.key("policy init"))
 
     def make(self, name, seed=0):
-        """The Stage of a name, as a value; `seed` is the index of several runs of the last one."""
+        """The Stage of this name. `seed` is the index of the run where the last stage has several."""
         config, setup = self.config, self.setup
         if name in ("pretrain", "sft"):
             return language_model(name, setup, getattr(config, name), self._policy(name))
@@ -174,22 +160,19 @@ class Stages:
         if name == "reward":
             return reward_model(name, setup, config.reward, policy)
         scalar, section = setup.apply.scalar, config.rl
+        reward: Reward
         if config.learned:
             params = self.parameters("reward", "reward", scalar.zero_head(policy))
             sampling = setup.sampling(section.temperature, lanes=section.lanes, widths=section.widths)
             reward = learned.Learned(setup.apply, params, sampling, setup.jit)
         else:
             params, reward = None, function.load(config.reward.kind)
-            if reward.takes_rows and not self.task.rows_known:
-                raise InputError(f"reward: {reward.name} needs rows, and those of task = {config.task} hold nothing")
         algorithm, value = POLICY[config.algorithm], None
         if algorithm.NEEDS_VALUE:
             with_reward = config.learned and section.value_init in ("auto", "reward")
             value = params if with_reward else scalar.zero_head(policy)
-        key = setup.key("rl" if config.task == "write" else "ppo")
-        # fold_in, not split: a seed samples the same alone and among others.
-        key = jax.random.fold_in(key, seed) if config.task == "write" else key
-        beside = ()
+        key = jax.random.fold_in(setup.key("rl"), seed)  # not split: a seed samples the same alone and among others
+        beside: tuple[dict, ...] = ()
         if "pretrain" in self.names:
             beside = tuple({"pretrain": row["completion"]} for row in self.place("pretrain").samples("pretrain"))
         return rl(
@@ -209,7 +192,7 @@ class Stages:
         return self._fit(self.make(name), self.depends(name), self.workdir, stop)
 
     def _open(self):
-        """Locks the workdir, and keeps the whole config in it."""
+        """Locks the workdir and writes the whole config."""
         self.workdir.lock()
         self.workdir.write_json("config.json", configs.tree(self.config))
 
@@ -217,7 +200,7 @@ class Stages:
         """Trains every stage that is not finished: the run's summary."""
         todo = [name for name in self.names if not self.finished(name)]
         if todo and todo[0] == self.names[0] and self.config.model.init:
-            _weights(self.config.model.init)  # a failed download is an error before hours of tokens
+            _weights(self.config.model.init)  # a failed download must be an error before hours of tokenization
         for name in todo:  # errors in the data are found now, not when the stage begins
             self.task.rows(KINDS.get(name, "prompts"))
         self._open()
@@ -232,7 +215,7 @@ class Stages:
                 self.reporter.note(f"{name}: {where}, skipped")
         there = self.workdir / "summary.json"
         if not todo and there.exists() and f"{self.names[-1]}/steps" in (summary := self.workdir.read_json(there.name)):
-            return summary  # not that of another algorithm
+            return summary  # of this algorithm, not of another one
         return self._conclude()
 
     def _check_data(self, name):
@@ -245,7 +228,7 @@ class Stages:
         if name == "reward":
             check_references(self.setup)
         section = configs.section(self.config, name)
-        self.setup.batch_at(kind, getattr(self.config, section).batch, "evaluation", f"{section}.batch")
+        self.setup.batch_at(kind, getattr(self.config, section).batch, "rl", f"{section}.batch")
 
     def _fit(self, stage, depends, workdir, stop):
         config = configs.tree(self.config)
@@ -253,7 +236,7 @@ class Stages:
         return fit(stage, workdir, depends=depends, config=config, **parts).summary
 
     def _seeds(self, name, stop):
-        """The last stage for several seeds, each in seeds/<index> of the workdir, and their means in its own folder."""
+        """Trains the last stage for several seeds, each in seeds/<index>. The stage's own folder gets their means."""
         folders = [Workdir(self.workdir / "seeds" / str(i)) for i in range(self.config.seeds)]
         for i, folder in enumerate(folders):
             if folder.finished(name, self.steps(name)):
@@ -273,14 +256,15 @@ class Stages:
         return write_summary(self.workdir, f"{name}/summary.json", seconds, numbers, self.config.seed)
 
     def _conclude(self):
-        """Picture, samples and summary of the whole run."""
+        """Writes plot, samples and summary of the whole run."""
         places = {name: self.place(name) for name in self.names}
         rows = {name: metrics.read(place / name / "metrics.jsonl") for name, place in places.items()}
         (self.workdir / "plots").mkdir(exist_ok=True)
         plots.pipeline(rows, self.workdir / "plots" / "pipeline.png", title=f"seed {self.config.seed}")
         last = self.names[-1]
         shutil.copyfile(places[last] / last / "samples.jsonl", self.workdir / "samples.jsonl")
-        numbers, seconds = {}, 0
+        numbers: dict[str, Any] = {}
+        seconds = 0
         for name, place in places.items():
             summary = place.summary(name)
             numbers |= {key: value for key, value in summary.items() if key.startswith(f"{name}/")}
@@ -290,7 +274,7 @@ class Stages:
 
 
 def _make_tokenizer(config, task):
-    """The tokenizer of a Text section: from its path, or made of the task's texts."""
+    """The tokenizer of a Text section: read from its path, or trained on the task's texts."""
     if config.kind == "gpt2":
         if not config.path:
             raise InputError("text.path: expected a folder or a name on the hub, as gpt2, got none")
@@ -312,31 +296,3 @@ def _weights(init):
         return Path(init) if Path(init).exists() else hub.folder(init, *hf.FILES)
     except InputError as error:
         raise InputError(f"model.init: {error}") from None
-
-
-def _fingerprints(config, with_reward):
-    """(place, sha256) of the local files that a run reads: data, tokenizer, weights, and the reward's code."""
-    places = dict(tasks.load(config).files()) | {"model.init": config.model.init, "text.path": config.text.path}
-    for field, place in places.items():
-        if place and (digest := _digest(Path(place).expanduser())):
-            yield f"{field} = {place}", digest
-    if with_reward and not config.learned and (digest := function.fingerprint(config.reward.kind)):
-        yield f"reward = {config.reward.kind}", digest
-
-
-def _digest(path):
-    """sha256 (hex) of a file, or of the files of a folder; None where there is nothing."""
-    if not path.exists():
-        return None
-    files = sorted(file for file in path.iterdir() if file.is_file()) if path.is_dir() else [path]
-    stats = [file.stat() for file in files]
-    return _digest_of(tuple((file, stat.st_mtime_ns, stat.st_size) for file, stat in zip(files, stats, strict=True)))
-
-
-@functools.cache  # weights have gigabytes
-def _digest_of(files):
-    digest = hashlib.sha256()
-    for file, *_ in files:
-        with file.open("rb") as opened:
-            digest.update(hashlib.file_digest(opened, "sha256").digest())
-    return digest.hexdigest()

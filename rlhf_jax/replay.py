@@ -1,9 +1,9 @@
-"""An update that was not finite, made again: does it come out the same, and where does it begin?
+"""Repeats an update that was not finite: is the result the same, and which operation is the first at fault?
 
     python -m rlhf_jax.replay runs/demo/incident/ppo-17
 
-The stage's own step runs twice from the state that was kept: operation by operation, up to the first that makes a
-number that is not finite from numbers that are; and compiled, as it ran.
+The stage's own step runs twice from the saved state. It runs operation by operation, up to the first one that turns
+finite numbers into numbers that are not; then it runs compiled, as in the run.
 """
 
 import argparse
@@ -16,47 +16,59 @@ import jax.extend.core
 import numpy as np
 
 from rlhf_jax import config as configs
-from rlhf_jax import run, stages
+from rlhf_jax import pipeline
 from rlhf_jax.errors import InputError
 from rlhf_jax.report.console import Reporter
+from rlhf_jax.rollout import Rollout
 from rlhf_jax.training import guard, loop, sharding
+from rlhf_jax.training.workdir import Workdir
 
 PACKAGE = Path(__file__).parent
 
 
 def replay(folder, reporter):
-    """What the incident in `folder`, a folder of WORKDIR/incident, comes from: (names not finite, where or None).
+    """Repeats the incident in `folder`, a folder of WORKDIR/incident: (names not finite, message or None).
 
-    Raises InputError where the folder holds no incident or is not in the workdir of its run.
+    The message is about the first operation whose result is not finite. Raises InputError if the folder has no incident
+    or is not in the workdir of its run.
     """
     folder = Path(folder).absolute()
-    told = guard.read(folder)
-    kind = {each.__name__: each for each in (run.Summarization, run.Writing)}[told["kind"]]
-    again = kind(configs.parse(told["config"], kind.CONFIG), folder.parents[1], reporter)
-    watch = Watch()
-    again.jit = watch.jit
-    training = stages.prepare(again, told["stage"])
-    state, batch = guard.read_arrays(folder, sharding.replicate(training.state, again.mesh))
-    batch = sharding.shard(batch, again.mesh)
-    reported = guard.told(told["names"])
-    reporter.note(f"{told['stage']} step {told['step']}: {reported} not finite, as it was reported")
-    place = watch.first(training.step, state, batch)  # before the compiled step, which takes the state's buffers
-    numbers = loop.floats(training.step(state, batch)[1])
+    record = guard.read(folder)
+    watch, config, workdir = Watch(), configs.parse(record["config"]), folder.parents[1]
+    seed = 0
+    if record["stage"] == configs.rl_name(config) and config.seeds > 1:  # the workdir is RUN/seeds/INDEX
+        workdir, seed = workdir.parents[1], int(workdir.name)
+    stages = pipeline.Stages(config, Workdir(workdir), reporter, jit=watch.jit)
+    stage = stages.make(record["stage"], seed)
+    state, batch, rollout = guard.read_arrays(folder, stage.state)
+    reported = guard.message(record["names"])
+    reporter.note(f"{record['stage']} step {record['step']}: {reported} not finite, as in the run")
+    if int(state.applied):  # the policy has moved since it wrote the rollout, which is at hand
+        update, given = stage.learn, Rollout(**rollout)
+    else:
+        update, given = _update_of(stage), sharding.shard(batch, stages.setup.mesh)
+    place = watch.first(update, state, given)  # before the compiled update, which takes the state's buffers
+    numbers = {f"{stage.name}/{name}": float(value) for name, value in update(state, given)[1].items()}
     names = loop.not_finite(numbers)
-    taken = not any(value for name, value in numbers.items() if name.endswith("/skipped"))
-    reporter.note("made again: " + ("all finite" if taken else f"{guard.told(names)} not finite"))
-    reporter.note(place or "operation by operation all is finite: it comes from how the program was compiled")
+    taken = not numbers[f"{stage.name}/skipped"]
+    reporter.note("repeated: " + ("all finite" if taken else f"{guard.message(names)} not finite"))
+    reporter.note(place or "operation by operation, all numbers are finite: only the compiled program is at fault")
     return names, place
 
 
+def _update_of(stage):
+    """The stage's whole step as (state, batch) -> (state, numbers)."""
+    return lambda state, batch: stage.step(state, batch)[:2]
+
+
 class Watch:
-    """Stands in for jax.jit, and can run what was given to it an operation at a time."""
+    """Replaces jax.jit, and can run the functions given to it one operation at a time."""
 
     def __init__(self):
         self._on = False
 
     def jit(self, function, **options):
-        """The compiled function; while `first` runs, its operations one by one."""
+        """The compiled function; while `first` runs, it runs its operations one by one instead."""
         compiled = jax.jit(function, **options)
 
         @functools.wraps(function)
@@ -69,24 +81,25 @@ class Watch:
         return call
 
     def first(self, step, *args):
-        """A line about the first operation of step(*args) whose result is not finite, or None."""
+        """A message about the first operation of step(*args) whose result is not finite, or None."""
         self._on = True
         try:
             step(*args)
-        except _Found as found:
-            return str(found)
+        except _NotFinite as error:
+            return str(error)
         finally:
             self._on = False
         return None
 
 
-class _Found(Exception):
-    """The operation."""
+class _NotFinite(Exception):
+    """A message about the first operation whose result is not finite."""
 
 
 def _run(program, args):
-    """The results of a jaxpr. Raises _Found at its first operation that makes not finite of finite."""
-    jaxpr, values = program.jaxpr, {}
+    """The results of a jaxpr. Raises _NotFinite at the first operation whose result, not its input, is not finite."""
+    jaxpr = program.jaxpr
+    values: dict = {}
     values.update(zip(jaxpr.constvars, program.consts, strict=True))
     values.update(zip(jaxpr.invars, args, strict=True))
 
@@ -99,16 +112,16 @@ def _run(program, args):
         results = results if operation.primitive.multiple_results else [results]
         if _finite(given) and not _finite(results):
             _within(operation, given)
-            raise _Found(_told(operation, results))
+            raise _NotFinite(_message(operation, results))
         values.update(zip(operation.outvars, results, strict=True))
     return [value(atom) for atom in jaxpr.outvars]
 
 
 def _within(operation, given):
-    """Goes into an operation that is a program of its own; a loop is run a round at a time."""
+    """Runs the program inside an operation, if there is one; a loop runs one iteration at a time."""
     kind, params = operation.primitive.name, operation.params
     if kind == "scan":
-        # How many are fixed, carried and taken row by row goes by another name in each JAX; a row has an axis less.
+        # JAX versions name the numbers of constants, carries and rows differently, but a row always has one axis less.
         body = params["jaxpr"]
         carried = sum(out.aval.ndim == inner.ndim for out, inner in zip(operation.outvars, body.out_avals, strict=True))
         taken = sum(var.aval.ndim > inner.ndim for var, inner in zip(operation.invars, body.in_avals, strict=True))
@@ -133,25 +146,25 @@ def _finite(values):
     return all(bool(jax.numpy.all(jax.numpy.isfinite(array))) for array in arrays)
 
 
-def _told(operation, results):
-    """The operation, how much of its result is not finite, and the line of ours that it stands for."""
+def _message(operation, results):
+    """The operation, how much of its result is not finite, and the line of our code that it comes from."""
     wrong = next(result for result in results if not _finite([result]))
     count = int(np.sum(~np.isfinite(np.asarray(wrong, np.float32))))
     shape = "x".join(map(str, wrong.shape)) or "scalar"
-    told = (
+    message = (
         f"begins in {operation.primitive.name}: {count} of {wrong.size} numbers of its result ({shape}) are not finite"
     )
     stack = operation.source_info.traceback
     for frame in stack.frames if stack else ():
         path = Path(frame.file_name)
         if path.is_relative_to(PACKAGE):
-            return f"{told}; {path.relative_to(PACKAGE.parent)}:{frame.line_num} in {frame.function_name}"
-    return told
+            return f"{message}; {path.relative_to(PACKAGE.parent)}:{frame.line_num} in {frame.function_name}"
+    return message
 
 
 def main(argv, reporter):
     """The command line."""
-    parser = argparse.ArgumentParser(prog="python -m rlhf_jax.replay", description="Makes an incident's update again.")
+    parser = argparse.ArgumentParser(prog="python -m rlhf_jax.replay", description="Repeats the update of an incident.")
     parser.add_argument("folder", help="a folder of WORKDIR/incident")
     replay(parser.parse_args(argv).folder, reporter)
 

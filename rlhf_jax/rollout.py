@@ -13,6 +13,10 @@ from rlhf_jax.ops import kl, masked, padding
 class Policy(Protocol):
     """A language model as pure functions of its parameters; models/heads.py has the real one."""
 
+    @property
+    def config(self) -> Any:
+        """Its sizes."""
+
     def init(self, key) -> Any:
         """Random parameters."""
 
@@ -21,6 +25,9 @@ class Policy(Protocol):
 
     def decode(self, params, token_B, mask_B, cache, slot=None) -> tuple[jax.Array, Any]:
         """Reads one more token a row: (hidden states [B, D], cache)."""
+
+    def insert(self, cache, new, rows_G) -> Any:
+        """The cache with each row rows_G[g] replaced by row g of the cache `new`."""
 
     def hidden(self, params, tokens_BT, mask_BT, count=None, dropout_key=None) -> jax.Array:
         """The hidden states before each of the last `count` tokens, [B, count, D]."""
@@ -38,11 +45,20 @@ class Policy(Protocol):
 class Scalar(Protocol):
     """A model with one number a position: value model or reward model."""
 
+    def init(self, key, policy) -> Any:
+        """Parameters: the trunk of the policy under a random head."""
+
+    def zero_head(self, policy) -> Any:
+        """Parameters: the trunk of the policy under a head that returns 0."""
+
     def values(self, params, tokens_BT, mask_BT, count) -> jax.Array:
         """The value before each of the last `count` tokens, [B, count]."""
 
     def score(self, params, tokens_BT, mask_BT) -> jax.Array:
         """The score [B] of each sequence, read at its last real token."""
+
+    def normalize(self, params, mean, std) -> Any:
+        """Parameters whose scores are (score - mean) / std."""
 
 
 class Apply(NamedTuple):
@@ -56,15 +72,15 @@ class Apply(NamedTuple):
 class Rollout:
     """A batch of completions. Old log-probs, old values and advantages are constants to the update.
 
-    Log-probs, KL and entropy are in nats at the sampling temperature; every `_BR` array is 0 where mask_BR is.
-    score_B, advantages_BR and returns_BR are filled by the steps that make them.
+    Log-probs, KL and entropy are in nats at the sampling temperature. Where mask_BR is 0, response_BR is PAD and every
+    other `_BR` array is 0. Fields that are not computed yet are None.
     """
 
     prompt_BP: jax.Array
     prompt_mask_BP: jax.Array
     response_BR: jax.Array
     mask_BR: jax.Array
-    eos_B: jax.Array  # 1 where the response ended by itself
+    eos_B: jax.Array  # 1 where the response ends with EOS
     logp_BR: jax.Array
     logp_ref_BR: jax.Array
     kl_exact_BR: jax.Array  # full-vocabulary KL(policy || reference)
@@ -76,7 +92,7 @@ class Rollout:
 
     @property
     def tokens_BT(self):
-        """Prompt and response side by side."""
+        """Each prompt, followed by its response."""
         return jnp.concatenate([self.prompt_BP, self.response_BR], axis=1)
 
     @property
@@ -86,20 +102,21 @@ class Rollout:
 
     @property
     def kl_BR(self):
-        """k1 per token, the estimate that goes in the reward."""
+        """k1 per token: the estimate that the reward's KL penalty uses."""
         return kl.k1(self.logp_BR, self.logp_ref_BR)
 
     @property
     def length_B(self):
-        """Response tokens, EOS included."""
+        """Number of response tokens, EOS included."""
         return jnp.sum(self.mask_BR, axis=1)
 
     def statistics(self, kl_coef):
-        """What the rollout, once scored, says of the policy that wrote it: {name: scalar}. Nats, and tokens with EOS.
+        """Metrics of a scored rollout: {name: scalar}, in nats and in tokens (EOS included).
 
-        kl, kl_k2, kl_k3, kl_exact are summed over a sequence and averaged over the batch; entropy is per token.
+        kl, kl_k2, kl_k3 and kl_exact are sums over a sequence, averaged over the batch; entropy is per token.
         """
         mask_BR = self.mask_BR
+        assert self.score_B is not None
 
         def per_sequence(x_BR):
             return jnp.mean(masked.sum(x_BR, mask_BR, axis=1))
@@ -118,17 +135,17 @@ class Rollout:
 
 
 def keys(state, rows):
-    """The keys [rows] with which the step about to be taken draws its completions; shuffles have others."""
+    """The keys [rows] that the next step samples its completions with; its shuffles have other keys."""
     return jax.random.split(jax.random.fold_in(state.step_key, 0), rows)
 
 
 def draw(apply, policy, prompt_BP, prompt_mask_BP, keys_B, sampling):
-    """Completes the prompts with the policy, each with its key: what `compare` makes a Rollout of."""
+    """Samples a completion of each prompt from the policy, each with its key; `compare` makes it a Rollout."""
     return generate.generate(apply.policy, policy, prompt_BP, prompt_mask_BP, keys_B, sampling)
 
 
 def compare(apply, policy, reference, prompt_BP, prompt_mask_BP, drawn, sampling):
-    """The Rollout of completions drawn from the policy: it and the reference compared at every token."""
+    """The Rollout of sampled completions: compares policy and reference at every response token."""
     tokens_BT = jnp.concatenate([prompt_BP, drawn.response_BR], axis=1)
     attend_BT = jnp.concatenate([prompt_mask_BP.astype(bool), drawn.mask_BR], axis=1)
     hidden_ref_BRD = apply.policy.hidden(reference, tokens_BT, attend_BT, sampling.max_tokens)
@@ -150,7 +167,7 @@ def compare(apply, policy, reference, prompt_BP, prompt_mask_BP, drawn, sampling
 
 
 def sample(apply, policy, reference, prompt_BP, prompt_mask_BP, keys_B, sampling):
-    """`draw`, then `compare`: the two are apart for who wants to read the completions while they are compared."""
+    """`draw`, then `compare`. Call them separately to decode and score text on the host while the device compares."""
     drawn = draw(apply, policy, prompt_BP, prompt_mask_BP, keys_B, sampling)
     return compare(apply, policy, reference, prompt_BP, prompt_mask_BP, drawn, sampling)
 

@@ -1,4 +1,8 @@
+import dataclasses
+
+import jax.numpy as jnp
 import numpy as np
+import pytest
 
 from rlhf_jax import alarms
 
@@ -8,44 +12,66 @@ COLLAPSED = {"distinct2": 0.5, "repeat_rate": 0.2, "entropy": 0.5, "length": 10.
 CONFIG = alarms.Config(patience=4)
 
 
-def seeds(*numbers):
-    return {name: np.array([some[name] for some in numbers], np.float32) for name in alarms.WATCHED}
-
-
 def test_each_limit_is_against_what_was_before():
-    wrong = alarms.outside(seeds(FINE, COLLAPSED), BEFORE, CONFIG)
-    assert set(wrong) == set(alarms.WATCHED)
-    assert all(value_K.tolist() == [False, True] for value_K in wrong.values())
+    assert alarms.outside(FINE, BEFORE, CONFIG) == dict.fromkeys(alarms.WATCHED, False)
+    assert alarms.outside(COLLAPSED, BEFORE, CONFIG) == dict.fromkeys(alarms.WATCHED, True)
 
 
 def test_texts_long_enough_to_repeat_words_are_no_alarm():
     """Where half of the samples did so before, half may; a twentieth more is too many."""
     before = BEFORE | {"repeat_rate": 0.5}
-    wrong = alarms.outside(seeds(FINE | {"repeat_rate": 0.54}, FINE | {"repeat_rate": 0.56}), before, CONFIG)
-    assert wrong["repeat_rate"].tolist() == [False, True]
+    few, many = (alarms.outside(FINE | {"repeat_rate": rate}, before, CONFIG)["repeat_rate"] for rate in (0.54, 0.56))
+    assert (few, many) == (False, True)
 
 
 def test_a_limit_of_no_kl_is_no_limit():
-    assert "kl_exact" not in alarms.outside(seeds(COLLAPSED), BEFORE, alarms.Config(kl_exact=0.0))
+    assert not alarms.outside(COLLAPSED, BEFORE, alarms.Config(kl_exact=0.0))["kl_exact"]
 
 
-def test_one_bad_rollout_rings_no_alarm_and_many_do():
+def test_with_limits_off_nothing_is_outside():
+    """Not even a policy that writes one word without end."""
+    worst = {"distinct2": 0.0, "repeat_rate": 1.0, "entropy": 0.0, "length": 0.0, "kl_exact": 1e6}
+    assert not any(alarms.outside(worst, BEFORE, alarms.OFF).values())
+
+
+@pytest.mark.parametrize(("changes", "active"), [
+    ({}, False), ({"patience": 3}, False), ({"freeze": True}, False),
+    ({"distinct2": 0.1}, True), ({"repeat_rate": 0.9}, True), ({"entropy": 0.1}, True), ({"length": 0.1}, True),
+    ({"kl_exact": 1.0}, True),
+])  # fmt: skip
+def test_alarms_are_active_where_there_is_any_limit(changes, active):
+    assert dataclasses.replace(alarms.OFF, **changes).active is active
+    assert alarms.Config().active
+
+
+def test_one_bad_rollout_trips_no_alarm_and_many_do():
     """Running mean of distinct-2 over 4: .8, then .725, .669, .627, .595, .571, .553; the limit is .56."""
-    state, numbers = alarms.begin(BEFORE, 1), seeds(FINE | {"distinct2": 0.5})
-    rung = []
+    state, numbers = alarms.begin(BEFORE), FINE | {"distinct2": 0.5}
+    tripped = []
     for _ in range(7):
-        state, new = alarms.listen(state, numbers, BEFORE, CONFIG)
-        rung.append([name for name, new_K in new.items() if new_K.any()])
-    assert rung == [[], [], [], [], [], ["distinct2"], []]
-    np.testing.assert_allclose(state["mean"]["distinct2"], [0.5 + 0.3 * 0.75**7], rtol=1e-5)
+        state, new = alarms.track(state, numbers, BEFORE, CONFIG)
+        tripped.append(new)
+    assert tripped == [[], [], [], [], [], ["distinct2"], []]
+    np.testing.assert_allclose(state["mean"]["distinct2"], 0.5 + 0.3 * 0.75**7, rtol=1e-5)
 
 
-def test_an_alarm_stays_on_and_concerns_its_seed_alone():
-    state = alarms.begin(BEFORE, 2)
+def test_an_alarm_stays_on():
+    """Without the collapse there is none; after it, it is reported once, however fine the rollouts are that follow."""
+    fine = state = alarms.begin(BEFORE)
     for _ in range(20):
-        state, _ = alarms.listen(state, seeds(FINE, COLLAPSED), BEFORE, CONFIG)
-    assert np.asarray(state["rung"]).tolist() == [False, True]
+        state, _ = alarms.track(state, COLLAPSED, BEFORE, CONFIG)
+        fine, _ = alarms.track(fine, FINE, BEFORE, CONFIG)
+    assert state["tripped"] and not fine["tripped"]
     for _ in range(40):
-        state, new = alarms.listen(state, seeds(FINE, FINE), BEFORE, CONFIG)
-    assert np.asarray(state["rung"]).tolist() == [False, True]
-    assert not any(new_K.any() for new_K in new.values())
+        state, new = alarms.track(state, FINE, BEFORE, CONFIG)
+        assert not new
+    assert state["tripped"]
+
+
+def test_the_state_is_arrays_of_the_same_types_at_every_step():
+    """It is part of the TrainState: a checkpoint holds it, and another type would be a compilation."""
+    state = alarms.begin(BEFORE)
+    after, _ = alarms.track(state, FINE, BEFORE, CONFIG)
+    for tree in state, after:
+        assert {name: mean.dtype for name, mean in tree["mean"].items()} == dict.fromkeys(alarms.WATCHED, jnp.float32)
+        assert tree["tripped"].dtype == bool

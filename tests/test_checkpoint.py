@@ -208,14 +208,14 @@ def test_where_all_are_damaged_each_is_named(two, tmp_path):
     folder = shutil.copytree(two, tmp_path / "checkpoints")
     for step in "1", "2":
         flip_a_bit(folder / step)
-    with Checkpoints(folder) as checkpoints, pytest.raises(InputError, match="no sound checkpoint: .*/2: .*; .*/1: "):
+    with Checkpoints(folder) as checkpoints, pytest.raises(InputError, match="no undamaged checkpoint: .*/2.*; .*/1: "):
         checkpoints.restore({"policy": {"x": jnp.zeros(50_000)}, "step": jnp.int32(0)})
 
 
 @NOISE
 def test_a_state_of_other_shapes_is_not_read_as_if_it_fitted(two, tmp_path):
     folder = shutil.copytree(two, tmp_path / "checkpoints")
-    with Checkpoints(folder) as checkpoints, pytest.raises(InputError, match="no sound checkpoint"):
+    with Checkpoints(folder) as checkpoints, pytest.raises(InputError, match="no undamaged checkpoint"):
         checkpoints.restore({"policy": {"x": jnp.zeros(40_000)}, "step": jnp.int32(0)})
 
 

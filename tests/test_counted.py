@@ -23,32 +23,39 @@ def shape(**algorithm):
 @cache
 def update(batch, microbatches=1):
     """The compiled update."""
-    iteration = benchmark.Iteration(shape(batch=batch, microbatches=microbatches), CHUNK)
-    compiled, args = iteration.programs()["update"]
-    return compiled.lower(*args).compile()
+    return compiled(benchmark.Timed(shape(batch=batch, microbatches=microbatches), CHUNK), "update")
+
+
+def compiled(timed, program):
+    function, args = timed.programs()[program]
+    return function.lower(*args).compile()
 
 
 def temp_bytes(batch, microbatches=1):
     return update(batch, microbatches).memory_analysis().temp_size_in_bytes
 
 
-@pytest.mark.parametrize(("program", "passes"), [("score", 1), ("update", SHAPE.algorithm.epochs)])
-def test_the_work_is_that_of_the_products(program, passes):
+@pytest.mark.parametrize(
+    ("phase", "programs", "passes"),
+    [("score", ("judge", "reward"), 1), ("update", ("update",), SHAPE.algorithm.epochs)],
+)
+def test_the_work_is_that_of_the_products(phase, programs, passes):
     """XLA counts a loop once, and norms, GELU, the masked half of the scores and Adam too: a sixth of a model as narrow
     as this one. A last layer for all tokens would be a fifth more, a projection of the prompt in the update 29%."""
-    compiled, args = benchmark.Iteration(SHAPE).programs()[program]
-    counted, flops = compiled.lower(*args).cost_analysis()["flops"], benchmark.flops(SHAPE)[program] / passes
+    lowered = (function.lower(*args) for function, args in map(benchmark.Timed(SHAPE).programs().get, programs))
+    counted = sum(program.cost_analysis()["flops"] for program in lowered)
+    flops = benchmark.flops(SHAPE)[phase] / passes
     assert 1.1 * flops < counted < 1.25 * flops
 
 
 def test_no_array_has_the_vocabulary_for_all_tokens(most_tokens):
     """Rollout and update project 16 of the 64 response tokens at a time, none of the prompts'."""
-    iteration = benchmark.Iteration(SHAPE, CHUNK)
-    state, prompts = jax.eval_shape(iteration.begin, jax.random.key(0))
+    timed = benchmark.Timed(SHAPE, CHUNK)
+    state, prompts = jax.eval_shape(timed.begin, jax.random.key(0))
 
     @jax.jit
     def collect(state, prompts):
-        return iteration.judge(state, prompts, iteration.draw(state, prompts))
+        return timed.iteration.collect(state, prompts, timed.reward, (), None)[0]
 
     for program in collect.lower(state, prompts).compile(), update(SHAPE.algorithm.batch):
         assert most_tokens(program.as_text(), MODEL) == CHUNK
@@ -69,11 +76,11 @@ def test_memory_does_not_grow_with_the_number_of_microbatches():
 
 
 def test_each_program_compiles_once(compilations):
-    iteration = benchmark.Iteration(SHAPE, CHUNK)
-    state, prompts = iteration.begin(jax.random.key(0))
+    timed = benchmark.Timed(SHAPE, CHUNK)
+    state, prompts = timed.begin(jax.random.key(0))
     with compilations() as names:
         for _ in range(3):
-            drawn = iteration.draw(state, prompts)
-            state, _ = iteration.update(state, iteration.score(state, prompts, drawn))
-    assert sorted(names) == ["_draw", "_judge", "guarded_update"]
+            scored, *_ = timed.iteration.collect(state, prompts, timed.reward, (), None)
+            state, _ = timed.learn(state, scored)
+    assert sorted(names) == ["judge", "sample", "score", "step"]
     assert int(state.step) == 3

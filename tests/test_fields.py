@@ -1,21 +1,18 @@
 import dataclasses
+import functools
 import math
 
 import pytest
 
-from rlhf_jax import alarms, config, fields
-from rlhf_jax.algorithms import policy_gradient, ppo, preference, supervised
-from rlhf_jax.data import corpus, sources
-from rlhf_jax.errors import InputError
-from rlhf_jax.models import gpt2
-from rlhf_jax.training import checkpoint, optim
+from rlhf_jax import config, fields
+from rlhf_jax.algorithms import policy
+from rlhf_jax.training import optim
+from tests.support import error
 
 
 def refusal(value):
-    with pytest.raises(InputError) as caught:
-        fields.check(value)
-    assert "\n" not in str(caught.value)
-    return str(caught.value)
+    """What `check` says of it."""
+    return error(fields.check, value)
 
 
 # By hand
@@ -104,24 +101,13 @@ def test_numbers_are_the_numeric_fields_by_their_paths():
     assert found["inner.places"].metadata["range"].most == 4 and "range" not in found["inner.free"].metadata
 
 
-# The configs
+# The configs: every dataclass that a run of either task has, whatever they are; and those that others inherit
 
 
-SECTIONS = {
-    "optim": optim.Config,
-    "sft": supervised.Config,
-    "reward": preference.Config,
-    "ppo": ppo.Config,
-    "policy_gradient": policy_gradient.Config,
-    "alarms": alarms.Config,
-    "keep": checkpoint.Config,
-    "model": gpt2.Config,
-    "corpus": corpus.Config,
-    "data": sources.Config,
-    "text": config.Text,
-    "evaluation": config.Evaluation,
-}
-Whole = dataclasses.make_dataclass("Whole", [(name, kind, kind()) for name, kind in SECTIONS.items()], frozen=True)
+Bases = dataclasses.make_dataclass(
+    "Bases", [("optim", optim.Config, optim.Config()), ("policy", policy.Config, policy.Config())], frozen=True
+)
+WHOLE = {"summarize": config.Config(), "write": config.write(), "bases": Bases()}
 
 
 def leaves(value, path=""):
@@ -134,116 +120,144 @@ def leaves(value, path=""):
             yield f"{path}{field.name}", field
 
 
-def changed(**changes):
-    """The defaults with some fields of sections changed: changed(**{"ppo.steps": 3, "ppo.warmup": 9})."""
-    whole = Whole()
-    for path, value in changes.items():
-        section, name = path.split(".")
-        whole = dataclasses.replace(whole, **{section: dataclasses.replace(getattr(whole, section), **{name: value})})
-    return whole
+def replaced(value, path, new):
+    """The dataclass with another value at a path: replaced(config, "ppo.steps", 3)."""
+    name, _, rest = path.partition(".")
+    return dataclasses.replace(value, **{name: replaced(getattr(value, name), rest, new) if rest else new})
 
 
-NUMBERS = dict(fields.numbers(Whole()))
-STAGES = ("sft", "reward", "ppo", "policy_gradient")
-CHOICES = {path: field for path, field in leaves(Whole()) if "choices" in field.metadata}
+def changed(task, /, **changes):
+    """The defaults of the task with these values at these paths."""
+    return functools.reduce(lambda whole, item: replaced(whole, *item), changes.items(), WHOLE[task])
 
 
-def test_the_defaults_are_in_their_ranges():
-    fields.check(Whole())
+NUMBERS = {(task, path): field for task, whole in WHOLE.items() for path, field in fields.numbers(whole)}
+CHOICES = {
+    (task, path): field for task, whole in WHOLE.items() for path, field in leaves(whole) if "choices" in field.metadata
+}
+STAGES = ("pretrain", "sft", "reward", "ppo", "policy_gradient")
 
 
-@pytest.mark.parametrize("path", NUMBERS)
-def test_every_number_has_a_range_that_excludes_what_is_no_sane_number(path):
+def having(task, key):
+    """The paths of the task's fields with this in their metadata."""
+    return {path for path, field in leaves(WHOLE[task]) if field.metadata.get(key)}
+
+
+@pytest.mark.parametrize("task", WHOLE)
+def test_the_defaults_are_in_their_ranges(task):
+    fields.check(WHOLE[task])
+
+
+@pytest.mark.parametrize("task", WHOLE)
+def test_every_field_is_a_number_a_text_or_a_switch(task):
+    """What a number is, is told by its default: none may hide behind another type."""
+    for path, field in leaves(WHOLE[task]):
+        assert field.type in (int, float, str, bool), path
+        value = functools.reduce(getattr, path.split("."), WHOLE[task])
+        assert type(value) is field.type, path
+
+
+@pytest.mark.parametrize(("task", "path"), NUMBERS)
+def test_every_number_has_a_range_that_excludes_what_is_no_sane_number(task, path):
     """A reward may be negative; every other number is at least 0."""
-    assert "range" in NUMBERS[path].metadata
+    assert "range" in NUMBERS[task, path].metadata
     for value in math.nan, math.inf, -math.inf, 1e30:
-        assert refusal(changed(**{path: value})).startswith(f"{path}: expected ")
-    if path == "corpus.min_reward":
-        fields.check(changed(**{path: -1.0}))
+        assert refusal(changed(task, **{path: value})).startswith(f"{path}: expected ")
+    if path == "data.min_reward":
+        fields.check(changed(task, **{path: -1.0}))
     else:
-        assert refusal(changed(**{path: -1})).startswith(f"{path}: expected ")
+        assert refusal(changed(task, **{path: -1})).startswith(f"{path}: expected ")
 
 
-@pytest.mark.parametrize("path", CHOICES)
-def test_a_choice_is_one_of_its_words(path):
-    assert refusal(changed(**{path: "other"})).startswith(f"{path}: expected ")
+@pytest.mark.parametrize(("task", "path"), CHOICES)
+def test_a_choice_is_one_of_its_words(task, path):
+    assert refusal(changed(task, **{path: "other"})).startswith(f"{path}: expected ")
 
 
 def test_which_fields_are_choices():
-    assert set(CHOICES) == {
-        *(f"{name}.schedule" for name in ("optim", *STAGES)),
-        *("sft.loss_on", "ppo.value_init", "ppo.missing_eos", "policy_gradient.baseline", "model.dtype"),
-        *("corpus.kind", "corpus.source", "corpus.sentiment", "data.source", "text.kind"),
+    both = {
+        *("task", "algorithm", "text.kind", "model.dtype", "evaluation.result", "guard.action"),
+        *(f"{name}.schedule" for name in STAGES),
+        *("pretrain.loss_on", "sft.loss_on", "ppo.value_init", "policy_gradient.baseline"),
+        *("ppo.missing_eos", "policy_gradient.missing_eos"),
     }
+    assert having("summarize", "choices") == both | {"data.source", "data.cut"}
+    assert having("write", "choices") == both | {"data.kind", "data.source", "data.sentiment"}
 
 
 def test_which_fields_are_neutral():
-    assert {path for path, field in leaves(Whole()) if field.metadata.get("neutral")} == {
+    both = {
         *(f"{name}.{field}" for name in STAGES for field in ("microbatches", "save_every")),
-        *("ppo.lanes", "ppo.widths", "ppo.trace_epochs", "model.remat", "corpus.cache", "data.cache"),
-        *("evaluation.batch", "evaluation.samples", "keep.last", "keep.best"),
+        *(f"{name}.{field}" for name in ("ppo", "policy_gradient") for field in ("lanes", "widths", "trace_epochs")),
+        *(f"{name}.from_" for name in ("pretrain", "sft", "reward")),
+        *("model.remat", "data.cache", "evaluation.batch", "evaluation.samples", "keep.last", "keep.best"),
     }
+    assert having("summarize", "neutral") == having("write", "neutral") == both
 
 
 @pytest.mark.parametrize(
-    "changes",
+    ("task", "changes"),
     [
-        {"sft.steps": 0, "sft.warmup": 10, "ppo.steps": 0, "ppo.warmup": 10},  # a stage that is left out
-        {"sft.steps": 10, "sft.warmup": 10},
-        {"ppo.steps": 2, "ppo.epochs": 4, "ppo.minibatches": 2, "ppo.warmup": 16},  # warm-up is in optimizer steps
-        {"policy_gradient.steps": 2, "policy_gradient.epochs": 4, "policy_gradient.warmup": 8},
-        {"ppo.batch": 12, "ppo.minibatches": 3, "ppo.microbatches": 2, "ppo.lanes": 4},
-        {"ppo.batch": 10, "ppo.kl_horizon": 2},  # no target: the horizon is not read
-        {"ppo.batch": 10, "ppo.kl_horizon": 3, "ppo.kl_target": 6.0},
-        {"model.rotary_share": 1.0},
-        {"model.head_size": 8, "model.rotary_share": 0.25},
-        {"corpus.source": "file", "corpus.path": "tweets.csv"},
-    ],
+        ("summarize", changes)
+        for changes in (
+            {"sft.steps": 0, "sft.warmup": 10},  # a stage that is left out
+            {"sft.steps": 10, "sft.warmup": 10},
+            {"ppo.steps": 2, "ppo.epochs": 4, "ppo.minibatches": 2, "ppo.warmup": 16},
+            # Whoever tries a config with fewer steps need not change its warm-up.
+            *({f"{name}.steps": 1, f"{name}.warmup": 99} for name in STAGES),
+            {"ppo.batch": 12, "ppo.minibatches": 3, "ppo.microbatches": 2, "ppo.lanes": 4},
+            {"ppo.batch": 10, "ppo.kl_horizon": 2},  # no target: the horizon is not read
+            {"ppo.batch": 10, "ppo.kl_horizon": 3, "ppo.kl_target": 6.0},
+            {"model.rotary_share": 1.0},
+            {"model.head_size": 8, "model.rotary_share": 0.25},
+        )
+    ]
+    + [("write", {"data.source": "file", "data.path": "tweets.csv"})],
 )
-def test_fields_that_go_together(changes):
-    fields.check(changed(**changes))
+def test_fields_that_go_together(task, changes):
+    fields.check(changed(task, **changes))
 
 
 @pytest.mark.parametrize(
-    ("changes", "message"),
+    ("task", "changes", "message"),
     [
-        ({"sft.steps": 9, "sft.warmup": 10}, "sft.warmup: expected at most the stage's optimizer steps = 9, got 10"),
-        ({"reward.steps": 9, "reward.warmup": 10}, "reward.warmup: expected at most the stage's optimizer steps = 9, "),
-        (
-            {"ppo.steps": 2, "ppo.minibatches": 2, "ppo.warmup": 17},
-            "ppo.warmup: expected at most the stage's optimizer",
-        ),
-        (
-            {"policy_gradient.steps": 2, "policy_gradient.epochs": 4, "policy_gradient.warmup": 9},
-            "policy_gradient.warmup: expected at most the stage's optimizer steps = 8, got 9",
-        ),
-        ({"sft.microbatches": 3}, "sft.batch: expected a multiple of minibatches x microbatches = 3, got 128"),
-        ({"reward.microbatches": 3}, "reward.batch: expected a multiple of minibatches x microbatches = 3, got 64"),
-        ({"policy_gradient.microbatches": 3}, "policy_gradient.batch: expected a multiple of "),
-        (
-            {"ppo.batch": 12, "ppo.minibatches": 2, "ppo.microbatches": 4},
-            "ppo.batch: expected a multiple of minibatches x microbatches = 8, got 12",
-        ),
-        ({"ppo.batch": 12, "ppo.lanes": 5}, "ppo.lanes: expected 0, or a divisor of batch = 12, got 5"),
-        *(({f"{name}.top_k": 50}, f"{name}.top_k: expected 0 in training (") for name in ("ppo", "policy_gradient")),
-        *(({f"{name}.top_p": 0.9}, f"{name}.top_p: expected 1 in training (") for name in ("ppo", "policy_gradient")),
         *(
-            (
-                {f"{name}.batch": 10, f"{name}.kl_target": 6.0, f"{name}.kl_horizon": 2},
-                f"{name}.kl_horizon: expected more than 0.2 batch = 2, to keep kl_coef positive, got 2",
+            ("summarize", *case)
+            for case in (
+                ({"sft.microbatches": 3}, "sft.batch: expected a multiple of minibatches x microbatches = 3, got 128"),
+                (
+                    {"reward.microbatches": 3},
+                    "reward.batch: expected a multiple of minibatches x microbatches = 3, got 64",
+                ),
+                ({"policy_gradient.microbatches": 3}, "policy_gradient.batch: expected a multiple of "),
+                (
+                    {"ppo.batch": 12, "ppo.minibatches": 2, "ppo.microbatches": 4},
+                    "ppo.batch: expected a multiple of minibatches x microbatches = 8, got 12",
+                ),
+                ({"model.rotary_share": 0.01}, "model.rotary_share: expected 0, or a share of "),
+                ({"model.rotary_share": 0.02}, "model.rotary_share: expected 0, or a share of "),
+                ({"model.rotary_share": 0.05}, "model.rotary_share: expected 0, or a share of "),
+                ({"data.split": ""}, "data.split: expected the name of one, got ''"),
             )
-            for name in ("ppo", "policy_gradient")
         ),
         *(
-            ({"model.rotary_share": share}, "model.rotary_share: expected 0, or a share of ")
-            for share in (0.01, 0.02, 0.05)
+            ("summarize", {f"{name}.{field}": value for field, value in changes.items()}, f"{name}.{message}")
+            for name in ("ppo", "policy_gradient")
+            for changes, message in (
+                ({"batch": 12, "lanes": 5}, "lanes: expected 0, or a divisor of batch = 12, got 5"),
+                ({"top_k": 50}, "top_k: expected 0 in training ("),
+                ({"top_p": 0.9}, "top_p: expected 1 in training ("),
+                (
+                    {"batch": 10, "kl_target": 6.0, "kl_horizon": 2},
+                    "kl_horizon: expected more than 0.2 batch = 2, to keep kl_coef positive, got 2",
+                ),
+            )
         ),
-        ({"corpus.split": ""}, "corpus.split: expected the name of one, got ''"),
-        ({"data.split": ""}, "data.split: expected the name of one, got ''"),
-        ({"corpus.source": "file"}, "corpus.path: expected a file where source is file, got ''"),
-        ({"corpus.path": "a.csv"}, "corpus.path: expected none where source is made, got 'a.csv'"),
+        ("write", {"data.split": ""}, "data.split: expected the name of one, got ''"),
+        ("write", {"data.source": "file"}, "data.path: expected a file where source is file, got ''"),
+        ("write", {"data.path": "a.csv"}, "data.path: expected none where source is made, got 'a.csv'"),
     ],
 )
-def test_fields_that_do_not_go_together_are_refused(changes, message):
+def test_fields_that_do_not_go_together_are_refused(task, changes, message):
     """Top-k and top-p in training: invariant 3."""
-    assert refusal(changed(**changes)).startswith(message)
+    assert refusal(changed(task, **changes)).startswith(message)

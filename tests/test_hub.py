@@ -129,7 +129,7 @@ def test_what_the_hub_lacks_is_one_line(hub_server):
 def test_a_gated_one_says_where_to_ask(hub_server):
     hub_server.add("who/what", FILES)
     hub_server.gated.add("who/what")
-    assert error("who/what", NEW).startswith("who/what: ask for access at https://huggingface.co/who/what, then ")
+    assert error("who/what", NEW).startswith("who/what: request access at https://huggingface.co/who/what, then ")
 
 
 # No network

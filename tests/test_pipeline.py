@@ -272,7 +272,7 @@ def test_a_tokenizer_of_another_run_is_made_again_or_refused(begun, config, tmp_
         (tmp_path / "run" / "text" / path.name).write_bytes(path.read_bytes())
     if begun:
         message = error(lambda: stages(words, tmp_path / "run").setup)
-        assert message.startswith(f"workdir: {tmp_path}/run/text: the tokenizer of sft is gone or another")
+        assert message.startswith(f"workdir: {tmp_path}/run/text: the tokenizer of sft is missing or different")
     else:
         assert stages(words, tmp_path / "run").setup.tokenizer == own
 
@@ -482,6 +482,6 @@ def test_references_without_a_spread_are_refused_before_anything_is_trained(copi
     steps = stages(changed(config, data=data, **one), tmp_path / "run")
     assert error(steps.all) == (
         "data.sft: expected at least 2 different held-out rows, to normalize the reward model by; "
-        f"of {copies} there is 1"
+        f"got 1 in {copies} rows"
     )
     assert not (tmp_path / "run" / "sft").exists()

@@ -1,11 +1,21 @@
-"""Programs with one wrong operation in them: it is the one that is named."""
+"""Programs with one wrong operation in them: it is the one that is named. And incidents of PPO that are replayed."""
+
+import dataclasses
 
 import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
 
+from rlhf_jax import checkpoint, pipeline, replay
+from rlhf_jax import config as configs
+from rlhf_jax.algorithms import ppo
+from rlhf_jax.data import sources
+from rlhf_jax.models import gpt2
 from rlhf_jax.replay import Watch
+from rlhf_jax.stages import rl
+from rlhf_jax.training import guard
+from tests.support import Recorder, error, write_rows
 
 X = jnp.arange(4.0)
 
@@ -69,3 +79,45 @@ def test_results_are_those_of_the_compiled_program():
     step = watch.jit(program)
     watch.first(lambda *args: results.append(step(*args)), *args)
     jax.tree.map(np.testing.assert_array_equal, results[0], jax.jit(program)(*args))
+
+
+# Incidents
+
+
+@pytest.fixture(scope="module")
+def exploding(tmp_path_factory):
+    """PPO whose first optimizer step makes the weights 1e10 times as large, and whose second is not finite."""
+    folder = tmp_path_factory.mktemp("exploding")
+    rollouts = {"steps": 2, "batch": 4, "epochs": 1, "minibatches": 2, "lr": 10.0, "weight_decay": 1e9}
+    prompts = write_rows(folder / "prompts.jsonl", [{"prompt": f"say {i}"} for i in range(20)])
+    return configs.Config(
+        task="prompts",
+        text=configs.Text(kind="char"),
+        data=sources.Config(source="files", prompts=prompts, held_out=0.3, prompt_length=9, response_length=5),
+        model=gpt2.Config(layers=1, heads=2, head_size=7, width=16, context=20),
+        sft=configs.Supervised(steps=0),
+        reward=configs.Reward(kind="sentiment"),
+        ppo=ppo.Config(**rollouts),
+        evaluation=configs.Evaluation(prompts=4, batch=4, temperature=0.7),
+    )
+
+
+@pytest.mark.parametrize("seeds", [1, 2])
+def test_an_update_of_which_a_part_was_taken_is_replayed_from_its_rollout(seeds, exploding, tmp_path, monkeypatch):
+    """The policy has moved since, so it would not write that rollout again. Of several seeds, too."""
+    config = dataclasses.replace(exploding, seeds=seeds)
+    with pytest.raises(guard.NonFinite, match="ppo step 1: .* not finite, the step was not taken"):
+        pipeline.run(config, tmp_path)
+    folder = (tmp_path / "seeds" / "0" if seeds > 1 else tmp_path) / "incident" / "ppo-1"
+    record, kept = guard.read(folder), checkpoint.load(folder)
+    assert kept["state"]["applied"] == 1 and kept["rollout"]["response_BR"].shape == (4, 5)
+    monkeypatch.setattr(rl.Iteration, "collect", lambda *_: pytest.fail("samples are taken anew"))
+    reporter = Recorder()
+    names, place = replay.replay(folder, reporter)
+    assert names == record["names"] and names and place.startswith("begins in ")
+    assert "rlhf_jax/" in place
+    assert reporter.notes[-2:] == [f"repeated: {', '.join(names)} not finite", place]
+
+
+def test_a_folder_that_is_no_incident(tmp_path):
+    assert "incident.json: expected the record of an incident" in error(replay.replay, tmp_path, Recorder())

@@ -23,7 +23,7 @@ def sample(apply, policy, reference, prompt_BP, prompt_mask_BP, key, sampling):
     return rollout.sample(apply, policy, reference, prompt_BP, prompt_mask_BP, keys_B, sampling)
 
 
-score = jax.jit(rollout.score, static_argnums=0)
+score = jax.jit(rollout.score, static_argnums=(0, 3))
 value = jax.jit(rollout.value, static_argnums=0)
 
 
@@ -134,7 +134,8 @@ def test_a_rollout_may_be_made_in_turn(lanes, widths, apply, policy, reference, 
     how = sampling(temperature=0.7, lanes=lanes, widths=widths)
     written = jax.jit(rollout.draw, static_argnums=(0, 5))(apply, policy, *prompts, keys_B, how)
     judged = jax.jit(rollout.judge, static_argnums=(0, 5))(apply, state, *prompts, written, how)
-    expected = value(apply, scalar, score(apply, scalar, drawn))
+    judged = judged.replace(score_B=score(apply, scalar, judged, how))
+    expected = value(apply, scalar, drawn).replace(score_B=score(apply, scalar, drawn, sampling()))
     for (path, x), y in zip(jax.tree.leaves_with_path(judged), jax.tree.leaves(expected), strict=True):
         np.testing.assert_allclose(x, y, rtol=0, atol=2e-5, err_msg=str(path))
 
@@ -142,7 +143,7 @@ def test_a_rollout_may_be_made_in_turn(lanes, widths, apply, policy, reference, 
 def test_scores_and_values_read_the_whole_sequence(apply, scalar, drawn):
     """invariants 6 and 12: the score at the last response token, in float32; the value before each."""
     tokens_BT, attend_BT = drawn.tokens_BT, drawn.attend_BT
-    score_B = score(apply, scalar, drawn).score_B
+    score_B = score(apply, scalar, drawn, sampling())
     assert score_B.dtype == jnp.float32 and (score_B != jnp.round(score_B)).all()
     read = jax.jit(apply.scalar.score)
     np.testing.assert_allclose(score_B, read(scalar, tokens_BT, attend_BT), rtol=0, atol=1e-5)
@@ -158,7 +159,9 @@ def test_left_padding_changes_nothing(apply, policy, reference, scalar, prompts,
     """invariant 1"""
     wide = [jnp.pad(x, ((0, 0), (9, 0))) for x in prompts]
     padded = sample(apply, policy, reference, *wide, jax.random.key(0), sampling(temperature=0.7))
-    padded, narrow = (value(apply, scalar, score(apply, scalar, x)) for x in (padded, drawn))
+    padded, narrow = (
+        value(apply, scalar, x).replace(score_B=score(apply, scalar, x, sampling())) for x in (padded, drawn)
+    )
     for name in "response_BR", "mask_BR", "eos_B":
         np.testing.assert_array_equal(getattr(padded, name), getattr(narrow, name))
     for name in "logp_BR", "logp_ref_BR", "kl_exact_BR", "entropy_BR", "values_BR", "score_B":

@@ -12,6 +12,7 @@ import numpy as np
 import optax
 
 from rlhf_jax import generate, rollout
+from rlhf_jax.algorithms import policy as policy_algorithm
 from rlhf_jax.algorithms import ppo, preference, supervised
 from rlhf_jax.models import gpt2, heads
 from rlhf_jax.rollout import Apply
@@ -41,7 +42,7 @@ def train(place_state, place_batch):
     results = {}
 
     def run(name, step, state, config):
-        step = jax.jit(partial(step, config=config, apply=APPLY, tx=TX))
+        step = jax.jit(partial(step, config=config, apply=APPLY, tx=TX, guard="stop"))
         state = place_state(state)
         for _ in range(2):
             state, metrics = jax.block_until_ready(step(state, place_batch(data)))
@@ -56,10 +57,13 @@ def train(place_state, place_batch):
         keys_B = jax.random.split(jax.random.fold_in(state.step_key, 0), B)
         prompts = (batch["prompt_BP"], batch["prompt_mask_BP"], keys_B)
         drawn = rollout.draw(APPLY, state.policy, *prompts, SAMPLING)
-        drawn = rollout.judge(APPLY, state, *prompts[:2], drawn, SAMPLING)
-        return *ppo.step(state, drawn, config=PPO, apply=APPLY, tx=TX), drawn.response_BR
+        judged = rollout.judge(APPLY, state, *prompts[:2], drawn, SAMPLING)
+        scored = judged.replace(score_B=rollout.score(APPLY, state.reward, judged, SAMPLING))
+        parts = {"config": PPO, "apply": APPLY, "tx": TX, "guard": "stop"}
+        return *policy_algorithm.step(ppo, state, scored, **parts), drawn.response_BR
 
-    state = place_state(ppo.init(policy, value, value, jax.random.key(1), config=PPO, tx=TX))
+    models = {"value": value, "reward": value}
+    state = place_state(policy_algorithm.init(policy, jax.random.key(1), config=PPO, tx=TX, **models))
     for _ in range(2):
         state, metrics, response_BR = jax.block_until_ready(iterate(state, place_batch(data)))
     results |= {"ppo metrics": metrics, "ppo parameters": (state.policy, state.value), "response_BR": response_BR}

@@ -1,21 +1,17 @@
 """What every policy algorithm shares: its config, its state, and one update on a scored rollout.
 
-An algorithm is a module with a `Config` of the one below, NEEDS_VALUE, SHUFFLES, and three pure functions:
-
-    estimate(rollout, kl_coef, *, config) -> rollout with advantages (and returns)
-    loss(params, batch, *, config, apply) -> (scalar, metrics); params are trees by name: "policy" (and "value")
-    metrics(rollout, *, kl_coef, config) -> {name: scalar}, of the rollout before the update
-
-`step` makes an iteration's update of them. Sampling and scoring are rollout.py's and the reward's.
+`step` makes an iteration's update of an Algorithm. rollout.py samples, and the reward scores.
 """
 
 import dataclasses
+from typing import Any, Protocol
 
 import jax
 import jax.numpy as jnp
 
 from rlhf_jax.fields import choice, neutral, number
 from rlhf_jax.ops import kl, masked, padding
+from rlhf_jax.rollout import Apply, Rollout
 from rlhf_jax.training import optim
 from rlhf_jax.training.state import TrainState
 
@@ -28,7 +24,7 @@ class Config(optim.Config):
     batch: int = number(512, least=1)  # episodes a rollout
     # Completions generated (and scored) at once; a finished lane takes the next prompt. 0: the whole batch.
     lanes: int = number(0, least=0, neutral=True)
-    # Prompt widths compiled for, in equal steps; a slice of prompts uses the smallest that holds its longest.
+    # Number of compiled prompt widths, in equal steps; a slice of prompts uses the smallest that fits.
     widths: int = number(1, least=1, neutral=True)
     epochs: int = number(4, least=1)  # passes over a rollout
     minibatches: int = number(1, least=1)  # optimizer steps an epoch
@@ -68,6 +64,26 @@ class Config(optim.Config):
         return self.steps * self.epochs * self.minibatches
 
 
+class Algorithm(Protocol):
+    """A module such as ppo.py: its config, two flags and three pure functions."""
+
+    NEEDS_VALUE: bool
+    SHUFFLES: bool  # every epoch has its own order of the rows
+
+    @property
+    def Config(self) -> type[Any]:
+        """A subclass of the Config above."""
+
+    def estimate(self, rollout: Rollout, kl_coef, *, config) -> Rollout:
+        """The rollout with advantages (and returns)."""
+
+    def loss(self, params, batch: Rollout, *, config, apply: Apply) -> tuple[jax.Array, dict[str, jax.Array]]:
+        """(scalar, metrics) of a minibatch; params are trees by name: "policy" (and "value")."""
+
+    def metrics(self, rollout: Rollout, *, kl_coef, config) -> dict[str, jax.Array]:
+        """{name: scalar} of the rollout before the update."""
+
+
 def init(policy, key, *, config, tx, value=None, reward=None):
     """The state before the first rollout; the reference is the policy as it is now."""
     # Copies, because the trees may share arrays: the state is donated to the update, and a buffer can be only once.
@@ -87,8 +103,8 @@ def init(policy, key, *, config, tx, value=None, reward=None):
 def final_score(score_B, eos_B, *, missing_eos, penalty):
     """The score that is maximized: responses that never ended are punished.
 
-    missing_eos "replace": their score becomes -penalty (a good start does not pay for no end); "subtract": it becomes
-    score - penalty.
+    missing_eos "replace": their score becomes -penalty, however good the start is; "subtract": it becomes score -
+    penalty.
     """
     punished_B = jnp.full_like(score_B, -penalty) if missing_eos == "replace" else score_B - penalty
     return jnp.where(eos_B, score_B, punished_B)
@@ -104,8 +120,8 @@ def scored(rollout, config):
 def update(algorithm, state, rollout, *, config, apply, tx, guard="off"):
     """All epochs and minibatches on one rollout with advantages: (state, metrics [epochs, minibatches] each).
 
-    One compiled scan; every epoch has its own permutation. Reference and reward pass through untouched. With a `guard`
-    nothing changes from the first optimizer step on that is not finite (training/optim.py).
+    One compiled scan; every epoch has its own permutation. Reference and reward stay as they are. With a `guard`, the
+    first optimizer step that is not finite and all later ones change nothing (training/optim.py).
     """
     B = rollout.mask_BR.shape[0]
     shuffle_key = jax.random.fold_in(state.step_key, 1)
@@ -159,9 +175,9 @@ def step(algorithm, state, rollout, *, config, apply, tx, guard="off"):
 def trace(aux):
     """How far the policy has moved after each epoch of an update: means over the epochs so far, counted from 1.
 
-    aux is that of `update`. With one minibatch an epoch the first entries are 0: nothing has moved when it is measured.
+    aux is that of `update`. With one minibatch an epoch the first entries are 0: they are measured before any step.
     """
-    numbers = {}
+    numbers: dict[str, jax.Array] = {}
     for name in {"approx_kl", "clip_fraction"} & aux.keys():
         mean_E = jnp.mean(aux[name], axis=1)
         running_E = jnp.cumsum(mean_E) / jnp.arange(1, len(mean_E) + 1)
@@ -170,7 +186,7 @@ def trace(aux):
 
 
 def totals(rollout, kl_coef, config):
-    """{"score_final", "score_total"}: the score after the rule for a missing EOS, and what is maximized in all."""
+    """{"score_final", "score_total"}: the score after the rule for a missing EOS, and the total that is maximized."""
     score_B = scored(rollout, config)
     return {
         "score_final": jnp.mean(score_B),

@@ -1,8 +1,8 @@
 """Vanilla policy gradient (REINFORCE; Williams 1992) with a KL-shaped reward. Trains `policy`.
 
-An iteration samples a Rollout from the policy, scores it, estimates what each token was worth, and takes one gradient
-step. With `epochs` > 1 the same rollout is used again, and tokens are weighted by pi_new / pi_old for the policy that
-has moved: PPO without its clip, whose variance grows with every reuse.
+An iteration samples a Rollout from the policy, scores it, estimates each token's advantage, and takes one gradient
+step. With `epochs` > 1 it takes several steps on the same rollout, and weights tokens by pi_new / pi_old. That is PPO
+without its clip; the variance of the gradient grows with every step.
 """
 
 import dataclasses
@@ -22,7 +22,7 @@ SHUFFLES = False
 
 @dataclasses.dataclass(frozen=True)
 class Config(policy.Config):
-    """Defaults are the article's happy tweets, but for reward-to-go and the baseline, which it does without."""
+    """Defaults are the article's happy tweets. Reward-to-go and the baseline are ours: the article has neither."""
 
     lr: float = number(3e-4, above=0, most=10)
     schedule: str = choice("constant", *optim.SCHEDULES)

@@ -1,7 +1,7 @@
 """Proximal policy optimization (Schulman et al. 2017) for language models. Trains `policy` and `value`.
 
 An iteration samples a Rollout from the policy, scores it, estimates advantages, then learns for some epochs of
-minibatches on the frozen rollout. This file is the part of it that makes it PPO; policy.py has the rest.
+minibatches on the frozen rollout. This file has what only PPO does; policy.py has the rest.
 """
 
 import dataclasses

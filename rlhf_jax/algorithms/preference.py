@@ -15,10 +15,10 @@ from rlhf_jax.training.state import TrainState
 class Config(optim.Config):
     """Defaults are the published TL;DR recipe (arXiv 2403.17031): one epoch of 92.8k pairs."""
 
-    steps: int = number(1_450, least=0)  # optimizer steps; 0: the stage is left out
+    steps: int = number(1_450, least=0)  # optimizer steps; 0: only where the reward is not learned
     batch: int = number(64, least=1)  # pairs a step
     microbatches: int = number(1, least=1, neutral=True)  # slices of a batch whose gradients are summed: less memory
-    normalize_before: bool = False  # reference responses score mean 0, std 1 before training too, not only after it
+    normalize_before: bool = False  # references score mean 0, std 1 before the training too, not only after it
     eval_every: int = number(100, least=0)  # steps between evaluations; 0: only at the end
     save_every: int = number(500, least=0, neutral=True)  # steps between checkpoints; 0: only at the end
 

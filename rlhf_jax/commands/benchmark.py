@@ -1,8 +1,8 @@
-"""How fast one iteration of reinforcement learning is, and how far that is from what its arithmetic needs.
+"""Times one iteration of reinforcement learning, and compares it with the time that its arithmetic needs.
 
-The functions that are timed are those that the stages compile: rollout.draw and judge (or compare, with a reward on the
-host) and the algorithm's guarded step, on random weights and random tokens, on one device. No response ends early. An
-iteration is writing (prefill, decode), scoring and updating, each awaited before the next.
+The functions that are timed are those of the stages (stages/rl.py: Iteration), on random weights and random tokens, on
+one device. No response ends early. An iteration is sampling (prefill, decode), scoring (judge, then the reward) and the
+update, each awaited before the next. PPO has a learned reward, the article's policy gradient the sentiment of texts.
 """
 
 import contextlib
@@ -30,24 +30,25 @@ from rlhf_jax.errors import InputError
 from rlhf_jax.models import cost, gpt2, heads
 from rlhf_jax.report import metrics
 from rlhf_jax.report.console import Silent
-from rlhf_jax.rewards import function
+from rlhf_jax.rewards import function, learned
+from rlhf_jax.stages import rl
 from rlhf_jax.text import char
-from rlhf_jax.training import guard, optim
+from rlhf_jax.training import guard
 
 DTYPES = ("float32", "bfloat16")
 PHASES = ("prefill", "decode", "score", "update")
 CHARACTERS = char.CharTokenizer("".join(map(chr, range(32, 127))))  # printable ASCII
-PRODUCT_SIZE = {"cpu": 2_048}  # of the square matrices whose product is timed, about .1 s
-LARGE_PRODUCT = 8_192  # of those on other devices, about 2 ms
-COPIED = {"cpu": 16 * 2**20}  # numbers of float32 that are copied, about .02 s
+PRODUCT_SIZE = {"cpu": 2_048}  # rows of the square matrices whose product is timed, about .1 s
+LARGE_PRODUCT = 8_192  # rows on other devices, about 2 ms
+COPIED = {"cpu": 16 * 2**20}  # float32 numbers whose copy is timed, about .02 s
 MANY_COPIED = 512 * 2**20  # on other devices
-TIMES = 9  # products and copies are timed so often
-TAIL = 300  # characters of what a peer said before it failed
+TIMES = 9  # repetitions of each timed product and copy
+TAIL = 300  # characters of a failed peer's output that are shown
 
 
 @dataclasses.dataclass(frozen=True)
 class Shape:
-    """The sizes of an iteration. The algorithm's config has the batch, epochs, minibatches and microbatches."""
+    """The sizes of an iteration. Batch, epochs, minibatches and microbatches are in the algorithm's config."""
 
     name: str
     model: gpt2.Config
@@ -73,7 +74,7 @@ SHAPES = {
     for shape in (
         _ppo("tiny", 4, 4, 128, 2_048, 128, 32, batch=32),
         _ppo("gpt2", 12, 12, 768, 50_257, 256, 48, batch=4),
-        _ppo("gpt2-tldr", 12, 12, 768, 50_257, 512, 53, batch=64, microbatches=8),  # 16 GB; whole 100
+        _ppo("gpt2-tldr", 12, 12, 768, 50_257, 512, 53, batch=64, microbatches=8),  # 16 GB; 100 GB without microbatches
         _article("tweets", 32, batch=32, reward_to_go=False, baseline="none"),
         _article("stories", 64, batch=64),
     )
@@ -81,98 +82,76 @@ SHAPES = {
 
 
 def shape(name, dtype="float32", batch=0, *, fused=False):
-    """The Shape of that name, with activations of that type, another batch where given, cuDNN's attention or ours."""
+    """The named Shape with activations of `dtype`, `batch` episodes (0: its own) and, if `fused`, cuDNN's attention.
+
+    Raises InputError for an unknown name or type, or a batch or attention that is not possible.
+    """
     if name not in SHAPES:
         raise InputError(f"shape: expected {', '.join(SHAPES)}; got {name!r}")
     if dtype not in DTYPES:
         raise InputError(f"dtype: expected {' or '.join(DTYPES)}, got {dtype!r}")
-    found = SHAPES[name]
-    config, slices = found.algorithm, getattr(found.algorithm, "minibatches", 1) * found.algorithm.microbatches
+    known = SHAPES[name]
+    config, slices = known.algorithm, known.algorithm.minibatches * known.algorithm.microbatches
     if batch < 0 or batch % slices:
         raise InputError(f"batch: expected a multiple of {slices}, got {batch}")
     config = dataclasses.replace(config, batch=batch or config.batch)
-    model = dataclasses.replace(found.model, dtype=dtype, fused=fused)
+    model = dataclasses.replace(known.model, dtype=dtype, fused=fused)
     if fused and not model.fuses:
         raise InputError(f"fused: expected dtype bfloat16 on an NVIDIA GPU, got {dtype} on a {jax.default_backend()}")
-    return dataclasses.replace(found, model=model, algorithm=config)
+    return dataclasses.replace(known, model=model, algorithm=config)
 
 
-class Iteration:
-    """The compiled functions of an iteration, and the arrays that they start from."""
+class Timed:
+    """The functions that are timed, and the arrays that they start from."""
 
     def __init__(self, shape, chunk=heads.LanguageModel.chunk):
-        self.shape, self._config = shape, shape.algorithm
-        self.is_ppo = isinstance(shape.algorithm, ppo.Config)
-        self.apply = rollout.Apply(heads.LanguageModel(shape.model, chunk), heads.ScalarModel(shape.model))
-        updates = self._config.epochs * getattr(self._config, "minibatches", 1)
-        self._tx = optim.adamw(self._config, self._config.steps * updates)
-        self._sampling = generate.Sampling(
+        self.shape, config = shape, shape.algorithm
+        apply = rollout.Apply(heads.LanguageModel(shape.model, chunk), heads.ScalarModel(shape.model))
+        sampling = generate.Sampling(
             max_tokens=shape.response,
-            eos_id=shape.model.vocab_size,  # never drawn
+            eos_id=shape.model.vocab_size,  # never sampled
             pad_id=0,
-            temperature=self._config.temperature,
+            temperature=config.temperature,
         )
-        self._reward = None if self.is_ppo else function.load("sentiment")
-        step = functools.partial((ppo if self.is_ppo else policy_gradient).step, config=self._config)
-        step = guard.guarded(functools.partial(step, apply=self.apply, tx=self._tx), guard.Config())
-        self.prefill, self.draw, self.judge = jax.jit(self._prefill), jax.jit(self._draw), jax.jit(self._judge)
-        self.update = jax.jit(step, donate_argnums=0)
+        is_ppo = isinstance(config, ppo.Config)
+        self.iteration = rl.Iteration(ppo if is_ppo else policy_gradient, config, apply, sampling)
+        self.reward = learned.Learned(apply, None, sampling) if is_ppo else function.load("sentiment")
+        self.prefill, self.sample, self.learn = jax.jit(self._prefill), self.iteration.sample, self.iteration.learn
 
     def begin(self, key):
         """(state before the first step, (prompt_BP, prompt_mask_BP))."""
+        shape, apply = self.shape, self.iteration.apply
         policy_key, reward_key, prompt_key, key = jax.random.split(key, 4)
-        policy = jax.jit(self.apply.policy.init)(policy_key)
-        prompt_BP = jax.random.randint(
-            prompt_key, (self._config.batch, self.shape.prompt), 0, self.shape.model.vocab_size, jnp.int32
-        )
-        parts = {"config": self._config, "tx": self._tx}
-        if self.is_ppo:
-            reward = self.apply.scalar.init(reward_key, policy)
-            state = ppo.init(policy, reward, reward, key, **parts)
-        else:
-            state = policy_gradient.init(policy, key, **parts)
+        policy = jax.jit(apply.policy.init)(policy_key)
+        size, ids = (shape.algorithm.batch, shape.prompt), shape.model.vocab_size
+        prompt_BP = jax.random.randint(prompt_key, size, 0, ids, jnp.int32)
+        reward = None if self.reward.on_host else apply.scalar.init(reward_key, policy)
+        state = self.iteration.begin(policy, key, value=reward, reward=reward)
         return state, (prompt_BP, jnp.ones_like(prompt_BP, bool))
 
-    def _prefill(self, state, prompts):
-        return self.apply.policy.prefill(state.policy, *prompts, self.shape.prompt + self.shape.response)
-
-    def _draw(self, state, prompts):
-        keys_B = rollout.keys(state, self._config.batch)
-        return rollout.draw(self.apply, state.policy, *prompts, keys_B, self._sampling)
-
-    def _judge(self, state, prompts, drawn):
-        if self.is_ppo:
-            return rollout.judge(self.apply, state, *prompts, drawn, self._sampling)
-        return rollout.compare(self.apply, state.policy, state.reference, *prompts, drawn, self._sampling)
+    def _prefill(self, state, prompt_BP, mask_BP):
+        slots = self.shape.prompt + self.shape.response
+        return self.iteration.apply.policy.prefill(state.policy, prompt_BP, mask_BP, slots)
 
     def score(self, state, prompts, drawn):
         """The scored Rollout."""
-        judged = self.judge(state, prompts, drawn)  # goes on while the host reads and scores
-        if self.is_ppo:
-            return judged
-        rewards_B, _ = self._reward(text.responses(CHARACTERS, drawn.response_BR, drawn.mask_BR))
-        return judged.replace(score_B=jnp.asarray(rewards_B))
+        return self.iteration.score(state, prompts, drawn, self.reward, (), _texts)[0]
 
     def programs(self):
-        """{name: (function, the shapes of its arguments)}; nothing is computed."""
+        """{name: (function, the shapes of its arguments)}, without computing anything."""
         state, prompts = jax.eval_shape(self.begin, jax.random.key(0))
-        drawn = jax.eval_shape(self.draw, state, prompts)
-        scored = jax.eval_shape(self.judge, state, prompts, drawn)
-        if not self.is_ppo:
-            scored = scored.replace(score_B=jax.ShapeDtypeStruct((self._config.batch,), jnp.float32))
-        return {
-            "prefill": (self.prefill, (state, prompts)),
-            "draw": (self.draw, (state, prompts)),
-            "score": (self.judge, (state, prompts, drawn)),
-            "update": (self.update, (state, scored)),
-        }
+        prefill = {"prefill": (self.prefill, (state, *prompts))}
+        return prefill | self.iteration.programs(state, prompts, self.reward)
+
+
+_texts = functools.partial(text.responses, CHARACTERS)
 
 
 def flops(shape):
-    """{phase: FLOPs of its matrix products, "iteration": their sum}; models/cost.py says what is counted.
+    """{phase: FLOPs of its matrix products, "iteration": their sum}; models/cost.py defines what is counted.
 
-    Decoding projects every response token on the vocabulary, and reads all but the last. Scoring is the reference's
-    hidden states and both models' projections; with PPO the reward model and the value model too.
+    Decoding computes the logits of every response token and reads all but the last. Scoring computes the reference's
+    hidden states and both models' logits; with PPO also the reward model and the value model.
     """
     model, config = shape.model, shape.algorithm
     P, R, T = shape.prompt, shape.response, shape.prompt + shape.response
@@ -194,31 +173,31 @@ def flops(shape):
 
 
 def measure(shape, *, iterations, rounds=1, peer=(), reporter=None):
-    """The numbers of `iterations` iterations in each of `rounds` rounds, as a nested dict; `show` tells them.
+    """Measures `iterations` iterations in each of `rounds` rounds: a nested dict, which `show` prints.
 
-    peer is the command of another program, which runs after each round of ours; see `peer_seconds`. All compiled
-    functions of the process are forgotten, so that what compiles here compiles anew. InputError where a number or the
-    peer is at fault.
+    peer is the command of another program, as a list; it runs after each of our rounds (see `peer_seconds`). The
+    process's compiled functions are cleared, so that compile times are real. Raises InputError for a number below 1 or
+    a peer that fails, and NonFinite for an update that is not finite.
     """
     for name, value in (("iterations", iterations), ("rounds", rounds)):
         if value < 1:
             raise InputError(f"{name}: expected at least 1, got {value}")
     reporter = reporter or Silent()
-    iteration = Iteration(shape)
+    timed = Timed(shape)
     device = rates(shape.model.dtype)
-    reach = f"a large matrix product runs at {device.product / 1e9:.0f} GFLOP/s, a copy at {device.copy / 1e9:.0f} GB/s"
-    reporter.note(f"{shape.name}: {_told(shape)}; {reach}")
+    speed = f"a large matrix product runs at {device.product / 1e9:.0f} GFLOP/s, a copy at {device.copy / 1e9:.0f} GB/s"
+    reporter.note(f"{shape.name}: {_described(shape)}; {speed}")
     with _empty_cache():
-        programs = compile_times(iteration.programs())
+        programs = compile_times(timed.programs())
         reporter.note(f"compiled in {sum(program['compile_seconds'] for program in programs.values()):.1f} s")
-        state, prompts = iteration.begin(jax.random.key(0))
+        state, prompts = timed.begin(jax.random.key(0))
         rows = []
 
         def ours():
             nonlocal state
-            state, timed = _time(iteration, state, prompts, iterations)
-            rows.extend(timed)
-            return statistics.median(row["iteration"] for row in timed)
+            state, seconds = _time(timed, state, prompts, iterations)
+            rows.extend(seconds)
+            return statistics.median(row["iteration"] for row in seconds)
 
         compared = in_turn(ours, peer, rounds, reporter)
     if int(state.skipped):
@@ -227,7 +206,7 @@ def measure(shape, *, iterations, rounds=1, peer=(), reporter=None):
     return result | ({"peer": compared} if peer else {})
 
 
-def _told(shape):
+def _described(shape):
     model, config = shape.model, shape.algorithm
     sizes = f"{config.batch} x ({shape.prompt} + {shape.response}) tokens, {model.layers} layers of {model.width}"
     parts = f"{config.microbatches} microbatches, " if config.microbatches > 1 else ""
@@ -235,14 +214,14 @@ def _told(shape):
 
 
 class Rates(NamedTuple):
-    """What the device reaches where nothing else is in the way."""
+    """Rates that the device reaches in simple programs."""
 
-    product: float  # FLOPs a second of a large square matrix product
-    copy: float  # bytes a second, read and written, of the copy of a large array
+    product: float  # FLOPs per second of a large square matrix product
+    copy: float  # bytes per second, reads and writes, of the copy of a large array
 
 
 def rates(dtype):
-    """The Rates of this device, medians of several."""
+    """The Rates of this device: medians of TIMES runs."""
     size = PRODUCT_SIZE.get(jax.default_backend(), LARGE_PRODUCT)
     x = jax.random.normal(jax.random.key(0), (size, size), dtype)
     product = 2 * size**3 / _median_seconds(jnp.matmul, x, x)
@@ -257,7 +236,7 @@ def _median_seconds(function, *args):
 
 
 def _seconds(function, *args):
-    """(how long it took until the result was there, the result)."""
+    """(seconds until the result was computed, the result)."""
     began = time.perf_counter()
     result = jax.block_until_ready(function(*args))
     return time.perf_counter() - began, result
@@ -265,7 +244,7 @@ def _seconds(function, *args):
 
 @contextlib.contextmanager
 def _empty_cache():
-    """A persistent compilation cache with nothing in it; what was configured is back afterwards."""
+    """Uses an empty persistent compilation cache, and restores the configuration afterwards."""
     with tempfile.TemporaryDirectory() as folder:
         ours = {
             "jax_compilation_cache_dir": folder,
@@ -287,11 +266,11 @@ def _configure(values):
 
 
 def compile_times(programs):
-    """{name: compile_seconds; compile_seconds_cached, as at a second start; temp_bytes, what it sets aside to run}.
+    """{name: {"compile_seconds", "compile_seconds_cached" as at a second start, "temp_bytes" of temporary arrays}}.
 
-    programs as Iteration.programs gives them. Tracing and lowering are in both times.
+    programs as Timed.programs gives them. Tracing and lowering are in both times.
     """
-    times = {name: {} for name in programs}
+    times: dict[str, dict[str, float]] = {name: {} for name in programs}
     for kind in "compile_seconds", "compile_seconds_cached":
         jax.clear_caches()  # what is left is the persistent cache
         for name, (compiled, args) in programs.items():
@@ -303,15 +282,15 @@ def compile_times(programs):
     return times
 
 
-def _time(iteration, state, prompts, count):
+def _time(timed, state, prompts, count):
     """(state, rows of seconds) of `count` iterations; one more before them is not counted."""
     rows = []
     for _ in range(count + 1):
-        prefill = _seconds(iteration.prefill, state, prompts)[0]
+        prefill = _seconds(timed.prefill, state, *prompts)[0]
         began = time.perf_counter()
-        draw, drawn = _seconds(iteration.draw, state, prompts)
-        score, scored = _seconds(iteration.score, state, prompts, drawn)
-        update, (state, _) = _seconds(iteration.update, state, scored)
+        draw, drawn = _seconds(timed.sample, state, *prompts)
+        score, scored = _seconds(timed.score, state, prompts, drawn)
+        update, (state, _) = _seconds(timed.learn, state, scored)
         whole = time.perf_counter() - began
         seconds = {"prefill": prefill, "decode": draw - prefill, "score": score, "update": update}
         rows.append(seconds | {"iteration": whole})
@@ -319,7 +298,7 @@ def _time(iteration, state, prompts, count):
 
 
 def _result(shape, rows, device):
-    """What the seconds mean. tokens_per_s are of those that a phase reads or writes, each counted once."""
+    """The rates that follow from the seconds. tokens_per_s counts each token that a phase reads or writes once."""
     config, counts = shape.algorithm, flops(shape)
     P, R, T = shape.prompt, shape.response, shape.prompt + shape.response
     tokens = {"prefill": P, "decode": R}
@@ -360,7 +339,7 @@ def _result(shape, rows, device):
 
 
 def _memory():
-    """{"process_peak_bytes", and where the device counts "device_peak_bytes"}: the most at any time until now."""
+    """Peak memory until now: {"process_peak_bytes", and "device_peak_bytes" if the device counts it}."""
     kilo = 1 if sys.platform == "darwin" else 1024
     peak = {"process_peak_bytes": resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * kilo}
     stats = jax.local_devices()[0].memory_stats() or {}
@@ -370,39 +349,43 @@ def _memory():
 
 
 def in_turn(ours, peer, rounds, reporter):
-    """Our seconds, the peer's, ours, the peer's, ...; what else the machine does meets both. ours() gives a round's.
+    """Seconds per iteration in alternating rounds of ours and the peer's, so that load on the machine affects both.
 
-    A ratio is how many times as long the peer takes. Without a peer there are ours alone.
+    ours() runs one of our rounds and returns its seconds. A ratio is the peer's seconds over ours. Without a peer only
+    our rounds run.
     """
-    compared = {"command": shlex.join(peer), "seconds_per_iteration": [], "ours": [], "ratios": []}
+    seconds: dict[str, list[float]] = {"seconds_per_iteration": [], "ours": [], "ratios": []}
     for i in range(rounds):
         our = ours()
-        compared["ours"].append(our)
-        told = f"round {i + 1} of {rounds}: {our:.4g} s an iteration"
+        seconds["ours"].append(our)
+        message = f"round {i + 1} of {rounds}: {our:.4g} s an iteration"
         if peer:
             their = peer_seconds(peer)
-            compared["seconds_per_iteration"].append(their)
-            compared["ratios"].append(their / our)
-            told += f", the peer {their:.4g} s: {their / our:.2f} times as long"
-        reporter.note(told)
-    return compared | {"ratio": statistics.median(compared["ratios"])} if peer else compared
+            seconds["seconds_per_iteration"].append(their)
+            seconds["ratios"].append(their / our)
+            message += f", the peer {their:.4g} s: {their / our:.2f} times as long"
+        reporter.note(message)
+    compared = {"command": shlex.join(peer)} | seconds
+    return compared | {"ratio": statistics.median(seconds["ratios"])} if peer else compared
 
 
 def parse_peer(line):
-    """A command line as the list that `measure` takes; InputError where there is no such program."""
+    """Splits a command line into the list that `measure` takes. Raises InputError if there is no such program."""
     try:
         command = shlex.split(line)
     except ValueError as error:
         raise InputError(f"peer: expected a command, got {line!r} ({error})") from None
     if not command or not shutil.which(command[0]):
-        raise InputError(f"peer: expected a program that is there, got {line!r}")
+        raise InputError(f"peer: expected a program that exists, got {line!r}")
     return command
 
 
 def peer_seconds(command):
-    """Seconds of an iteration of another program, which it says itself: the last line that it prints is a JSON object
-    with "seconds_per_iteration". InputError, with the end of what it wrote as errors, where it fails or says nothing
-    of the kind."""
+    """Runs another program and returns the seconds per iteration that it reports.
+
+    The last line that it prints must be a JSON object with "seconds_per_iteration". Raises InputError, with the end of
+    its error output, if it fails or prints no such line.
+    """
     done = subprocess.run(command, capture_output=True, text=True, errors="replace")
     last = (done.stdout.strip().splitlines() or [""])[-1]
     try:
@@ -411,23 +394,25 @@ def peer_seconds(command):
         seconds = math.nan
     if done.returncode == 0 and 0 < seconds < math.inf:
         return seconds
-    told = f"exit code {done.returncode}, its last line {last[:TAIL]!r}"
+    output = f"exit code {done.returncode}, its last line {last[:TAIL]!r}"
     if errors := " ".join(done.stderr.split()):
-        told += f", its errors end with: {errors[-TAIL:]}"
-    raise InputError(f'peer: expected {shlex.join(command)} to print JSON with "seconds_per_iteration"; {told}')
+        output += f", its errors end with: {errors[-TAIL:]}"
+    raise InputError(f'peer: expected {shlex.join(command)} to print JSON with "seconds_per_iteration"; {output}')
 
 
 def show(result, reporter):
-    """The result as tables and a few lines."""
+    """Prints the result as tables and a few lines."""
     phases = result["phases"]
     header = ("", "seconds", "min", "max", "tokens/s", "episodes/s", "GFLOP", "GFLOP/s", "/ product's")
     reporter.table(header, [(name, *_row(phases[name])) for name in phases])
-    header = ("program", "compiled in s", "with the cache", "MB set aside")
-    reporter.table(header, [(name, *_program(program)) for name, program in result["programs"].items()])
+    reporter.table(
+        ("program", "compile s", "cached s", "temporary MB"),
+        [(name, *_program(program)) for name, program in result["programs"].items()],
+    )
     decode, memory, seconds = result["decode"], result["memory"], result["seconds_per_iteration"]
     reporter.note(
         f"decode reads at least {decode['bytes_per_step'] / 1e6:.4g} MB a step: {decode['bytes_per_s'] / 1e9:.3g} GB/s"
-        f", {decode['of_copy_rate']:.3g} of the copy's"
+        f", {decode['of_copy_rate']:.3g} of the copy's rate"
     )
     reporter.note(
         f"at the rate of the large product ({result['product_flops_per_s'] / 1e9:.0f} GFLOP/s) an iteration would take "

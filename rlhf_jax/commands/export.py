@@ -1,78 +1,62 @@
-"""A finished stage as a folder that transformers loads: model, tokenizer, model card. No torch, no transformers."""
+"""Exports a finished stage as a folder that transformers loads: model, tokenizer, model card. Needs no torch."""
 
 import dataclasses
 import json
 from pathlib import Path
-
-import jax
 
 from rlhf_jax import checkpoint, text
 from rlhf_jax import config as configs
 from rlhf_jax.commands import model_card
 from rlhf_jax.errors import InputError
 from rlhf_jax.models import hf
-from rlhf_jax.run import Summarization, Writing
 from rlhf_jax.text import hf as text_hf
 
 
 def export(workdir, out, stage=""):
     """Writes the result of a stage of the run in `workdir` to `out`, a new or an empty folder; returns the stage.
 
-    A stage's result is its policy; of `reward` it is the reward model, as a ...ForSequenceClassification with one label
-    that is padded on the right. By default the stage is the last one that is finished and has a policy. Of runs with
-    several seeds the first is taken. InputError, before anything is written, for a workdir, a stage, a model or a
-    folder that it cannot be done with.
+    A stage's result is its policy. Stage `reward` has a reward model, written as a ...ForSequenceClassification with
+    one label and right padding. The default is the last finished stage with a policy. Of a run with several seeds, the
+    first seed is exported. Raises InputError, before anything is written, if the workdir, stage, model or folder is
+    not suitable.
     """
     workdir = Path(workdir)
-    kind, config = _config(workdir)
-    stage = _stage(workdir, kind, stage)
-    summary = json.loads((workdir / stage / "summary.json").read_text())
+    config = configs.read(workdir)
+    stage = _stage(workdir, config, stage)
+    place = configs.place(config, workdir, stage) / stage
+    summary = json.loads((place / "summary.json").read_text())
     tokenizer = text.load(workdir / "text")
     model = dataclasses.replace(config.model, vocab_size=config.model.vocab_size or tokenizer.vocab_size)
-    params = checkpoint.load(workdir / stage)["reward" if stage == "reward" else "policy"]
-    if stage == "rl":  # its arrays have a leading axis, one entry a seed
-        params = jax.tree.map(lambda leaf: leaf[0], params)
+    params = checkpoint.load(place)["reward" if stage == "reward" else "policy"]
     ids = {"eos_id": tokenizer.eos_id, "pad_id": tokenizer.pad_id}
-    beside = text_hf.to_hf(tokenizer) | {"README.md": model_card.card(kind, config, stage, summary)}
+    beside = text_hf.to_hf(tokenizer) | {"README.md": model_card.card(config, stage, summary)}
     if stage == "reward":
-        # Positions are counted from the left edge there, padding or not, where no one says otherwise.
+        # Without position ids, transformers counts positions from the left edge, padding included.
         beside["tokenizer_config.json"] |= {"padding_side": "right"}
         hf.save_scalar(out, params, model, **ids, beside=beside)
     else:
-        hf.save(out, params, model, **ids, generation=_generation(config), beside=beside)
+        hf.save(out, params, model, **ids, generation=_generation(config, model, tokenizer), beside=beside)
     return stage
 
 
-def _config(workdir):
-    """(kind of run, its config) of config.json in the workdir."""
-    path = workdir / "config.json"
-    try:
-        tree = json.loads(path.read_text())
-        kind = Writing if "pretrain" in tree else Summarization
-    except (OSError, ValueError, TypeError) as error:
-        told = getattr(error, "strerror", None) or error
-        raise InputError(f"workdir: {path}: expected the config of a run ({told})") from None
-    try:
-        return kind, configs.parse(tree, kind.CONFIG)
-    except InputError as error:
-        raise InputError(f"workdir: {path}: {error}") from None
-
-
-def _stage(workdir, kind, asked):
-    if asked and asked not in kind.STAGES:
-        raise InputError(f"stage: expected {' or '.join(kind.STAGES)}, got {asked!r}")
-    finished = [name for name in kind.STAGES if (workdir / name / "summary.json").exists()]
-    if asked and asked not in finished:
-        raise InputError(f"stage: expected a finished one ({', '.join(finished) or 'there is none'}), got {asked!r}")
+def _stage(workdir, config, requested):
+    names = configs.stages(config)
+    if requested and requested not in names:
+        raise InputError(f"stage: expected {' or '.join(names)}, got {requested!r}")
+    finished = [name for name in names if (configs.place(config, workdir, name) / name / "summary.json").exists()]
+    if requested and requested not in finished:
+        expected = ", ".join(finished) or "there is none"
+        raise InputError(f"stage: expected a finished one ({expected}), got {requested!r}")
     policies = [name for name in finished if name != "reward"]
-    if not asked and not policies:
+    if not requested and not policies:
         raise InputError(f"workdir: expected a finished stage in {workdir}; there is none yet")
-    return asked or policies[-1]
+    return requested or policies[-1]
 
 
-def _generation(config):
-    """How the run's evaluation draws its samples, so that `generate` does the same."""
+def _generation(config, model, tokenizer):
+    """Settings with which `generate` samples as the run's evaluation does."""
     temperature = config.evaluation.temperature
-    # transformers takes the 50 likeliest tokens unless it is told.
-    drawn = {"do_sample": True, "temperature": temperature, "top_k": 0} if temperature else {"do_sample": False}
-    return drawn | {"max_new_tokens": config.data.response_length}
+    # The default top_k of transformers is 50.
+    sampling = {"do_sample": True, "temperature": temperature, "top_k": 0} if temperature else {"do_sample": False}
+    beyond = list(range(tokenizer.vocab_size, model.vocab_size))  # ids that the tokenizer does not have
+    return sampling | {"max_new_tokens": config.data.response_length} | ({"suppress_tokens": beyond} if beyond else {})

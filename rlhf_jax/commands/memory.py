@@ -1,74 +1,67 @@
-"""How much memory PPO takes, from its compiled programs alone: nothing is allocated, and no weights or data are read.
+"""Predicts the memory of reinforcement learning from its compiled programs: nothing is allocated or read.
 
-It is XLA's own account of each program (memory_analysis), compiled for this machine. On a CPU it is told to leave apart
-what shall be computed again: else it merges both, and rematerialization saves nothing.
+The numbers are XLA's memory_analysis of each program, compiled for this machine. On a CPU, APART stops XLA from merging
+a recomputed value with the first one: otherwise rematerialization would save nothing.
 """
 
 import dataclasses
-import functools
 
 import jax
 import jax.numpy as jnp
 
-from rlhf_jax import generate, rollout
-from rlhf_jax.algorithms import ppo as ppo_algorithm
+from rlhf_jax import generate, rollout, tasks
+from rlhf_jax.algorithms import POLICY
 from rlhf_jax.models import heads
-from rlhf_jax.training import guard, optim
+from rlhf_jax.rewards import function, learned
+from rlhf_jax.stages.rl import Iteration
 
 APART = {"xla_disable_hlo_passes": "cse_barrier_expander"}
 
 
-def ppo(config, vocab_size, devices=1):
-    """{what: bytes a device} of the PPO stage of a Config whose tokenizer has so many ids.
+def rl(config, vocab_size, devices=1):
+    """{part: bytes per device} of a Config's last stage; vocab_size is the tokenizer's number of ids.
 
-    state: the arrays of a TrainState, at all times. copy: what an update changes, and keeps to be left out (guard.py).
-    draw, judge and update are the peaks of the three programs of an iteration, the state included.
-    The batch is spread over the devices; what is then sent between them is not counted.
+    state: the arrays of the TrainState, always allocated; the best policy too, if that is the result. A value model and
+    a reward model count if the config has them. draw, judge, update: the peaks of an iteration's steps, state included;
+    judge is the larger of two: reference and values, or the scores of a learned reward. The guard keeps no copy of what
+    an update changes. The batch is spread over the devices; communication between them is not counted.
     """
-    config = dataclasses.replace(config, ppo=_share(config.ppo, devices))
+    task, section = tasks.load(config), _share(config.rl, devices)
     model = dataclasses.replace(config.model, vocab_size=config.model.vocab_size or vocab_size)
     apply = rollout.Apply(heads.LanguageModel(model), heads.ScalarModel(model))
-    tx, ids = optim.adamw(config.ppo, config.ppo.steps), {"eos_id": 0, "pad_id": 1}
-    options = {name: getattr(config.ppo, name) for name in ("temperature", "lanes", "widths")}
-    sampling = generate.Sampling(config.data.response_length, **ids, **options)
+    options = {name: getattr(section, name) for name in ("temperature", "lanes", "widths")}
+    sampling = generate.Sampling(task.response_length, eos_id=0, pad_id=1, **options)
+    reward = learned.Learned(apply, None, sampling) if config.learned else function.load(config.reward.kind)
+    iteration = Iteration(POLICY[config.algorithm], section, apply, sampling, config.guard.action)
 
     def begin(key):
         policy = apply.policy.init(key)
-        value = apply.scalar.zero_head(policy)
-        return ppo_algorithm.init(policy, value, value, key, config=config.ppo, tx=tx)
+        scalar = apply.scalar.zero_head(policy)
+        return iteration.begin(policy, key, value=scalar, reward=scalar if config.learned else None)
 
-    def draw(state, *prompts):
-        return rollout.draw(apply, state.policy, *prompts, rollout.keys(state, config.ppo.batch), sampling)
-
-    def judge(state, prompt_BP, mask_BP, drawn):
-        return rollout.judge(apply, state, prompt_BP, mask_BP, drawn, sampling)
-
-    update = functools.partial(ppo_algorithm.step, config=config.ppo, apply=apply, tx=tx)
-    update = guard.guarded(update, config.guard)
-    shape = (config.ppo.batch, config.data.prompt_length)
+    shape = (section.batch, task.prompt_length)
     prompts = (jax.ShapeDtypeStruct(shape, jnp.int32), jax.ShapeDtypeStruct(shape, bool))
     state = jax.eval_shape(begin, jax.random.key(0))
-    drawn = jax.eval_shape(draw, state, *prompts)
-    judged = jax.eval_shape(judge, state, *prompts, drawn)
-    return {
-        "state": _size(state),
-        "copy": _size((state.policy, state.value, state.optimizer)),
-        "draw": _size(state) + _beside(jax.jit(draw), state, *prompts),
-        "judge": _size(state) + _beside(jax.jit(judge), state, *prompts, drawn),
-        "update": _size(state) + _beside(jax.jit(update, donate_argnums=0), state, judged),
-    }
+    programs = iteration.programs(state, prompts, reward)
+    peak = {name: _beside(*program) for name, program in programs.items()}
+    if "reward" in peak:  # it runs while the completions are still there
+        *_, drawn = programs["judge"][1]
+        peak["judge"] = max(peak["judge"], _size(drawn) + peak.pop("reward"))
+    best = _size(state.policy) if config.evaluation.result == "best" else 0
+    kept = _size(state) + best
+    return {"state": kept} | {name: kept + size for name, size in peak.items()}
 
 
-def _share(config, devices):
+def _share(section, devices):
     """The section of a device. Microbatches stay as many: each is spread over the devices."""
-    return dataclasses.replace(config, batch=config.batch // devices, lanes=config.lanes // devices)
+    return dataclasses.replace(section, batch=section.batch // devices, lanes=section.lanes // devices)
 
 
-def _beside(function, state, *args):
-    """Bytes of the program beside its state: other arguments, results, and what it computes with."""
+def _beside(function, args):
+    """Bytes of a program beside its first argument, the state: other arguments, results, and what it computes with."""
     options = APART if jax.default_backend() == "cpu" else None
-    told = function.lower(state, *args).compile(options).memory_analysis()
-    return _size(args) + told.output_size_in_bytes - told.alias_size_in_bytes + told.temp_size_in_bytes
+    memory = function.lower(*args).compile(options).memory_analysis()
+    return _size(args[1:]) + memory.output_size_in_bytes - memory.alias_size_in_bytes + memory.temp_size_in_bytes
 
 
 def _size(tree):

@@ -1,21 +1,20 @@
-"""The README.md of an exported model: what it is, how it was made, what was measured. Names of data, never rows."""
+"""The README.md of an exported model: what it is, its recipe and its metrics. It names data and shows no rows."""
 
 import dataclasses
 from pathlib import Path
 
+from rlhf_jax import config as configs
 from rlhf_jax import hub
 from rlhf_jax.data.tldr import format_query
-from rlhf_jax.run import Writing
 from rlhf_jax.text import bpe
 
 WHAT = {
     "pretrain": "a language model, pretrained",
     "sft": "a policy after supervised fine-tuning",
     "reward": "a reward model, trained on preference pairs",
-    "ppo": "a policy after PPO against a learned reward",
-    "rl": "a policy after reinforcement learning against a reward that is computed",
+    "rl": "a policy after reinforcement learning",
 }
-# Of the config: where and how fast a run went, not what it computed; and what `Data` says.
+# Config fields left out: those that do not change a run's results, and those in the card's section `Data`.
 QUIET = ("eval_every", "save_every", "microbatches", "remat", "top_k", "top_p", "init", "path")
 
 POLICY = """\
@@ -32,33 +31,33 @@ from transformers import AutoModelForSequenceClassification, AutoTokenizer
 
 tokenizer = AutoTokenizer.from_pretrained(FOLDER)
 model = AutoModelForSequenceClassification.from_pretrained(FOLDER)
-text = {prompt!r} + " a summary" + tokenizer.eos_token
+text = {prompt!r} + " {completion}" + tokenizer.eos_token
 print(model(**tokenizer(text, return_tensors="pt")).logits[0, 0])
 """
+PROMPTS = {"write": bpe.EOS, "summarize": format_query("...", "...", "..."), "prompts": "..."}
 
 
-def card(kind, config, stage, summary):
+def card(config, stage, summary):
     """The text of the card of a run's finished stage; summary is what its summary.json holds."""
     use = REWARD if stage == "reward" else POLICY
-    prompt = bpe.EOS if kind is Writing else format_query("...", "...", "...")
     measured = [(f"`{name}`", _number(value)) for name, value in summary.items() if name.startswith(f"{stage}/")]
     versions = ", ".join(f"{name} {version}" for name, version in summary["versions"].items())
     machine = summary["machine"]
     return "\n".join(
         [
             *_header(config, stage),
-            f"# {WHAT[stage][0].upper()}{WHAT[stage][1:]}",
+            f"# {_what(config, stage)}",
             "",
             "Made with rlhf_jax. `FOLDER` is the folder of this file:",
             "",
             "```python",
-            use.format(prompt=prompt) + "```",
+            use.format(prompt=PROMPTS[config.task], completion=_completion(config)) + "```",
             "",
-            _reading(kind, stage),
+            _reading(config, stage),
             "",
             "## Recipe",
             "",
-            *_table(("config", "value"), _recipe(kind, config, stage)),
+            *_table(("config", "value"), _recipe(config, stage)),
             "",
             "## Data",
             "",
@@ -76,22 +75,31 @@ def card(kind, config, stage, summary):
     )
 
 
-def _recipe(kind, config, stage):
+def _recipe(config, stage):
     """What the stage's result depends on, a section of the config a row."""
-    for name in kind.STAGES[stage]:
+    for name in configs.sections(config, stage):
         value = getattr(config, name)
-        if name == "data" or (name in ("policy_gradient", "ppo") and name != getattr(config, "algorithm", name)):
+        if name == "data":
             continue
-        if dataclasses.is_dataclass(value):
-            fields = {field: told for field, told in dataclasses.asdict(value).items() if field not in QUIET}
-            told = ", ".join(f"{field} {value}" for field, value in fields.items())
+        if dataclasses.is_dataclass(value) and not isinstance(value, type):
+            fields = {field: value for field, value in dataclasses.asdict(value).items() if field not in QUIET}
+            values = ", ".join(f"{field} {value}" for field, value in fields.items())
         else:
-            told = Path(str(value)).name + (", this is the first" if name == "seeds" and value > 1 else "")
-        yield f"`{name}`", told
+            values = Path(str(value)).name + (", this is the first" if name == "seeds" and value > 1 else "")
+        yield f"`{name}`", values
+
+
+def _what(config, stage):
+    if stage in WHAT:
+        what = WHAT[stage]
+    else:
+        reward = "a learned reward" if config.learned else f"the reward {Path(config.reward.kind).name}"
+        what = f"a policy after {config.algorithm.replace('_', ' ')} against {reward}"
+    return what[0].upper() + what[1:]
 
 
 def _header(config, stage):
-    """What the hub reads."""
+    """The metadata that the hub reads."""
     tag = "text-classification" if stage == "reward" else "text-generation"
     lines = ["---", "library_name: transformers", f"pipeline_tag: {tag}", f"tags: [rlhf_jax, {stage}]"]
     if _on_hub(config.model.init):
@@ -99,24 +107,29 @@ def _header(config, stage):
     return [*lines, "---"]
 
 
-def _reading(kind, stage):
-    told = "PAD is a token of its own, apart from EOS. "
+def _reading(config, stage):
+    tokens = "PAD and EOS are different tokens. "
     if stage == "reward":
-        return told + "Scores are read at EOS, the last token; pad on the right. References score 0 on average."
-    begins = "EOS alone" if kind is Writing else "the prompt, padded on the left; a summary begins with a space"
-    return f"{told}A text begins with {begins}, and ends with EOS."
+        return tokens + "Scores are read at EOS, the last token; pad on the right. References score 0 on average."
+    begins = f"the prompt, padded on the left; {_completion(config)} begins with a space"
+    return f"{tokens}A text begins with {'EOS alone' if config.task == 'write' else begins}, and ends with EOS."
+
+
+def _completion(config):
+    return "a summary" if config.task == "summarize" else "a completion"
 
 
 def _data(config):
     data = config.data
-    if isinstance(config, Writing.CONFIG):
+    if config.task == "write":
         made = {"made": f"{data.made} {data.kind}, written by rlhf_jax (seed {data.made_seed})"}
         yield "texts", made.get(data.source) or f"{data.kind}, {_name(data.path) or 'the published set'}"
     elif data.source == "world":
         yield "posts, summaries and preferences", f"generated by rlhf_jax (seed {data.world_seed})"
     else:
         prompts = data.prompts or data.sft
-        rows = (("summaries", data.sft), ("preferences", data.preferences), ("prompts", prompts))
+        labels = "summaries" if config.task == "summarize" else "demonstrations"
+        rows = ((labels, data.sft), ("preferences", data.preferences), ("prompts", prompts))
         yield from ((name, _name(value)) for name, value in rows if value)
     if config.model.init:
         yield "weights to start from", _name(config.model.init)
@@ -125,7 +138,7 @@ def _data(config):
 
 
 def _name(place):
-    """A name on the hub as it is; of a path its last part, for nobody else has the rest."""
+    """A name on the hub unchanged; only the last part of a local path, which nobody else has."""
     return place if not place or _on_hub(place) else Path(place).name
 
 
@@ -134,7 +147,7 @@ def _on_hub(place):
 
 
 def _number(value):
-    """Empty for what is no number and no list of numbers."""
+    """The value as text; empty unless it is a number or a list of numbers."""
     if isinstance(value, list):
         return ", ".join(map(_number, value))
     return f"{value:.4g}" if isinstance(value, int | float) else ""

@@ -126,7 +126,8 @@ def split(rows: list[dict], fraction: float, seed: int, column: str = "prompt") 
 
     A prompt's side depends on nothing but itself and the seed: equal prompts are on the same side, also in two files.
     """
-    train, held_out = [], []
+    train: list[dict] = []
+    held_out: list[dict] = []
     for row in rows:
         digest = hashlib.sha256(f"{seed} {row[column]}".encode()).digest()
         (held_out if int.from_bytes(digest[:8]) < fraction * 2**64 else train).append(row)
@@ -146,7 +147,8 @@ def _encode_answered(
 ) -> tuple[Arrays, Counts]:
     """`encode_prompts` and the columns that `responses` gives a name to; only the rows in which all of these fit."""
     arrays, counts = encode_prompts(rows, tokenizer, prompt_length=prompt_length, cut=cut, source=source)
-    answers, fits_N = {}, np.ones(len(rows), bool)
+    answers: Arrays = {}
+    fits_N = np.ones(len(rows), bool)
     for column, name in responses.items():
         texts = [tldr.completion(row[column]) for row in rows]
         response_NR = np.full((len(rows), response_length), tokenizer.pad_id, np.int32)

@@ -1,4 +1,4 @@
-"""What is slow to make is made once: records of bytes in array_record files, in the user's cache folder."""
+"""A cache of what is slow to make: records of bytes in array_record files, in the user's cache folder."""
 
 import contextlib
 import os
@@ -9,19 +9,20 @@ from array_record.python.array_record_module import ArrayRecordReader, ArrayReco
 
 from rlhf_jax.errors import InputError
 
-OPTIONS = "group_size:256"  # records compressed together: they are read in order, never one by one
+OPTIONS = "group_size:256"  # records compressed together: they are always read in order
 CHUNK = 1_000  # records read at once
 
 
 def folder() -> Path:
-    """Where a run keeps what is not its own, unless its config says otherwise."""
+    """The folder of data that runs share, unless a config names another."""
     return Path(os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache", "rlhf_jax", "data")
 
 
 def records(path: Path, make: Callable[[], Iterable[bytes]]) -> Iterator[bytes]:
-    """The records of the file, which is written first with those of make() if it is not there.
+    """Yields the records of the file. If it does not exist, it is first written with the records of make().
 
-    It is written beside its place and then moved: one that was killed here has left nothing that could be read.
+    A temporary file is renamed at the end of writing, so a killed process leaves no partial file. Raises InputError if
+    the file is damaged or cannot be written.
     """
     if not path.exists():
         _write(path, make())

@@ -1,4 +1,6 @@
-"""Human comparisons of summaries (Stiennon et al. 2020), as openai/summarize_from_feedback on the hub has them."""
+"""Human comparisons of summaries (Stiennon et al. 2020), in the format of openai/summarize_from_feedback."""
+
+from typing import Any
 
 from rlhf_jax.data import tldr
 from rlhf_jax.errors import InputError
@@ -10,9 +12,9 @@ QUERY = ("subreddit", "title", "post")  # a news article has none of these
 def pair(row: dict) -> dict[str, str]:
     """{"prompt", "chosen", "rejected"} of a row: info {subreddit, title, post}, two summaries {text}, choice 0 or 1."""
     info, summaries, choice = (row[column] for column in COLUMNS)
-    parts = [info.get(name) if isinstance(info, dict) else None for name in QUERY]
+    parts: list[Any] = [info.get(name) if isinstance(info, dict) else None for name in QUERY]
     if not all(isinstance(part, str) for part in parts):
-        raise InputError(f"info: expected texts {', '.join(QUERY)}, as a Reddit post has them")
+        raise InputError(f"info: expected texts {', '.join(QUERY)}, as in a Reddit post")
     if not isinstance(summaries, list) or not all(isinstance(summary, dict) for summary in summaries):
         raise InputError("summaries: expected a list of objects with a text")
     if len(summaries) != 2 or type(choice) is not int or choice not in (0, 1):

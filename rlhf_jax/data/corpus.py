@@ -60,7 +60,8 @@ class Config:
 
 def load(config, seed):
     """((train, held out), what was skipped): rows {"text", ...} of the corpus. InputError names the field at fault."""
-    kind, skipped = KINDS[config.kind], [] if config.skip_bad else None
+    kind = KINDS[config.kind]
+    skipped: list[str] | None = [] if config.skip_bad else None
     if config.source == "made":
         rows = kind.made(config.made, config.made_seed)
     else:

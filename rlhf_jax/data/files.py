@@ -8,9 +8,6 @@ from collections import Counter
 from collections.abc import Callable, Collection, Iterator
 from pathlib import Path
 
-import pyarrow
-import pyarrow.parquet
-
 from rlhf_jax.errors import InputError
 
 csv.field_size_limit(sys.maxsize)  # for all of the process: the module has no other way; its default is 131,072
@@ -125,6 +122,8 @@ def _csv(path: Path, choices: Choices, extra: bool) -> Cells:
 
 
 def _parquet(path: Path, choices: Choices, extra: bool) -> Cells:
+    import pyarrow.parquet
+
     with path.open("rb") as file:
         try:
             table = pyarrow.parquet.ParquetFile(file)
@@ -189,7 +188,8 @@ def _parsed(text: str, where: str, expected: str):
     except InputError as error:
         raise InputError(f"{where}: {error}") from None
     except (ValueError, RecursionError) as error:
-        line = f", line {error.lineno}" if getattr(error, "lineno", 1) > 1 else ""
+        number = getattr(error, "lineno", 1)
+        line = f", line {number}" if number > 1 else ""
         raise InputError(f"{where}: expected {expected} ({getattr(error, 'msg', error)}{line})") from None
 
 

@@ -4,7 +4,7 @@ import dataclasses
 import functools
 from pathlib import Path
 
-from rlhf_jax.data import batches, cache, comparisons, files, hub, world
+from rlhf_jax.data import batches, cache, comparisons, files, hub
 from rlhf_jax.errors import InputError
 from rlhf_jax.fields import choice, neutral, number
 
@@ -62,6 +62,8 @@ def load(kind, config, seed):
     the config, and the file and row, that is wrong.
     """
     if config.source == "world":
+        from rlhf_jax.data import world  # imports TFDS: a third of a second
+
         sizes = {"train": getattr(config, f"world_{kind}"), "validation": config.world_held_out}
         folder = config.cache or cache.folder()
         load_split = functools.partial(world.load, kind, seed=config.world_seed, data_dir=folder, **sizes)
@@ -74,7 +76,7 @@ def load(kind, config, seed):
     if not getattr(config, kind):
         wanted, value = ("data set", "NAME") if config.source == "hub" else (f"{', '.join(files.READERS)} file", "FILE")
         raise InputError(f"data.{kind}: expected a {wanted} (--config.data.{kind}={value}), got none")
-    skipped = [] if config.skip_bad else None
+    skipped: list[str] | None = [] if config.skip_bad else None
     try:
         rows = _read(kind, config, config.split, skipped, extra)
         if config.source == "hub" and config.held_out_split:

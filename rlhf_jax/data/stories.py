@@ -1,7 +1,7 @@
-"""Tiny stories: a file, a data set of the hub, or ones made here from a seed.
+"""Tiny stories: from a file, from a data set of the hub, or generated here from a seed.
 
-The made ones are four sentences: who found what, what happened to it, how that felt, and an end, happy or not. No
-text is copied from anywhere.
+A generated story has three sentences: who found what, what happened then, and a happy or an unhappy end. No text is
+copied from anywhere.
 """
 
 from pathlib import Path
@@ -39,14 +39,14 @@ def made(count: int, seed: int) -> list[dict]:
 
 
 def choices(columns) -> list[tuple[str]]:
-    """Which column of a file or a data set has the text."""
+    """The column of a file or a data set that has the text."""
     return [(columns.text,)]
 
 
 def cells(path: str, columns) -> files.Cells:
     """The cells of a JSONL, CSV or Parquet file, or of a text file with <|endoftext|> between the stories.
 
-    What follows the last separator may be empty.
+    The part after the last separator may be empty.
     """
     if Path(path).suffix.lower() in files.READERS:
         yield from files.cells(path, *choices(columns))

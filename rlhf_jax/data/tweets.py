@@ -1,7 +1,7 @@
-"""Tweets and their sentiment: a file, a data set of the hub, or ones made here from a seed.
+"""Tweets and their sentiment: from a file, from a data set of the hub, or generated here from a seed.
 
-The made ones are short enough to be learned in a minute: a few hundred words of chat, a third of them of each mood.
-No text is copied from anywhere.
+Generated tweets are short and have a small vocabulary, so a model learns them in a minute; each sentiment has a third
+of them. No text is copied from anywhere.
 """
 
 from random import Random
@@ -10,8 +10,8 @@ from rlhf_jax.data import files
 from rlhf_jax.errors import InputError
 
 SENTIMENTS = ("positive", "neutral", "negative")
-NUMBERS = ("negative", "neutral", "positive")  # what the labels 0, 1 and 2 mean in sets that have numbers
-SENTIMENT_COLUMNS = ("sentiment", "label_text", "label")  # the first that is there
+NUMBERS = ("negative", "neutral", "positive")  # the meaning of the labels 0, 1 and 2 in data sets with numbers
+SENTIMENT_COLUMNS = ("sentiment", "label_text", "label")  # the first one that exists is used
 HUB = "mteb/tweet_sentiment_extraction"  # has label and label_text
 
 OPENINGS = ("", "", "", "ok ", "so ", "lol ", "wow ", "hey ", "well ", "btw ", "omg ", "haha ")
@@ -46,7 +46,7 @@ def made(count: int, seed: int) -> list[dict]:
 
 
 def choices(columns) -> list[tuple[str, str]]:
-    """Which columns of a file or a data set have the text and the sentiment."""
+    """Pairs of columns of a file or a data set that may have text and sentiment; the first that exists is used."""
     return [(columns.text, name) for name in ([columns.sentiment] if columns.sentiment else SENTIMENT_COLUMNS)]
 
 
@@ -56,7 +56,7 @@ def cells(path: str, columns) -> files.Cells:
 
 
 def row(values: dict) -> dict[str, str]:
-    """{"text", "sentiment"} of the two cells. InputError if the sentiment is none of SENTIMENTS, by name or number."""
+    """{"text", "sentiment"} of the two cells. InputError unless the sentiment is in SENTIMENTS, by name or number."""
     (_, text), (column, label) = values.items()
     known = {name: name for name in SENTIMENTS} | {str(number): name for number, name in enumerate(NUMBERS)}
     if str(label) not in known:

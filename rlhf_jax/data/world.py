@@ -1,8 +1,8 @@
 """The embedded task: a small world of people who ask strangers for advice, as a TFDS data set written from a seed.
 
-A post tells who did what, how it felt and what is asked (the hidden record, whose words are in `rewards/gold.py`),
-and ends with a remark that uses other words of the same lists: "ps years ago my uncle sold my bike .". Labels come from
-writers of mixed skill, so imitating them leaves reinforcement learning something to gain:
+A post states who did what, how its writer feels, and a question (the hidden record, whose words are in
+`rewards/gold.py`). It ends with a remark that uses other words of the same lists: "ps years ago my uncle sold my
+bike .". Labels come from writers of mixed skill, so reinforcement learning can improve on imitation:
 
     writer     share  what is written                                gold: mean   sd
     careful      .30  the whole record in 12 words                         1.00  .00
@@ -12,7 +12,8 @@ writers of mixed skill, so imitating them leaves reinforcement learning somethin
     vague        .15  one slot or none                                      .13  .13
     all         1.00                                                        .67  .31
 
-A pair is two such summaries of one post. The judge sees gold through noise, which flips 7% of the pairs.
+A pair is two such summaries of one post. The preferred one has the higher gold score, except that noise flips 7% of
+the pairs.
 """
 
 import contextlib
@@ -39,7 +40,7 @@ FEATURES = {
     "prompts": ("prompt", "record"),
 }
 SPLITS = ("train", "validation")
-NOISE = 0.1  # tau of the judge, who prefers a to b with probability sigmoid((gold(a) - gold(b)) / tau)
+NOISE = 0.1  # tau: summary a is preferred to b with probability sigmoid((gold(a) - gold(b)) / tau)
 
 SUBREDDITS = ("advice", "family", "people", "home", "today", "help")
 TITLES = (
@@ -79,7 +80,7 @@ VAGUE = (
 SLOTS = (("who",), ("verb", "object"), ("feeling",), ("ask",))
 
 Record = dict[str, str]  # field -> word, the fields of gold.VOCABULARY
-Remarked = dict[str, str]  # field -> the word of it that the post's remark uses
+Remarked = dict[str, str]  # field -> the word that the post's remark uses
 
 
 def draw_record(rng: Random) -> Record:
@@ -104,7 +105,7 @@ def write_post(record: Record, rng: Random) -> tuple[str, Remarked]:
 
 
 def compose(named: Mapping[str, str], rng: Random) -> str:
-    """One sentence or two on the fields that are named; who and what have a hazy word where they are not."""
+    """One or two sentences with the words in `named`; a missing `who` or `verb` becomes a vague phrase."""
     who = f"my {named['who']}" if "who" in named else "somebody"
     what = f"{named['verb']} my {named['object']}" if "verb" in named else "upset me"
     story = f"{who} {what}"
@@ -150,7 +151,7 @@ def write_summary(record: Record, remarked: Remarked, rng: Random) -> str:
 
 
 def write_pair(record: Record, remarked: Remarked, rng: Random) -> tuple[str, str]:
-    """(chosen, rejected): two writers' summaries, judged on gold with Bradley-Terry noise; ties in gold are redrawn."""
+    """(chosen, rejected): two writers' summaries, compared by gold with Bradley-Terry noise; ties are sampled again."""
     while True:
         a, b = (write_summary(record, remarked, rng) for _ in range(2))
         gap = gold.score(record, a) - gold.score(record, b)
@@ -159,7 +160,7 @@ def write_pair(record: Record, remarked: Remarked, rng: Random) -> tuple[str, st
 
 
 def generate(kind: str, split: str, seed: int) -> Iterator[dict]:
-    """The endless rows of one kind and split, the same for the same seed; `record` is a dict."""
+    """Yields rows of one kind and split without end; the same seed gives the same rows. `record` is a dict."""
     rng = Random(f"{seed}/{kind}/{split}")
     while True:
         record = draw_record(rng)
@@ -174,7 +175,7 @@ def generate(kind: str, split: str, seed: int) -> Iterator[dict]:
 
 @dataclasses.dataclass(kw_only=True, eq=False)
 class Config(tfds.core.BuilderConfig):
-    """What is written: a kind of FEATURES, a seed, and the number of rows of each split. The name says it all."""
+    """A data set: a kind of FEATURES, a seed, and the number of rows of each split; its name contains them all."""
 
     name: str = dataclasses.field(init=False)
     kind: str
@@ -192,10 +193,10 @@ class Config(tfds.core.BuilderConfig):
         self.name = f"{self.kind}_seed{self.seed}_train{self.train}_validation{self.validation}"
 
 
-class World(tfds.core.GeneratorBasedBuilder, skip_registration=True):
-    """The world as TFDS knows it: every feature is text, `record` as JSON."""
+class World(tfds.core.GeneratorBasedBuilder, skip_registration=True):  # type: ignore[call-arg]  # TFDS has no types
+    """The world as a TFDS builder: every feature is text, and `record` is JSON."""
 
-    VERSION = tfds.core.Version("1.4.0")  # goes up with every change of the rows, or old ones would be read again
+    VERSION = tfds.core.Version("1.4.0")  # raise it with every change of the rows, or old ones are read
 
     def _info(self) -> tfds.core.DatasetInfo:
         texts = {name: tfds.features.Text() for name in FEATURES[self.builder_config.kind]}
@@ -213,17 +214,17 @@ class World(tfds.core.GeneratorBasedBuilder, skip_registration=True):
 
 
 def load(kind: str, split: str, *, seed: int, train: int, validation: int, data_dir: str | os.PathLike) -> list[dict]:
-    """The rows of a split, in order, from the data set under `data_dir`, which is written first if it is not there.
+    """The rows of a split, in order, from the data set under `data_dir`, which is written first if it does not exist.
 
     Raises InputError for an unknown kind or split, an empty split, or a folder that cannot be written.
     """
     if split not in SPLITS:
         raise InputError(f"split: expected one of {', '.join(SPLITS)}; got {split!r}")
     config = Config(kind=kind, seed=seed, train=train, validation=validation)
-    raw = tfds.decode.DeserializeMethod.RAW_BYTES  # each feature is one text; TFDS's own way takes three times as long
+    raw = tfds.decode.DeserializeMethod.RAW_BYTES  # one text per feature; TFDS's own decoding is three times slower
     source = _prepare(config, data_dir).as_data_source(split, deserialize_method=raw)
     rows = []
-    for example in source.__getitems__(range(len(source))):  # in one go: half the time of one by one
+    for example in source.__getitems__(range(len(source))):  # all at once: half the time of one by one
         features = tf_example_pb2.Example.FromString(example).features.feature
         row = {name: features[name].bytes_list.value[0].decode() for name in FEATURES[kind]}
         rows.append(row | {"record": json.loads(row["record"])})
@@ -231,19 +232,19 @@ def load(kind: str, split: str, *, seed: int, train: int, validation: int, data_
 
 
 def _prepare(config: Config, data_dir: str | os.PathLike) -> World:
-    """TFDS writes to a folder of its own and renames it, so a killed preparation leaves nothing that could be read."""
+    """Writes the data set if it is missing. TFDS renames its folder last: a killed run leaves no partial data set."""
     with _quiet():
         try:
             World(config=config, data_dir=data_dir).download_and_prepare(file_format="array_record")
         except OSError as error:
             if not World(config=config, data_dir=data_dir).is_prepared():  # or another process renamed its folder first
                 raise InputError(f"data_dir: cannot write {os.fspath(data_dir)}: {error.strerror or error}") from error
-        return World(config=config, data_dir=data_dir)  # one made before the files were does not know its splits
+        return World(config=config, data_dir=data_dir)  # a new one: one made before the files lacks the splits
 
 
 @contextlib.contextmanager
 def _quiet() -> Iterator[None]:
-    """TFDS shows bars, prints two lines, and warns of every configuration that was not listed in advance."""
+    """Silences TFDS, which shows bars, prints two lines, and warns of configurations that it does not list."""
     tfds.disable_progress_bar()
     verbosity = logging.get_verbosity()
     logging.set_verbosity(logging.ERROR)

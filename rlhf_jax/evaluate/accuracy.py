@@ -4,8 +4,8 @@ from rlhf_jax.evaluate.win_rate import win_rate
 
 
 def accuracy(chosen_N, rejected_N):
-    """Share of N preference pairs whose chosen completion scores higher: (rate, (lo, hi)), as in `win_rate`.
+    """Share of N preference pairs whose chosen completion scores higher: (rate, (lo, hi)) as from `win_rate`.
 
-    Ties count one half, so a reward model that scores everything alike gets 0.5, as does a coin.
+    A tie counts one half, so a reward model with one score for everything gets 0.5, like a coin flip.
     """
     return win_rate(chosen_N, rejected_N)

@@ -10,13 +10,14 @@ NAMES = ("rouge1", "rouge2", "rougeL")
 def rouge(targets, predictions, *, stemmer=False):
     """Yields (name, mean F over the pairs) for ROUGE-1, ROUGE-2 and ROUGE-L, each in [0, 1].
 
-    F = 2 p r / (p + r), with p and r the share of the prediction's and of the target's unigrams, bigrams or longest
-    common subsequence that the two have in common; 0 where either is empty. Tokens are runs of [a-z0-9] after
-    lowercasing; `stemmer=True` strips English suffixes first (Porter) and gives higher numbers: say which was used.
+    F = 2 p r / (p + r). p and r are the shares of the prediction's and of the target's unigrams, bigrams or tokens that
+    the two have in common (for ROUGE-L, in their longest common subsequence); F is 0 if either is empty. Tokens are
+    runs of [a-z0-9] after lowercasing. `stemmer=True` strips English suffixes (Porter) and gives higher numbers:
+    report which was used. Raises InputError for no pairs.
     """
     if not targets:
         raise InputError("rouge: expected at least one pair of target and prediction, got none")
-    from rouge_score.rouge_scorer import RougeScorer  # it imports nltk: a second, which no start shall wait for
+    from rouge_score.rouge_scorer import RougeScorer  # imports nltk, which takes a second: not at every start
 
     scorer = RougeScorer(NAMES, use_stemmer=stemmer)
     pairs = [scorer.score(target, prediction) for target, prediction in zip(targets, predictions, strict=True)]

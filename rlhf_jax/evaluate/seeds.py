@@ -1,5 +1,7 @@
 """Several seeds as one: the mean of each number, and Student's 95% interval where there are enough."""
 
+from typing import Any
+
 import numpy as np
 
 from rlhf_jax.evaluate import interval
@@ -29,7 +31,7 @@ def numbers(summaries, stage):
     names = [name for name in summaries[0] if name.startswith(f"{stage}/")]
     plain = [name for name in names if isinstance(summaries[0][name], int | float)]
     values = {name: np.array([summary[name] for summary in summaries], np.float64) for name in plain}
-    merged = {name: float(values_K.mean()) for name, values_K in values.items()}
+    merged: dict[str, Any] = {name: float(values_K.mean()) for name, values_K in values.items()}
     for name in (name for name in plain if name.endswith("_gain")):
         half = half_width(values[name])
         merged[name.replace("_gain", "_ci95")] = (merged[name] - half, merged[name] + half)

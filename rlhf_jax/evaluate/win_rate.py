@@ -10,7 +10,7 @@ def win_rate(a_N, b_N):
     """Share of N prompts where `a` scores above `b`, a tie counting one half, and its Wilson interval.
 
     Returns (rate, (lo, hi)), all in [0, 1]; win_rate(b, a) is the mirror image, (1 - rate, (1 - hi, 1 - lo)).
-    Ties make the interval wider than it need be, never narrower. A NaN score is an InputError, not a loss.
+    Ties make the interval wider than necessary, never narrower. Raises InputError for a NaN score.
     """
     a_N, b_N = np.asarray(a_N), np.asarray(b_N)
     if a_N.shape != b_N.shape:

@@ -1,9 +1,9 @@
-"""What a GPT-2 has to compute and to read, counted from its Config.
+"""FLOPs and bytes that a GPT-2 needs, counted from its Config.
 
-Counted are matrix products, in FLOPs: a multiplication with its addition is two. Norms, softmax, GELU and the look-up
-of embeddings are not; in all but the narrowest models they are a few percent. Of attention what a causal mask leaves
-is counted, of the last layer what the tokens that are asked for need (`select` in gpt2.py). A backward pass costs twice
-its forward pass, once for the gradient of each factor; what is computed twice to save memory counts once.
+FLOPs are those of matrix products; a multiplication and its addition are two. Norms, softmax, GELU and the look-up of
+embeddings are not counted: they are a few percent in all but the narrowest models. Attention counts the pairs that a
+causal mask leaves. The last layer counts what the selected tokens need (`select` in gpt2.py). A backward pass costs
+twice its forward pass, once for the gradient of each factor. What is computed twice to save memory counts once.
 """
 
 import jax
@@ -12,15 +12,15 @@ import jax.numpy as jnp
 from rlhf_jax.models import heads
 
 
-def trunk(config, tokens, first, asked):
-    """FLOPs of the hidden states of `asked` tokens from number `first` on (counted from 0), of a sequence of `tokens`.
+def trunk(config, tokens, first, count):
+    """FLOPs of the hidden states of `count` tokens, from index `first` on, in a sequence of `tokens` tokens.
 
-    Every layer but the last is computed for all tokens; the last makes keys and values of all, and goes on with those
-    that are asked for.
+    Every layer but the last is computed for all tokens. The last layer computes keys and values of all tokens, and the
+    rest for the selected `count` only.
     """
     all_pairs = tokens * (tokens + 1) // 2
-    asked_pairs = sum(range(first + 1, first + asked + 1))
-    return (config.layers - 1) * _layer(config, tokens, tokens, all_pairs) + _layer(config, tokens, asked, asked_pairs)
+    pairs = sum(range(first + 1, first + count + 1))
+    return (config.layers - 1) * _layer(config, tokens, tokens, all_pairs) + _layer(config, tokens, count, pairs)
 
 
 def step(config, seen):
@@ -29,32 +29,35 @@ def step(config, seen):
 
 
 def _layer(config, tokens, queries, pairs):
-    """pairs: how many keys the queries see, summed."""
+    """pairs: the number of (query, key) pairs that the mask leaves."""
     width, inner = config.width, config.heads * config.head_size
     keys_and_values = tokens * 2 * width * 2 * inner
     rest = queries * 2 * (width * inner + inner * width + 2 * width * 4 * width)  # queries, out, feed-forward layer
-    return keys_and_values + rest + pairs * 2 * 2 * inner  # scores, and the mix of values
+    return keys_and_values + rest + pairs * 2 * 2 * inner  # scores, and the weighted sums of values
 
 
 def logits(config):
-    """FLOPs of a token's projection on the vocabulary."""
+    """FLOPs of one token's logits."""
     return 2 * config.width * config.vocab_size
 
 
 def scalar(config):
-    """FLOPs of a token's score or value, from its hidden state."""
+    """FLOPs of one token's score or value, from its hidden state."""
     return 2 * config.width
 
 
 def step_bytes(config, batch, seen):
-    """Bytes that one decode step must read at least, for `batch` rows that have seen `seen` tokens each: every weight
-    once, and the keys and values so far. Weights count in the type of the activations, which they are turned into."""
+    """Bytes that one decode step must read, for `batch` rows with `seen` tokens in the cache each.
+
+    These are every weight once, and the cached keys and values. Weights count in the type of the activations, to which
+    they are cast.
+    """
     cached = 2 * config.layers * config.heads * config.head_size * seen * batch
     return (_step_weights(config) + cached) * jnp.dtype(config.dtype).itemsize
 
 
 def _step_weights(config):
-    """All parameters but the tables of which a step reads single rows."""
+    """Number of parameters, without the tables from which a step reads single rows."""
     tree = jax.eval_shape(heads.LanguageModel(config).init, jax.random.key(0))
     read_by_row = {"wpe"} if config.tied else {"wpe", "wte"}
     return sum(leaf.size for name in tree.keys() - read_by_row for leaf in jax.tree.leaves(tree[name]))

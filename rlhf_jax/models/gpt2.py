@@ -3,18 +3,20 @@
 {"wte": {"embedding": [V, D]}, "wpe": {"embedding": [context, D]}, "ln_f": {"scale", "bias"},
  "h_0": {"ln_1", "attn": {"qkv": [D, 3HK], "out": [HK, D]}, "ln_2", "mlp": {"fc": [D, F], "proj": [F, D]}}, ...}
 
-GPT-NeoX (Black et al. 2022, arXiv 2204.06745; Pythia is one) is the same with some fields of the Config changed. It has
-no "wpe": its positions are angles, _J of them a token (rotary.py).
+GPT-NeoX (Black et al. 2022, arXiv 2204.06745; Pythia is one) is the same code with other Config fields. It has no
+"wpe": it rotates queries and keys by angles that depend on the position, _J of them per token (rotary.py).
 """
 
 import dataclasses
 from collections.abc import Callable
+from typing import Any
 
 import flax
 import flax.linen as nn
 import jax
 import jax.numpy as jnp
 
+from rlhf_jax.errors import InputError
 from rlhf_jax.fields import choice, neutral, number
 from rlhf_jax.models import rotary
 from rlhf_jax.ops import attention
@@ -22,7 +24,7 @@ from rlhf_jax.ops import attention
 
 @dataclasses.dataclass(frozen=True)
 class Config:
-    """Sizes of a GPT-2, and how a GPT-NeoX differs. heads x head_size need not be the width."""
+    """Sizes of a GPT-2, and the choices in which a GPT-NeoX differs. heads * head_size need not equal the width."""
 
     layers: int = number(12, least=1)
     heads: int = number(12, least=1)
@@ -30,21 +32,22 @@ class Config:
     width: int = number(768, least=1)  # entries of the residual stream
     context: int = number(1024, least=1)  # most tokens of a sequence, prompt and response together
     vocab_size: int = number(0, least=0)  # tokens; 0: the tokenizer's. The extra ids of a larger one are never targets
-    # Share of each head that is rotated by its position (GPT-NeoX: .25). 0: learned positions.
+    # Share of each head's entries that is rotated (GPT-NeoX: .25); 0: learned positions.
     rotary_share: float = number(0.0, least=0, most=1)
     rotary_base: float = number(10_000.0, above=0)  # the longest wavelength is nearly 2 pi x this, in tokens
     parallel_residual: bool = False  # attention and feed-forward read the same input (GPT-NeoX)
     exact_gelu: bool = False  # x Phi(x) (GPT-NeoX), not the tanh approximation
-    tied: bool = True  # the token embedding is the output projection too; GPT-NeoX has one of its own
+    tied: bool = True  # the output projection is the token embedding; GPT-NeoX has a separate one
     norm_eps: float = number(1e-5, above=0, most=1)  # added to the variance in layer norms
-    # Of random weights; narrow models learn to copy much sooner from about 1 / sqrt(width).
+    # Standard deviation of random weights. Narrow models learn to copy much sooner with about 1 / sqrt(width).
     init_std: float = number(0.02, above=0, most=10)
-    dropout: float = number(0.0, least=0, below=1)  # share of activations, in supervised training only
+    dropout: float = number(0.0, least=0, below=1)  # share of activations set to 0, in supervised training only
     dtype: str = choice("float32", "float32", "bfloat16")  # of the activations; parameters are float32
-    fused: bool = False  # cuDNN attention for whole sequences, where dtype is bfloat16 on an NVIDIA GPU
-    remat: bool = neutral(False)  # recompute layers for their gradients: less memory (not on a CPU), a third more work
-    init: str = ""  # weights to start from: a model.safetensors, a folder of transformers', or NAME or NAME@REVISION on
-    # the hub; empty: random
+    fused: bool = False  # cuDNN attention for whole sequences; needs dtype bfloat16 and an NVIDIA GPU
+    remat: bool = neutral(False)  # recompute layers in the backward pass: less memory (not on a CPU), a third more work
+    # Weights to start from: a model.safetensors, a folder of transformers, or NAME or NAME@REVISION on the hub; empty:
+    # random.
+    init: str = ""
 
     def problems(self):
         """Checks that concern several fields."""
@@ -54,16 +57,16 @@ class Config:
 
     @property
     def rotary_planes(self):
-        """Half the entries of a head that are turned."""
+        """Number of planes that a head is rotated in: half the number of its rotated entries."""
         return int(self.head_size * self.rotary_share) // 2
 
     @property
     def fuses(self):
-        """`fused` is heeded."""
+        """Whether fused attention is used: it needs `fused`, bfloat16 and a GPU."""
         return self.fused and self.dtype == "bfloat16" and jax.default_backend() == "gpu"
 
 
-NEOX = {"context": 2048, "rotary_share": 0.25, "parallel_residual": True, "exact_gelu": True, "tied": False}
+NEOX: dict[str, Any] = dict(context=2048, rotary_share=0.25, parallel_residual=True, exact_gelu=True, tied=False)
 
 PRESETS = {
     "nano": Config(layers=3, heads=3, head_size=16, width=48),
@@ -88,8 +91,8 @@ def preset(name, **changes):
 class KVCache:
     """Keys and values of the tokens seen so far, one [B, H, S, K] array a layer.
 
-    valid_BS is 1 where a slot holds a real token; the next ones are written from slot `used` on. The order of slots
-    does not matter: what is valid has been seen.
+    valid_BS is 1 where a slot holds a real token. New tokens are written from slot `used` on. The order of the slots
+    does not matter: every valid slot holds an earlier token.
     """
 
     keys: tuple
@@ -99,16 +102,16 @@ class KVCache:
 
 
 class Dense(nn.Module):
-    """A linear layer, or some of its columns."""
+    """A linear layer; `columns` computes only some of its outputs."""
 
     config: Config
     features: int
-    residual: bool = False  # its result is added to the residual stream
+    residual: bool = False  # the result is added to the residual stream
 
     @nn.compact
     def __call__(self, x_BTD, columns=slice(None)):
         c = self.config
-        # GPT-2 scales what is added to the stream by 1 / sqrt(2N): its variance does not grow with the depth.
+        # GPT-2 scales what 2N layers add to the stream by 1 / sqrt(2N), so its variance does not grow with depth.
         std = c.init_std / (2 * c.layers) ** 0.5 if self.residual else c.init_std
         kernel = self.param("kernel", nn.initializers.normal(std), (x_BTD.shape[-1], self.features))
         bias = self.param("bias", nn.initializers.zeros_init(), (self.features,))
@@ -119,7 +122,7 @@ class Dense(nn.Module):
 class Attention(nn.Module):
     """Causal multi-head attention; `past` is this layer's (keys, values, slot to write at) or None.
 
-    select, where it is given, takes the tokens [B, U] of [B, T] that are asked for: only they are queries.
+    select(x [B, T, ...]) -> [B, U, ...], if given, picks the tokens that are queries; all tokens are keys and values.
     """
 
     config: Config
@@ -138,11 +141,11 @@ class Attention(nn.Module):
             parts = [q, *jnp.split(qkv(x_BTD, slice(inner, None)), 2, axis=-1)]
             attend_BTS = self.select(attend_BTS)
             angles_q = None if angles_BTJ is None else self.select(angles_BTJ)
-        # Heads go next to the batch: as `bthk,bshk->bhts` the products are three times slower on a CPU.
+        # Heads move next to the batch: products as `bthk,bshk->bhts` are three times slower on a CPU.
         q_BHTK, k_BHSK, v_BHSK = (
             jnp.moveaxis(part.reshape(*part.shape[:2], c.heads, c.head_size), 1, 2) for part in parts
         )
-        if angles_BTJ is not None:  # keys are cached as they were turned: their place does not change any more
+        if angles_BTJ is not None:  # cached keys are already rotated: their positions never change
             q_BHTK, k_BHSK = rotary.rotate(q_BHTK, angles_q[:, None]), rotary.rotate(k_BHSK, angles_BTJ[:, None])
         if past is not None:
             keys, values, slot = past
@@ -171,8 +174,10 @@ class MLP(nn.Module):
 
 
 class Block(nn.Module):
-    """Attention, then the feed-forward layer, each normalized before and added after. Where they are parallel the
-    second does not see what the first added. `select` is Attention's: the others are not computed."""
+    """Attention, then the feed-forward layer: each reads a normalized stream and adds its result to the stream.
+
+    With parallel_residual both read the same stream. `select` is Attention's; the block returns only these tokens.
+    """
 
     config: Config
     deterministic: bool
@@ -190,7 +195,7 @@ class Block(nn.Module):
 
 
 class GPT2(nn.Module):
-    """The trunk: everything but the projection on the vocabulary."""
+    """The trunk: everything but the projection onto the vocabulary."""
 
     config: Config
 
@@ -198,13 +203,16 @@ class GPT2(nn.Module):
     def __call__(self, tokens_BT, mask_BT, cache=None, *, slots=0, select=None, deterministic=True):
         """(tokens [B, T] int, mask [B, T] 1 at real tokens, cache) -> (hidden [B, T, D], cache or None).
 
-        Positions count real tokens only, so left padding changes no real token's result. With a cache the tokens
-        come after those it holds, and the cache returned holds them too; without one `slots` asks for one of that
-        size. select(x [B, T, ...]) -> [B, U, ...] takes the tokens whose hidden states are asked for: of the others
-        the last layer makes keys and values alone.
+        Positions count real tokens only, so left padding changes no real token's result. With a cache, the tokens
+        follow those that it holds, and the returned cache holds both. Without one, slots > 0 returns a new cache of
+        that size. select(x [B, T, ...]) -> [B, U, ...] picks the tokens whose hidden states are returned; for the
+        others the last layer computes only keys and values.
         """
         c = self.config
         B, T = tokens_BT.shape
+        longest = max(T, slots) if cache is None else cache.valid_BS.shape[1]
+        if longest > c.context:
+            raise InputError(f"model.context: expected at least {longest}, the tokens of a sequence, got {c.context}")
         mask_BT = mask_BT.astype(bool)
         seen = jnp.cumsum(mask_BT, axis=1, dtype=jnp.int32)
         attend_BTS = jnp.tril(jnp.ones((T, T), bool)) & mask_BT[:, None, :]
@@ -220,13 +228,13 @@ class GPT2(nn.Module):
             angles_BTJ = None
             x_BTD = x_BTD + _embed(c, c.context, "wpe")(positions_BT)
         x_BTD = nn.Dropout(c.dropout, deterministic=deterministic, name="dropout")(x_BTD)
-        # Gradients then need what goes into a layer, and compute what is in it a second time.
+        # remat keeps only a layer's input for the backward pass, which computes the layer a second time.
         block = nn.remat(Block) if c.remat and cache is None and not slots else Block
         layers = []
         for i in range(c.layers):
             past = None if cache is None else (cache.keys[i], cache.values[i], cache.used)
-            asked = select if i == c.layers - 1 else None
-            x_BTD, kv = block(c, deterministic, asked, name=f"h_{i}")(x_BTD, attend_BTS, angles_BTJ, past)
+            selected = select if i == c.layers - 1 else None
+            x_BTD, kv = block(c, deterministic, selected, name=f"h_{i}")(x_BTD, attend_BTS, angles_BTJ, past)
             layers.append(kv)
         x_BTD = _norm(c, "ln_f")(x_BTD)
         keys, values = zip(*layers, strict=True)
@@ -240,7 +248,7 @@ class GPT2(nn.Module):
 
 
 def _widen(x, size, axis):
-    """x with zeros after it, up to `size`."""
+    """x padded with zeros at the end of the axis, to `size`."""
     return jnp.pad(x, [(0, size - length if i == axis else 0) for i, length in enumerate(x.shape)])
 
 

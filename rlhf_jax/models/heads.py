@@ -1,12 +1,13 @@
-"""What stands on the trunk: the language-model head (policy, reference) and a scalar head (value, reward).
+"""Models with a head on the trunk: a language model (policy, reference) and a scalar model (value, reward).
 
-Both are bundles of pure functions of a parameter pytree: what the algorithms are handed as `apply`. A language model's
-tree is the trunk's, with {"unembed": {"embedding": [V, D]}} beside it where the head is not tied. The reward and the
-value model share one class and one tree, {"trunk": GPT-2, "head": {"kernel" [D], "bias" []}}.
+Each is a bundle of pure functions of a parameter pytree; algorithms receive them as `apply`. A language model's tree is
+the trunk's, plus {"unembed": {"embedding": [V, D]}} if the head is not tied. The reward and the value model share one
+class and one tree, {"trunk": GPT-2, "head": {"kernel" [D], "bias" []}}.
 """
 
 import dataclasses
 import functools
+from typing import Any
 
 import jax
 import jax.numpy as jnp
@@ -19,10 +20,10 @@ NEVER = -1e9  # the logit of an id that the tokenizer does not have
 
 @dataclasses.dataclass(frozen=True)
 class LanguageModel:
-    """GPT-2 with its projection on the vocabulary: the token embedding where it is tied, or a table of its own."""
+    """GPT-2 with its projection onto the vocabulary: the token embedding if tied, else a table of its own."""
 
     config: gpt2.Config
-    chunk: int = 2048  # tokens projected on the vocabulary at a time
+    chunk: int = 2048  # tokens projected onto the vocabulary at a time
     ids: int = 0  # ids that the tokenizer has; those beyond are never sampled. 0: all of the vocabulary
 
     def init(self, key):
@@ -35,11 +36,11 @@ class LanguageModel:
         return {**trunk, "unembed": {"embedding": table_VD}}
 
     def hidden(self, params, tokens_BT, mask_BT, count=None, dropout_key=None):
-        """The hidden states before each of the last `count` tokens, [B, count, D]; without a count those of all tokens.
+        """The hidden state before each of the last `count` tokens, [B, count, D]; without a count, of all tokens.
 
-        Dropout only where a key is given.
+        Dropout is applied only if a key is given.
         """
-        how = {} if dropout_key is None else {"deterministic": False, "rngs": {"dropout": dropout_key}}
+        how: dict[str, Any] = {} if dropout_key is None else {"deterministic": False, "rngs": {"dropout": dropout_key}}
         select = None if count is None else functools.partial(logprobs.before, count=count)
         return gpt2.GPT2(self.config).apply({"params": params}, tokens_BT, mask_BT, select=select, **how)[0]
 
@@ -53,22 +54,22 @@ class LanguageModel:
         return jnp.where(jnp.arange(self.config.vocab_size) < self.ids, logits, NEVER)
 
     def prefill(self, params, tokens_BP, mask_BP, slots):
-        """Reads the prompts: (hidden [B, D] of the last prompt token, cache with `slots` places)."""
+        """Reads the prompts: (hidden [B, D] of the last prompt token, cache with `slots` slots)."""
         trunk, last = gpt2.GPT2(self.config), lambda x_BP: x_BP[:, -1:]
         hidden_B1D, cache = trunk.apply({"params": params}, tokens_BP, mask_BP, slots=slots, select=last)
         return hidden_B1D[:, 0], cache
 
     def decode(self, params, token_B, mask_B, cache, slot=None):
-        """Reads one more token a row (mask_B 0: the row has ended): (hidden [B, D], cache).
+        """Reads one more token per row (mask_B 0: the row has ended): (hidden [B, D], cache).
 
-        Its keys and values go to the next slot, or to the slot given, which no row needs any more.
+        Its keys and values go to the next slot or, if given, to `slot`, whose contents must be no longer needed.
         """
         cache = cache if slot is None else cache.replace(used=slot)
         hidden_B1D, cache = gpt2.GPT2(self.config).apply({"params": params}, token_B[:, None], mask_B[:, None], cache)
         return hidden_B1D[:, 0], cache
 
     def insert(self, cache, new, rows_G):
-        """The cache with row g of another one, of as many slots, in the place of row rows_G[g]."""
+        """The cache with each row rows_G[g] replaced by row g of `new`; both have the same number of slots."""
 
         def put(g, arrays):
             def one(array_B, new_G):
@@ -82,7 +83,7 @@ class LanguageModel:
         return cache.replace(keys=keys, values=values, valid_BS=valid_BS)
 
     def logprobs(self, params, tokens_BT, mask_BT, count, *, temperature=1.0, dropout_key=None):
-        """Log-probs [B, count] of the last `count` tokens at the temperature; only these are projected."""
+        """Log-probs [B, count], in nats, of the last `count` tokens; only these are projected onto the vocabulary."""
         hidden = self.hidden(params, tokens_BT, mask_BT, count, dropout_key)
 
         def project(hidden, targets):
@@ -109,18 +110,18 @@ class LanguageModel:
 
 @dataclasses.dataclass(frozen=True)
 class ScalarModel:
-    """GPT-2 with one number a position: read at every response token (value) or at the last (reward)."""
+    """GPT-2 with one number per position: read at every response token (value) or at the last (reward)."""
 
     config: gpt2.Config
 
     def init(self, key, policy):
-        """The trunk of the policy given, under a new head ~ N(0, 1/sqrt(D + 1)) with bias 0 (arXiv 2403.17031)."""
+        """The trunk of the given policy with a new head ~ N(0, 1/sqrt(D + 1)) and bias 0 (arXiv 2403.17031)."""
         width = self.config.width
         kernel_D = jax.random.normal(key, (width,)) / (width + 1) ** 0.5
         return {"trunk": self._without_unembed(policy), "head": {"kernel": kernel_D, "bias": jnp.zeros(())}}
 
     def zero_head(self, policy):
-        """The trunk of the policy given, under a head that says 0 everywhere."""
+        """The trunk of the given policy with a head that returns 0 everywhere."""
         head = {"kernel": jnp.zeros((self.config.width,)), "bias": jnp.zeros(())}
         return {"trunk": self._without_unembed(policy), "head": head}
 
@@ -148,12 +149,14 @@ class ScalarModel:
         return gpt2.GPT2(self.config).apply({"params": params["trunk"]}, tokens_BT, mask_BT, select=select)[0]
 
     def _without_unembed(self, policy):
-        # Nothing would read that table here, and it is as large as the token embedding.
+        # A scalar model never reads this table, which is as large as the token embedding.
         return policy if self.config.tied else {name: leaf for name, leaf in policy.items() if name != "unembed"}
 
     @staticmethod
     def normalize(params, mean, std):
-        """The same model with gain 1/std and bias -mean/std folded into its head: scores of that mean and
-        standard deviation become 0 and 1."""
+        """The same model with gain 1/std and bias -mean/std folded into its head.
+
+        Scores with this mean and standard deviation get mean 0 and standard deviation 1.
+        """
         head = params["head"]
         return {**params, "head": {"kernel": head["kernel"] / std, "bias": (head["bias"] - mean) / std}}

@@ -23,17 +23,17 @@ from rlhf_jax.models import hf_config, hf_layout
 from rlhf_jax.models.heads import LanguageModel
 from rlhf_jax.models.weights import FILE, INDEX, read
 
-# What a folder of theirs has, on the hub too: any of these is enough.
+# Files of a model of transformers, in a folder or on the hub; any one of these sets is enough.
 FILES = ((hf_config.FILE, FILE), (hf_config.FILE, INDEX, "model-*.safetensors"))
 
-VOCABULARY = (("wte", "embedding"), ("unembed", "embedding"))  # tables with a row a token id
+VOCABULARY = (("wte", "embedding"), ("unembed", "embedding"))  # tables with one row per token id
 
 
 def load(path, config):
-    """A language model's parameters from a safetensors file or a folder of transformers'.
+    """A language model's parameters from a safetensors file or a folder that transformers saved.
 
-    The sizes of config must be those of the config.json beside the weights. A folder must have one; a file that is
-    alone is taken at its shapes' word, which do not tell the number of heads.
+    The sizes of config must be those of the config.json beside the weights. A folder must have one. A single file may
+    lack it; then only the shapes are checked, which do not determine the number of heads. Raises InputError.
     """
     path = Path(path)
     arrays = read(path)
@@ -47,20 +47,20 @@ def load(path, config):
 
 
 def from_hf(arrays, config):
-    """A checkpoint's arrays by name -> parameters of a LanguageModel of the config, float32, in memory of their own.
+    """A checkpoint's arrays by name -> parameters of a LanguageModel of the config: float32 copies.
 
-    The checkpoint may lack the rows of up to 255 ids, PAD's for one: these start as the mean row. (A row of zeros
-    would have logit 0, which is far above all others in GPT-2.)
+    The checkpoint may lack the rows of up to 255 ids, such as PAD: these start as the mean row. (A row of zeros would
+    have logit 0, which is far above all others in GPT-2.)
 
-    Missing, unexpected and misshapen arrays are one InputError that lists them all by the checkpoint's names.
+    Raises one InputError that lists all missing, unexpected and misshapen arrays by the checkpoint's names.
     """
     return _import(arrays, jax.eval_shape(LanguageModel(config).init, jax.random.key(0)), config)
 
 
 def to_hf(params, config):
-    """A LanguageModel's parameters (or their gradients) -> arrays by the names of transformers.
+    """A LanguageModel's parameters (or their gradients) -> {transformers' name: array}.
 
-    transformers can use them where heads * head_size is the width.
+    transformers can use them only if heads * head_size is the width.
     """
     paths = flatten_dict(params).items()
     return {hf_layout.name(path, config): hf_layout.to_theirs(path, np.asarray(leaf), config) for path, leaf in paths}
@@ -79,14 +79,14 @@ def scalar_from_hf(arrays, config):
 def scalar_to_hf(params, config):
     """A ScalarModel's parameters -> the arrays of a ...ForSequenceClassification with one label.
 
-    Theirs has no bias. Ours moves into the bias of the last layer norm, which nothing but the head w reads:
-    w.(y + b w / w.w) = w.y + b: the same score, up to rounding. A bias of 0 changes no bit.
+    Their head has no bias. Our bias b moves into the bias of the last layer norm, which only the head w reads:
+    w.(y + b w / w.w) = w.y + b, the same score up to rounding. b = 0 changes no bit. InputError if w is 0 and b is not.
     """
     kernel_D, bias = (np.asarray(params["head"][name], np.float64) for name in ("kernel", "bias"))
     trunk = {**params["trunk"], "score": {"embedding": kernel_D.astype(np.float32)[None]}}
     if bias:
         if not kernel_D.any():
-            raise InputError(f"reward head: expected weights to carry its bias of {bias}, which has no place in theirs")
+            raise InputError(f"reward head: expected weights other than 0, to export the bias of {bias} with them")
         norm = trunk["ln_f"]
         moved_D = np.asarray(norm["bias"], np.float64) + bias * kernel_D / (kernel_D @ kernel_D)
         trunk["ln_f"] = {**norm, "bias": moved_D.astype(np.float32)}
@@ -96,8 +96,8 @@ def scalar_to_hf(params, config):
 def save(folder, params, config, *, eos_id, pad_id, generation=None, beside=None):
     """Writes a language model as transformers does: model.safetensors, config.json, generation_config.json.
 
-    generation is what else `generate` takes for granted; beside, {name: text or JSON value}, are more files. All or
-    nothing, in a folder that is new or empty; InputError otherwise. Padded ids are kept (see hf_config.py).
+    generation holds more defaults of `generate`; beside, {name: text or JSON value}, holds more files. The folder must
+    be new or empty, and is written whole or not at all. Raises InputError. Padded ids are kept (see hf_config.py).
     """
     record = hf_config.language_model(config, eos_id=eos_id, pad_id=pad_id)
     ids = {name: record[name] for name in ("bos_token_id", "eos_token_id", "pad_token_id")}
@@ -106,7 +106,7 @@ def save(folder, params, config, *, eos_id, pad_id, generation=None, beside=None
 
 
 def save_scalar(folder, params, config, *, eos_id, pad_id, beside=None):
-    """Writes a reward model as transformers does: model.safetensors, config.json. All or nothing, as save does."""
+    """Writes a reward model as transformers does: model.safetensors, config.json; the folder as in `save`."""
     record = hf_config.scalar_model(config, eos_id=eos_id, pad_id=pad_id)
     _write(folder, scalar_to_hf(params, config), {hf_config.FILE: record} | (beside or {}))
 
@@ -114,11 +114,11 @@ def save_scalar(folder, params, config, *, eos_id, pad_id, beside=None):
 def _import(arrays, shapes, config):
     shapes = {path: leaf.shape for path, leaf in flatten_dict(shapes).items()}
     prefix = hf_layout.PREFIX[hf_layout.model_type(config)]
-    bare = not any(name.startswith(prefix) for name in arrays)  # a trunk that was saved alone
+    bare = not any(name.startswith(prefix) for name in arrays)  # a trunk saved without a head
     names = {path: hf_layout.name(path, config).removeprefix(prefix if bare else "") for path in shapes}
     if problems := list(_problems(arrays, names, shapes, "" if bare else prefix, config)):
         raise InputError(f"{hf_layout.model_type(config)} checkpoint: {'; '.join(problems)}")
-    # The largest first: while an array is copied it is in memory twice.
+    # Largest first: an array is in memory twice while it is copied.
     paths = sorted(shapes, key=lambda path: -math.prod(shapes[path]))
     leaves = {path: _copy(hf_layout.to_ours(path, arrays[names[path]], config), shapes[path]) for path in paths}
     return unflatten_dict({path: leaves[path] for path in shapes})
@@ -149,8 +149,8 @@ def _lacks_rows(shape, expected):
 
 
 def _copy(array, shape):
-    """float32 in memory of its own, at an address that JAX takes over on a CPU: there is no second copy of it. Rows
-    that the array lacks are its mean row."""
+    """A float32 copy, aligned so that JAX uses its memory on a CPU without a second copy. Missing rows become the
+    mean row."""
     size = 4 * math.prod(shape)
     memory = np.empty(size + 64, np.uint8)
     start = -memory.ctypes.data % 64
@@ -167,7 +167,7 @@ def _write(folder, arrays, records):
         raise InputError(f"{folder}: expected a new or an empty folder to write to")
     unfinished = folder.with_name(f".{folder.name}.unfinished")
     try:
-        shutil.rmtree(unfinished, ignore_errors=True)  # of an export that was killed
+        shutil.rmtree(unfinished, ignore_errors=True)  # left by an export that was killed
         unfinished.mkdir(parents=True)
         save_file(arrays, unfinished / FILE, metadata={"format": "pt"})
         for name, record in records.items():

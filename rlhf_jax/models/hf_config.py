@@ -1,7 +1,7 @@
-"""config.json of transformers <-> our Config, for GPT-2 and GPT-NeoX. What we would compute otherwise is refused.
+"""config.json of transformers <-> our Config, for GPT-2 and GPT-NeoX. What we would compute differently is refused.
 
-A model whose vocabulary is padded (model.vocab_size above the tokenizer's) keeps the padded rows: config.json says as
-many ids as the embedding has rows, the exported model is the same function, and the tokenizer uses the first of them.
+A padded vocabulary (model.vocab_size above the tokenizer's) keeps its padded rows: config.json has the number of rows
+of the embedding, the exported model is the same function, and the tokenizer uses the first ids.
 """
 
 import json
@@ -12,9 +12,9 @@ from rlhf_jax.models import gpt2
 from rlhf_jax.models.hf_layout import model_type
 
 FILE = "config.json"
-PADDING = 256  # a model may have fewer than this many token ids more than the checkpoint that it starts from
+PADDING = 256  # a model must have fewer than this many ids beyond those of the checkpoint it starts from
 
-# Of our fields, in each architecture. _gpt2 and _neox read the rest.
+# {our field: theirs}, by architecture. _gpt2 and _neox read the other fields.
 FIELDS = {
     "gpt2": {
         "layers": "n_layer",
@@ -35,8 +35,8 @@ FIELDS = {
         "init_std": "initializer_range",
     },
 }
-DEFAULTS = {"norm_eps": 1e-5, "init_std": 0.02}  # what transformers takes where these are absent
-GELU = {"gelu_new": False, "gelu_pytorch_tanh": False, "gelu": True}  # is it the exact one?
+DEFAULTS = {"norm_eps": 1e-5, "init_std": 0.02}  # transformers' values if these are absent
+GELU = {"gelu_new": False, "gelu_pytorch_tanh": False, "gelu": True}  # whether an activation is the exact GELU
 ARCHITECTURES = {
     "gpt2": {
         "language_model": "GPT2LMHeadModel",
@@ -53,9 +53,9 @@ EVEN = "a share of the head that is an even number of its entries, 2 or more"
 
 
 def read(folder):
-    """The Config of a folder with a config.json. InputError names the file, each field in the way, what was expected.
+    """The Config in a folder's config.json. InputError names the file, each wrong field, and what was expected.
 
-    Dropout is not read: it is a choice of the training, not of the model.
+    Dropout is not read: it belongs to the training, not to the model.
     """
     path = Path(folder, FILE)
     try:
@@ -75,28 +75,28 @@ def read(folder):
 
 
 def compare(folder, config):
-    """InputError where the checkpoint in `folder` is of other sizes than config, naming each field that must change."""
+    """Raises InputError, naming each field that must change, if the checkpoint in `folder` does not fit config."""
     theirs = read(folder)
-    names = ("layers", "heads", "head_size", "width", "rotary_share", "rotary_base", "parallel_residual")
-    names += ("exact_gelu", "tied", "norm_eps")
+    names = ["layers", "heads", "head_size", "width", "rotary_share", "rotary_base", "parallel_residual"]
+    names += ["exact_gelu", "tied", "norm_eps"]
     wrong = {name: repr(getattr(theirs, name)) for name in names if getattr(theirs, name) != getattr(config, name)}
     if config.context > theirs.context or (config.context < theirs.context and not theirs.rotary_share):
         wrong["context"] = f"{theirs.context}{' or less' if theirs.rotary_share else ''}"
     if not theirs.vocab_size <= config.vocab_size < theirs.vocab_size + PADDING:
         wrong["vocab_size"] = f"{theirs.vocab_size} to {theirs.vocab_size + PADDING - 1}"
     if wrong:
-        told = (f"model.{name} = {expected} (not {getattr(config, name)!r})" for name, expected in wrong.items())
-        raise InputError(f"{Path(folder, FILE)}: expected {', '.join(told)}")
+        changes = (f"model.{name} = {expected} (not {getattr(config, name)!r})" for name, expected in wrong.items())
+        raise InputError(f"{Path(folder, FILE)}: expected {', '.join(changes)}")
 
 
 def language_model(config, *, eos_id, pad_id):
-    """What config.json says of a language model. InputError where transformers has no such architecture."""
+    """config.json of a language model, as a dict. Raises InputError if transformers has no such architecture."""
     return _record(config, "language_model", eos_id, pad_id)
 
 
 def scalar_model(config, *, eos_id, pad_id):
-    """What config.json says of a reward model, whose score transformers reads at the last token that is not pad_id."""
-    labels = {"id2label": {"0": "score"}, "label2id": {"score": 0}}  # one label: its default would be two
+    """config.json of a reward model, as a dict. transformers reads the score at the last token that is not pad_id."""
+    labels = {"id2label": {"0": "score"}, "label2id": {"score": 0}}  # one label; transformers' default is two
     return _record(config, "scalar_model", eos_id, pad_id) | labels
 
 
@@ -115,7 +115,7 @@ def _gpt2(fields):
 def _neox(fields):
     fields.fixed("intermediate_size", 4 * fields.size("hidden_size"))
     fields.fixed("attention_bias", True)
-    # transformers 5 writes one object where there were two fields before.
+    # transformers 5 writes one object in place of two older fields.
     record = fields.record
     old = {"rope_theta": record.get("rotary_emb_base", 10_000), "partial_rotary_factor": record.get("rotary_pct", 0.25)}
     new = record.get("rope_parameters") or record.get("rope_scaling") or {}
@@ -133,8 +133,8 @@ def _neox(fields):
         exact_gelu=GELU.get(fields.one_of("hidden_act", *GELU, default="gelu")),
         tied=fields.flag("tie_word_embeddings", False),
     )
-    turned = int(config.head_size * config.rotary_share)
-    rope.expect(0 < turned <= config.head_size and turned % 2 == 0, "partial_rotary_factor", EVEN)
+    rotated = int(config.head_size * config.rotary_share)
+    rope.expect(0 < rotated <= config.head_size and rotated % 2 == 0, "partial_rotary_factor", EVEN)
     return config
 
 
@@ -154,7 +154,7 @@ def _record(config, what, eos_id, pad_id):
         if not 0 <= token < config.vocab_size:
             raise InputError(f"{name}: expected one of the {config.vocab_size} ids of the model, got {token}")
     if config.heads * config.head_size != config.width:
-        expected = f"model.width / model.heads = {config.width} / {config.heads}, as transformers has it"
+        expected = f"model.width / model.heads = {config.width} / {config.heads}, as in transformers"
         raise InputError(f"model.head_size: expected {expected}, got {config.head_size}")
     if config.parallel_residual and kind == "gpt2":
         raise InputError("model.parallel_residual: expected False where model.rotary_share is 0, as in transformers")
@@ -179,7 +179,7 @@ def _record(config, what, eos_id, pad_id):
 
 
 class _Fields:
-    """The fields of a config.json, as they are asked for; `problems` collects what is wrong with them."""
+    """Reads and checks the fields of a config.json one by one; `problems` collects what is wrong with them."""
 
     def __init__(self, record, problems=None):
         self.record = record
@@ -191,7 +191,7 @@ class _Fields:
         return fine
 
     def fixed(self, name, *values):
-        """Absent, or one of the values."""
+        """Expects the field to be absent or one of the values."""
         expected = " or ".join(json.dumps(value) for value in values)
         self.expect(name not in self.record or self.record[name] in values, name, expected)
 

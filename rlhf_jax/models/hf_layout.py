@@ -1,8 +1,8 @@
-"""What transformers calls the arrays of our tree, and how it lays them out.
+"""Names and layouts of our arrays in transformers.
 
 GPT-2 stores its dense kernels as Flax does, [in, out] (transformers' Conv1D), with queries, keys and values side by
-side in one [D, 3HK]: names change, numbers do not. GPT-NeoX stores them [out, in] (PyTorch's Linear), and queries,
-keys and values by head: of the 3HK outputs the first 3K are head 0's.
+side in one [D, 3HK]: only the names change. GPT-NeoX stores them as [out, in] (PyTorch's Linear), and groups queries,
+keys and values by head: the first 3K of the 3HK outputs are head 0's.
 """
 
 import re
@@ -24,15 +24,15 @@ NEOX = {
     "unembed": "embed_out",
 }
 WORDS = {"gpt2": GPT2, "gpt_neox": NEOX}
-PREFIX = {"gpt2": "transformer.", "gpt_neox": "gpt_neox."}  # of the trunk, where a head stands on it
-HEADS = ("unembed", "score")  # what is outside the trunk
+PREFIX = {"gpt2": "transformer.", "gpt_neox": "gpt_neox."}  # of the trunk's names in a model with a head
+HEADS = ("unembed", "score")  # arrays outside the trunk
 
-# Constants that old checkpoints carry: the causal mask, and the angles of rotary positions.
+# Constants in old checkpoints: the causal mask, and the frequencies of rotary positions.
 BUFFER = re.compile(r"(h|layers)\.\d+\.(attn|attention)\.((masked_)?bias|rotary_emb\.inv_freq)")
 
 
 def model_type(config):
-    """What transformers calls the architecture: gpt2, or gpt_neox where positions are rotary."""
+    """transformers' name of the architecture: gpt_neox if positions are rotary, else gpt2."""
     return "gpt_neox" if config.rotary_share else "gpt2"
 
 
@@ -45,12 +45,12 @@ def name(path, config):
 
 
 def shape(path, ours, config):
-    """Their shape of an array that is of the shape `ours` in our tree."""
+    """The shape in transformers of an array that has the shape `ours` in our tree."""
     return ours[::-1] if path[-1] == "kernel" and model_type(config) == "gpt_neox" else ours
 
 
 def to_ours(path, array, config):
-    """Their array in our layout; a view where that can be."""
+    """An array of transformers in our layout; a view where possible."""
     if model_type(config) == "gpt2":
         return array
     if path[-2] == "qkv":
@@ -60,11 +60,11 @@ def to_ours(path, array, config):
 
 
 def to_theirs(path, array, config):
-    """Our array in their layout: what to_ours turns back."""
+    """Our array in the layout of transformers: the inverse of to_ours."""
     if model_type(config) == "gpt2":
         return array
     array = array.T if path[-1] == "kernel" else array
     if path[-2] == "qkv":
         array = array.reshape(3, config.heads, config.head_size, *array.shape[1:]).swapaxes(0, 1)
         array = array.reshape(-1, *array.shape[3:])
-    return np.ascontiguousarray(array)  # safetensors writes the memory as it lies
+    return np.ascontiguousarray(array)  # safetensors writes the raw memory and ignores strides

@@ -20,7 +20,7 @@ TYPES |= {"I64": "<i8", "I32": "<i4", "I16": "<i2", "I8": "<i1", "U8": "<u1"}
 
 
 class Place(NamedTuple):
-    """Where an array is."""
+    """Where an array is stored."""
 
     file: Path
     dtype: np.dtype
@@ -29,8 +29,10 @@ class Place(NamedTuple):
 
 
 class Arrays(Mapping):
-    """name -> array, read-only. An array is mapped from its file when it is asked for, and takes no memory when
-    nobody holds it any more: a checkpoint can be gone through in the memory of its largest array."""
+    """name -> read-only array, mapped from its file at each access.
+
+    It takes no memory once nothing refers to it, so reading all arrays in turn needs the memory of the largest.
+    """
 
     def __init__(self, places):
         self._places = places
@@ -47,9 +49,9 @@ class Arrays(Mapping):
 
 
 def read(path):
-    """The Arrays of a safetensors file, or of a folder as transformers saves one.
+    """The Arrays of a safetensors file, or of a folder that transformers saved.
 
-    InputError names the file that is missing, damaged or no safetensors, and what was expected of it.
+    InputError names the file that is missing, damaged or not safetensors, and what was expected.
     """
     path = Path(path)
     if not path.is_dir():
@@ -67,11 +69,11 @@ def _places(file):
     """{name: Place} of one file."""
     if file.suffix in PICKLES:
         raise InputError(
-            f"{file}: expected safetensors; loading a pickle can run any code, so it is not done here: "
-            "convert it where you trust it (save_pretrained of transformers writes safetensors)"
+            f"{file}: expected safetensors; loading a pickle can run any code, so it is refused: "
+            "if you trust the file, convert it (save_pretrained of transformers writes safetensors)"
         )
     try:
-        with safe_open(file, framework="np"):  # its header fits its length, and the arrays do not overlap
+        with safe_open(file, framework="np"):  # checks the header, and that the arrays do not overlap
             pass
         with open(file, "rb") as opened:
             length = int.from_bytes(opened.read(8), "little")
@@ -79,8 +81,8 @@ def _places(file):
     except (OSError, SafetensorError) as error:
         raise InputError(f"{file}: expected a readable safetensors file: {error}") from error
     header.pop("__metadata__", None)
-    if strange := [f"{name} of {entry['dtype']}" for name, entry in header.items() if entry["dtype"] not in TYPES]:
-        raise InputError(f"{file}: expected arrays of {', '.join(TYPES)}, got {', '.join(strange)}")
+    if unknown := [f"{name} of {entry['dtype']}" for name, entry in header.items() if entry["dtype"] not in TYPES]:
+        raise InputError(f"{file}: expected arrays of {', '.join(TYPES)}, got {', '.join(unknown)}")
     return {
         name: Place(file, np.dtype(TYPES[entry["dtype"]]), tuple(entry["shape"]), 8 + length + entry["data_offsets"][0])
         for name, entry in header.items()
@@ -88,7 +90,7 @@ def _places(file):
 
 
 def _shards(index):
-    """{name: Place} of the shards that an index names; each holds what the index says, and nothing else."""
+    """{name: Place} of the shards in an index. Each shard must hold exactly the arrays that the index lists for it."""
     try:
         file_of = json.loads(index.read_text(encoding="utf-8"))["weight_map"]
         files = {name: index.with_name(name) for name in sorted(set(file_of.values()))}
@@ -105,5 +107,5 @@ def _shards(index):
         if file_of.get(array) != file
     ]
     if problems:
-        raise InputError(f"{index}: expected what is in the files: {'; '.join(problems)}")
+        raise InputError(f"{index}: expected an index that matches the files: {'; '.join(problems)}")
     return {array: shards[file][array] for array, file in file_of.items()}

@@ -1,6 +1,6 @@
 """Token rewards, discounted returns and GAE for one response; `jax.vmap` them over a batch.
 
-mask_R is 1 on the response tokens and 0 after; every output is 0 where the mask is.
+mask_R is 1 on the response tokens and 0 elsewhere; every output is 0 where mask_R is 0.
 """
 
 import jax
@@ -8,7 +8,7 @@ import jax.numpy as jnp
 
 
 def shape_rewards(score, kl_R, mask_R, *, kl_coef):
-    """Reward of each response token: -kl_coef * kl, plus the score on the last one (EOS where there is one).
+    """Reward of each response token: -kl_coef * kl, plus the score on the last one (EOS if there is one).
 
         r_t = -kl_coef * kl_t + [t is last] * score        (arXiv 1909.08593, eq. 2; 2009.01325, sec. 3.4)
 
@@ -20,7 +20,7 @@ def shape_rewards(score, kl_R, mask_R, *, kl_coef):
 
 
 def discounted_returns(rewards_R, mask_R, *, gamma):
-    """Reward-to-go G_t = r_t + gamma G_{t+1}; masked tokens are stepped over."""
+    """Reward-to-go G_t = r_t + gamma G_{t+1}; tokens with mask 0 are skipped."""
 
     def backward(later, token):
         reward, mask = token
@@ -37,7 +37,7 @@ def gae(rewards_R, values_R, mask_R, *, gamma, lam):
         delta_t = r_t + gamma V_{t+1} - V_t        A_t = delta_t + gamma lam A_{t+1}
 
     values_R[t] is the value *before* response token t; after the last token it is 0. t + 1 is the next token
-    with mask 1: a gap in the mask (a tool's output, say) is stepped over, whatever stands in it.
+    with mask 1: tokens with mask 0 in between (a tool's output, say) are skipped, whatever their values.
     Returns (advantages_R, returns_R) with returns = advantages + values.
     """
 

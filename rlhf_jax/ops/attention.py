@@ -1,20 +1,20 @@
-"""Scaled dot-product attention under a mask (Vaswani et al. 2017, eq. 1), with a backward pass of its own.
+"""Scaled dot-product attention under a mask (Vaswani et al. 2017, eq. 1), with its own backward pass.
 
-The weights are computed again for the gradients (Dao et al. 2022, arXiv 2205.14135, section 3.1), so that nothing of
-the size T x S is kept between the two passes, and in a causal square the keys after a block of queries are left out.
+The backward pass recomputes the weights (Dao et al. 2022, arXiv 2205.14135, section 3.1), so nothing of size T x S is
+kept between the two passes. Causal attention takes the queries in blocks and leaves out the keys after each block.
 """
 
 import jax
 import jax.numpy as jnp
 
-BLOCKS, SMALLEST = 3, 32  # of the queries of a causal square; more and smaller products are slower again
+BLOCKS, SMALLEST = 3, 32  # most blocks of causal queries, fewest queries in a block
 
 
 def attend(q_BHTK, k_BHSK, v_BHSK, mask_BTS, *, causal=False):
     """softmax(q k' / sqrt(K)) v, [B, H, T, K], with weights only where mask_BTS is 1; softmax in float32 or wider.
 
-    causal says that T = S and that no query sees a key after it, so that what is masked for sure is not computed. A
-    query that sees nothing gets some finite result.
+    causal=True promises that T = S and that the mask hides every key after its query: most of those pairs are then
+    not computed. A query that sees no key gets an arbitrary finite result.
     """
     q_BHTK = q_BHTK * q_BHTK.shape[-1] ** -0.5
     T = q_BHTK.shape[2]
@@ -30,9 +30,9 @@ def attend(q_BHTK, k_BHSK, v_BHSK, mask_BTS, *, causal=False):
 
 
 def fused(q_BHTK, k_BHSK, v_BHSK, mask_BTS):
-    """attend by one kernel of cuDNN's, which never writes the weights: on NVIDIA GPUs, and in half precision alone."""
+    """`attend` as one cuDNN kernel, which never stores the weights. NVIDIA GPUs and half precision only."""
     T, S = mask_BTS.shape[1:]
-    # Under a mask it has gradients for even lengths only.
+    # With a mask, the kernel has gradients for even lengths only.
     q_BTHK, k_BSHK, v_BSHK = (
         jnp.pad(jnp.moveaxis(x_BHTK, 1, 2), ((0, 0), (0, x_BHTK.shape[2] % 2), (0, 0), (0, 0)))
         for x_BHTK in (q_BHTK, k_BHSK, v_BHSK)
@@ -60,7 +60,8 @@ def _forward(q_BHTK, k_BHSK, v_BHSK, mask_BTS):
 def _backward(kept, grad_BHTK):
     """With P the weights and O the result: dV = P' dO, dS = P * (dO V' - sum(dO * O)), dQ = dS K, dK = dS' Q."""
     q_BHTK, k_BHSK, v_BHSK, mask_BTS, top_BHT1, total_BHT1, out_BHTK = kept
-    weights_BHTS = jnp.exp(_scores(q_BHTK, k_BHSK, mask_BTS) - top_BHT1)  # sum to `total`: dO is divided by it instead
+    # These weights sum to `total`, not 1: dO is divided by it instead.
+    weights_BHTS = jnp.exp(_scores(q_BHTK, k_BHSK, mask_BTS) - top_BHT1)
     scaled_BHTK = (grad_BHTK / total_BHT1).astype(q_BHTK.dtype)
     inner_BHT1 = jnp.sum((scaled_BHTK * out_BHTK).astype(total_BHT1.dtype), axis=-1, keepdims=True)
     grad_weights_BHTS = _product(scaled_BHTK, v_BHSK)
@@ -75,7 +76,7 @@ def _backward(kept, grad_BHTK):
 
 def _scores(q_BHTK, k_BHSK, mask_BTS):
     scores_BHTS = _product(q_BHTK, k_BHSK)
-    # A finite floor, not -inf: a padding query attends to nothing, and must not turn into NaN.
+    # A finite floor, not -inf: a padding query attends to nothing and must not become NaN.
     return jnp.where(mask_BTS[:, None], scores_BHTS, jnp.finfo(scores_BHTS.dtype).min)
 
 

@@ -1,4 +1,4 @@
-"""Importance weights of a rollout that the policy has moved away from: w = pi_new(y) / pi_old(y)."""
+"""Importance weights w = pi_new(y) / pi_old(y) of a rollout whose policy has changed since."""
 
 import jax.numpy as jnp
 
@@ -6,10 +6,10 @@ from rlhf_jax.ops import masked
 
 
 def effective_sample_size(log_weight, mask=None):
-    """(sum w)^2 / (n sum w^2), in (0, 1]: the share of the n samples that the weights leave (Kish 1965).
+    """(sum w)^2 / (n sum w^2), in (0, 1]: the effective share of the n samples (Kish 1965).
 
-    log_weight has any shape; entries where mask is 0 are not samples. 1 where all weights are equal, 1/n where one
-    has all the weight. Weights are taken relative to the largest, so none overflows.
+    log_weight has any shape; entries with mask 0 are not samples. Equal weights give 1; one weight that dwarfs all
+    others gives 1/n; an empty mask gives 0. Weights are taken relative to the largest, so none overflows.
     """
     mask = jnp.ones_like(log_weight, bool) if mask is None else mask
     log_weight = jnp.where(mask, log_weight, -jnp.inf)
@@ -19,14 +19,14 @@ def effective_sample_size(log_weight, mask=None):
 
 
 def statistics(logp_BR, logp_old_BR, mask_BR):
-    """How far a policy is from its rollout, without gradient: {name: scalar}.
+    """How far the policy has moved since its rollout: {name: scalar}, for metrics only.
 
-    ratio_max: the largest token weight. ess_token: effective sample size of token weights, which is what a per-token
-    surrogate uses. ess: that of whole responses, whose weight is the product of their tokens' weights.
+    ratio_max: the largest token weight. ess_token: effective sample size of the token weights, which a per-token
+    surrogate uses. ess: effective sample size of the responses; a response's weight is the product of its tokens'.
     """
     log_ratio_BR = jnp.where(mask_BR, logp_BR - logp_old_BR, 0)
     return {
-        "ratio_max": jnp.exp(jnp.max(log_ratio_BR)),
+        "ratio_max": jnp.max(jnp.where(mask_BR, jnp.exp(log_ratio_BR), 0)),
         "ess_token": effective_sample_size(log_ratio_BR, mask_BR),
         "ess": effective_sample_size(masked.sum(log_ratio_BR, mask_BR, axis=1)),
     }

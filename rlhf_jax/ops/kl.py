@@ -1,6 +1,6 @@
 """Estimators of KL(policy || reference) per token, in nats (Schulman 2020, "Approximating KL divergence").
 
-All take the log-probs of tokens sampled from the policy, at the temperature they were sampled at.
+k1, k2 and k3 take log-probs, at the sampling temperature, of tokens that the policy sampled.
 """
 
 import jax
@@ -12,7 +12,7 @@ LARGEST_ERROR = 0.2  # of the controller, relative to its target
 
 
 def k1(logp, logp_ref):
-    """log p - log q: unbiased, of either sign. The one that is put in the reward."""
+    """log p - log q: unbiased, of either sign. The reward's KL penalty uses it."""
     return logp - logp_ref
 
 
@@ -30,8 +30,8 @@ def k3(logp, logp_ref):
 def exact(logits_TV, logits_ref_TV, *, temperature=1.0):
     """KL(p || q) of the full distributions, sum_v p_v (log p_v - log q_v), >= 0, shape [..., T].
 
-    Each term is written as q - p - p log(q/p), which sums to the same and is never negative; near p = q it is
-    p (expm1(d) - d) with d = log(q/p), so that equal models give 0 and not the rounding error of a sum of both signs.
+    Each term is computed as q - p - p log(q/p): the sum is the same, and no term is negative. Near p = q the term is
+    p (expm1(d) - d) with d = log(q/p), so that equal models give exactly 0 and not a rounding error.
     """
     logp_TV = jax.nn.log_softmax(logprobs.scale(logits_TV, temperature), axis=-1)
     logq_TV = jax.nn.log_softmax(logprobs.scale(logits_ref_TV, temperature), axis=-1)
@@ -43,7 +43,7 @@ def exact(logits_TV, logits_ref_TV, *, temperature=1.0):
 
 
 def adapt(kl_coef, sequence_kl, *, target, horizon, episodes):
-    """The next KL coefficient after `episodes` of mean KL sequence_kl (nats): a proportional controller in log space.
+    """The KL coefficient after `episodes` with a mean KL of sequence_kl nats: a proportional controller in log space.
 
         error = clip(KL / target - 1, -0.2, 0.2)        kl_coef <- kl_coef max(1 + error episodes / horizon, 0)
 

@@ -1,6 +1,6 @@
 """Log-probabilities of chosen tokens, and the only shift by one in the project.
 
-A language model's output at position t scores the token at t + 1. `before` is the one function that knows it.
+A language model's output at position t scores the token at t + 1. Only `before` applies this shift.
 """
 
 import math
@@ -10,24 +10,24 @@ import jax.numpy as jnp
 
 
 def before(x_BT, count):
-    """The `count` entries of x that stand one place before the last `count` tokens: x_BT[:, -count-1:-1].
+    """The `count` entries of x one position before the last `count` tokens: x_BT[:, -count-1:-1].
 
-    Logits, hidden states and values at these positions belong to the last `count` tokens: with the prompt and
-    the response side by side, `before(hidden_BTD, R)` predicts the R response tokens, and
-    `before(hidden_BTD, T - 1)` every token but the first. x may have axes after T.
+    Logits, hidden states and values at these positions belong to the last `count` tokens. In a prompt followed by
+    its response, `before(hidden_BTD, R)` predicts the R response tokens, and `before(hidden_BTD, T - 1)` every token
+    but the first. x may have axes after T.
     """
     return x_BT[:, -count - 1 : -1]
 
 
 def scale(logits, temperature):
-    """Logits / temperature in float32 or wider: what sampler, learner and reference all take the softmax of."""
+    """Logits / temperature in float32 or wider. Sampler, learner and reference all take the softmax of this."""
     return logits.astype(jnp.promote_types(logits.dtype, jnp.float32)) / temperature
 
 
 def gather(logits_TV, targets_T, *, temperature=1.0):
     """log softmax(logits / temperature)[t, targets[t]], in nats, shape of targets.
 
-    logits_TV[t] must already be the distribution *of* targets_T[t] (see `before`). Leading axes may be added to both.
+    logits_TV[t] must already be the distribution *of* targets_T[t] (see `before`). Both may have leading axes.
     """
     logits_TV = scale(logits_TV, temperature)
     chosen_T = jnp.take_along_axis(logits_TV, targets_T[..., None], axis=-1)[..., 0]
@@ -42,11 +42,11 @@ def entropy(logits_TV, *, temperature=1.0):
 
 
 def chunked(function, hidden, *arrays, chunk):
-    """function(hidden_XD, *arrays) applied to `chunk` tokens at a time, over any leading token axes X.
+    """function(hidden_XD, *arrays), computed for `chunk` tokens at a time; X stands for any number of token axes.
 
-    `function` goes through the vocabulary (hidden -> logits -> a few numbers a token); a chunk's logits are
-    recomputed in the backward pass, so that no [B, T, V] array exists in either direction. Every array starts with
-    hidden's token axes and may have more; the results have the token axes alone.
+    `function` computes logits over the vocabulary and from them a few numbers per token. The backward pass recomputes
+    a chunk's logits, so neither pass holds a [B, T, V] array. Every array begins with the token axes X and may have
+    more; the results have only X.
     """
     axes = hidden.shape[:-1]
     tokens = math.prod(axes)

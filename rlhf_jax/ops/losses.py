@@ -1,4 +1,4 @@
-"""The losses, as masked means over tokens (or one number a pair). Minimize all of them."""
+"""Losses to minimize: masked means over tokens, or one number per pair."""
 
 import jax
 import jax.numpy as jnp
@@ -7,7 +7,7 @@ from rlhf_jax.ops import masked
 
 
 def cross_entropy(logp, mask):
-    """-log p of the tokens under the mask, mean, in nats per token."""
+    """Mean of -log p over the tokens under the mask, in nats per token."""
     return -masked.mean(logp, mask)
 
 
@@ -26,9 +26,9 @@ def ppo_policy(logp, logp_old, advantages, mask, *, clip):
 
         ratio = exp(logp - logp_old)        loss = mean max(-A ratio, -A clip(ratio, 1 - clip, 1 + clip))
 
-    Returns (loss, aux). aux holds masked means: clip_fraction, the share of tokens where the clipped term is the
-    larger one, so that they push no gradient; approx_kl, mean of ratio - 1 - log ratio (k3 of old to new, >= 0); ratio;
-    ratio_square, with which ratio^2 / ratio_square is the effective sample size of the tokens' weights.
+    Returns (loss, aux). aux holds masked means: clip_fraction, the share of tokens whose clipped term is the larger,
+    which have no gradient; approx_kl, the mean of ratio - 1 - log ratio (k3 of KL(old || new), >= 0); ratio; and
+    ratio_square (ratio^2 / ratio_square is the effective sample size of the token weights).
     """
     log_ratio = jnp.where(mask, logp - logp_old, 0)
     ratio = jnp.exp(log_ratio)
@@ -46,9 +46,9 @@ def ppo_policy(logp, logp_old, advantages, mask, *, clip):
 def ppo_value(values, values_old, returns, mask, *, clip):
     """Half the larger of the clipped and the unclipped squared error (PPO2; arXiv 2403.17031).
 
-    The clipped value may move at most `clip` from the value at the rollout. Returns (loss, {"clip_fraction"}).
+    The clipped value differs by at most `clip` from the value at the rollout. Returns (loss, {"clip_fraction"}).
     """
-    # Not old + clip(new - old): within the range that is the value but for rounding, which would count as clipped.
+    # Not old + clip(new - old): its rounding error would count values within the range as clipped.
     clipped_values = jnp.clip(values, values_old - clip, values_old + clip)
     plain = jnp.square(values - returns)
     clipped = jnp.square(clipped_values - returns)

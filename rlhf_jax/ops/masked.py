@@ -1,7 +1,7 @@
 """Sum, mean, variance and whitening under a mask: the only reductions over tokens in the project.
 
-Masks are bool or 0/1 of x's shape. Masked-out entries never matter, not even as inf or NaN.
-An empty mask gives 0, not NaN, so that a fully padded row cannot poison a batch.
+Masks are bool or 0/1 of x's shape. Entries with mask 0 never affect a result, not even inf or NaN.
+An empty mask gives 0, not NaN, so a fully padded row cannot make a batch NaN.
 """
 
 import jax

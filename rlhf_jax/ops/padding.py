@@ -1,19 +1,19 @@
-"""Prompts are padded on the left to one width; slices of like prompts need not be read as wide as the longest is."""
+"""Prompts are left-padded to one width; a slice of short prompts can be read at a smaller width."""
 
 import jax
 import jax.numpy as jnp
 
 
 def alike(prompt_mask_BP, slices):
-    """An order [B] of rows that, dealt out in turn to so many slices, gives each slice prompts of like lengths."""
+    """Order [B] of the rows: dealt out in turn to `slices` slices, they give each slice prompts of similar length."""
     return jnp.argsort(jnp.sum(prompt_mask_BP, axis=1)).reshape(slices, -1).T.reshape(-1)
 
 
 def cut(function, prompt_BP, prompt_mask_BP, widths):
-    """function(prompt [B, W], mask [B, W]) with padding cut off on the left that all the prompts have.
+    """function(prompt [B, W], mask [B, W]) without left padding that all the prompts share.
 
-    W is the least of P / widths, 2 P / widths, ..., P (rounded up) that holds the longest: for each of them the
-    function is compiled, with results of the same shapes.
+    W is the least of P / widths, 2 P / widths, ..., P (rounded up) that holds the longest prompt. The function is
+    compiled for each of these widths, and its results must have the same shapes at all of them.
     """
     if widths == 1:
         return function(prompt_BP, prompt_mask_BP)

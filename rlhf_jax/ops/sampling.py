@@ -1,4 +1,4 @@
-"""One token from one row of logits. Top-k and top-p are for evaluation and the playground, never for training."""
+"""Samples a token from a row of logits. Top-k and top-p are for evaluation and the playground, never for training."""
 
 import jax
 import jax.numpy as jnp
@@ -7,14 +7,14 @@ from rlhf_jax.ops import logprobs
 
 
 def top_k(logits_V, k):
-    """Logits with all but the k largest at -inf; k = 0 keeps all. Ties with the k-th stay."""
+    """Sets all logits but the k largest to -inf; k = 0 keeps all. Ties with the k-th stay."""
     if k == 0 or k >= logits_V.shape[-1]:
         return logits_V
     return jnp.where(logits_V < jax.lax.top_k(logits_V, k)[0][-1], -jnp.inf, logits_V)
 
 
 def top_p(logits_V, p):
-    """Logits with all at -inf but the smallest set of most likely tokens whose probability reaches p (0 < p <= 1).
+    """Keeps the smallest set of most likely tokens whose probability reaches p (0 < p <= 1); other logits become -inf.
 
     Nucleus sampling (Holtzman et al. 2020, arXiv 1904.09751). p = 1 keeps all; the most likely token always stays.
     """
@@ -27,10 +27,10 @@ def top_p(logits_V, p):
 
 
 def draw(key, logits_V, *, temperature=1.0, k=0, p=1.0):
-    """One draw from softmax(logits / temperature) after top-k, then top-p: (token, logp).
+    """Samples a token from softmax(logits / temperature) after top-k, then top-p: (token, logp).
 
-    logp is that of the distribution drawn from, so with k = 0 and p = 1 it is what the learner computes.
-    temperature = 0 takes the most likely token, with logp under temperature 1.
+    logp, in nats, is under the distribution sampled from; with k = 0 and p = 1 it is what the learner computes.
+    temperature = 0 takes the most likely token, and its logp is at temperature 1.
     """
     if temperature == 0:
         token = jnp.argmax(logits_V).astype(jnp.int32)

@@ -1,13 +1,14 @@
-"""What a person sees while a run goes on; the only module that prints.
+"""A run's console output; the only module that prints.
 
-On a terminal a stage is a progress bar over its last numbers, redrawn in place. Anywhere else, in a file or a CI log,
-it is a plain line now and then: no bars, no control characters.
+On a terminal a stage is a progress bar above its last metrics, updated in place. Anywhere else, such as a file or a CI
+log, it is a plain line now and then, without bars or control characters.
 """
 
 import math
 import sys
 import time
 from collections import deque
+from typing import Any
 
 from rich import box
 from rich.columns import Columns
@@ -17,9 +18,16 @@ from rich.progress_bar import ProgressBar
 from rich.table import Column, Table
 from rich.text import Text
 
-# The numbers worth a glance, in this order and without the stage before the slash; metrics.jsonl has the others.
-SHOWN = ("loss", "eval_loss", "accuracy", "eval_accuracy", "score", "eval_score", "gold", "eval_gold")
-SHOWN += (
+# The metrics shown, in this order and without the stage before the slash; metrics.jsonl has all of them.
+SHOWN = (
+    "loss",
+    "eval_loss",
+    "accuracy",
+    "eval_accuracy",
+    "score",
+    "eval_score",
+    "gold",
+    "eval_gold",
     "reward",
     "eval_reward",
     "distinct2",
@@ -34,13 +42,13 @@ SHOWN += (
 )
 SAMPLE_NUMBERS = "score", "kl", "total", "gold"
 PROMPT_TAIL, COMPLETION_HEAD = 240, 480  # characters of a sample that are shown
-LINE_EVERY = 15.0  # seconds from one plain line to the next, or sooner when a tenth of the stage is done
-PACE_STEPS = 50  # the pace is that of the last steps: a stage that compiles or evaluates is slow for a while
-PLAIN_WIDTH = 120  # columns, where there is no terminal to ask
+LINE_EVERY = 15.0  # seconds between plain lines; a line also follows each tenth of a stage
+PACE_STEPS = 50  # the pace is the mean of this many last steps: some are slow
+PLAIN_WIDTH = 120  # columns where there is no terminal
 
 
 class Reporter:
-    """Reports stages to `stream`, standard output by default, and leaves the terminal as it was, exception or not.
+    """Reports stages to `stream`, standard output by default, and restores the terminal, even after an exception.
 
     with Reporter() as reporter:
         reporter.stage("sft", 600)
@@ -54,7 +62,8 @@ class Reporter:
         width = None if terminal else PLAIN_WIDTH
         self._console = Console(file=stream, force_terminal=terminal, force_jupyter=False, width=width, highlight=False)
         self._redraws = terminal and not self._console.is_dumb_terminal
-        self._stage = self._live = None
+        self._stage: Any = None  # a _Stage while one is in progress
+        self._live: Live | None = None
 
     def __enter__(self):
         return self
@@ -63,7 +72,7 @@ class Reporter:
         self._close()
 
     def stage(self, name, total_steps, start=0):
-        """Begin a stage of `total_steps`, of which `start` were done by the run that it resumes."""
+        """Begins a stage of `total_steps` steps; a resumed run has already done `start` of them."""
         self._close()
         self._stage = _Stage(name, total_steps, start)
         self._printed = time.monotonic()
@@ -74,7 +83,7 @@ class Reporter:
             self.note(self._stage.line())
 
     def update(self, step, metrics):
-        """`step` steps of the stage are done; `metrics`, {name: float or 0-d array}, are its last numbers."""
+        """Shows that `step` steps are done; `metrics`, {name: float or 0-d array}, are those of the last one."""
         tenth = self._stage.tenth
         self._stage.update(step, metrics)
         due = self._stage.tenth > tenth or time.monotonic() - self._printed >= LINE_EVERY
@@ -83,17 +92,17 @@ class Reporter:
             self.note(self._stage.line())
 
     def finish(self, note=""):
-        """End the stage: how long it took, and `note`."""
+        """Ends the stage, and prints how long it took and `note`."""
         stage = self._stage
         self._close()
         self.note(f"{stage.name}  done in {duration(time.monotonic() - stage.began)}  {note}".rstrip())
 
     def note(self, text):
-        """One line."""
+        """Prints one line."""
         self._console.print(Text(self._visible(text)), soft_wrap=True)
 
     def samples(self, rows):
-        """Completions: dicts with "prompt", "completion" and any of the numbers "score", "kl", "total", "gold"."""
+        """Prints completions: dicts with "prompt", "completion" and any of "score", "kl", "total", "gold"."""
         for row in rows:
             grid = Table.grid("", Column(overflow="fold"), padding=(0, 2))
             numbers = "  ".join(f"{name} {number(row[name])}" for name in SAMPLE_NUMBERS if name in row)
@@ -105,7 +114,7 @@ class Reporter:
             self._print(Group(Text(f"sample  {numbers}", "cyan"), grid, ""))
 
     def before_after(self, table):
-        """The result: rows (name, before, after, change, (low, high) of the change), each number None where unknown."""
+        """Prints rows (name, before, after, change, (low, high) of the change); None is an unknown number."""
         grid = self._grid(("", "before", "after", "change", "95% interval"))
         for name, before, after, change, interval in table:
             between = "-" if interval is None else f"{number(interval[0], '+')} to {number(interval[1], '+')}"
@@ -113,7 +122,7 @@ class Reporter:
         self._print(grid)
 
     def table(self, header, rows):
-        """Rows of texts and numbers under a header."""
+        """Prints rows of texts and numbers under a header."""
         grid = self._grid(header)
         for row in rows:
             grid.add_row(*(Text(self._visible(cell)) if isinstance(cell, str) else number(cell) for cell in row))
@@ -126,14 +135,14 @@ class Reporter:
         return grid
 
     def _visible(self, text):
-        """`text` on one line that a stream of this encoding can show and that cannot move the cursor."""
+        """`text` on one line, escaped where the stream cannot encode it or where it would move the cursor."""
         text = "".join(c if c.isprintable() else c.encode("unicode_escape").decode() for c in text)
         return text.encode(self._console.encoding, "backslashreplace").decode(self._console.encoding)
 
     def _print(self, renderable):
         if self._redraws:
             self._console.print(renderable)
-        else:  # without the spaces that pad every line to the width of its table
+        else:  # strips the spaces that pad each line to the table's width
             with self._console.capture() as capture:
                 self._console.print(renderable)
             for line in capture.get().splitlines():
@@ -142,12 +151,12 @@ class Reporter:
     def _close(self):
         if self._live:
             self._live.stop()
-            self.note(self._stage.line())  # what stood in the bar, which is gone
+            self.note(self._stage.line())  # the bar is gone; this line keeps its last metrics
         self._stage = self._live = None
 
 
 class Silent:
-    """A Reporter that says nothing, for tests and for use as a library."""
+    """A Reporter that prints nothing, for tests and for use as a library."""
 
     def __enter__(self):
         return self
@@ -159,18 +168,18 @@ class Silent:
 
 
 class _Stage:
-    """How far a stage is, how fast it goes, and its last numbers."""
+    """A stage's progress, pace and last metrics."""
 
     def __init__(self, name, total, start):
         self.name, self.total, self.step = name, total, start
         self.began = time.monotonic()
-        self._marks = deque(maxlen=PACE_STEPS)  # (step, seconds)
+        self._marks: deque[tuple[int, float]] = deque(maxlen=PACE_STEPS)  # (step, seconds)
         self._numbers = {}
 
     def update(self, step, metrics):
         self.step = step
         self._marks.append((step, time.monotonic()))
-        # A new dict, not a changed one: the bar is drawn by another thread. Evaluations stay until the next one.
+        # A new dict, because another thread renders the bar. An evaluation's metrics stay until the next one.
         self._numbers = self._numbers | {name.split("/")[-1]: float(value) for name, value in metrics.items()}
 
     @property
@@ -182,7 +191,7 @@ class _Stage:
         return [f"{name} {number(last[name])}" for name in SHOWN if name in last]
 
     def pace(self):
-        """["0.21 s/step", "1m42s left"], or nothing before the second step: the first is slow, it compiles."""
+        """["0.21 s/step", "1m42s left"], or [] before the second step: the first one compiles."""
         if len(self._marks) < 2:
             return []
         (first, began), (last, ended) = self._marks[0], self._marks[-1]
@@ -200,7 +209,7 @@ class _Stage:
 
 
 def number(value, sign=""):
-    """Three digits, about: 2.31, 0.783, 12.4, 512, 1.9e-3. `sign` "+" marks what is above 0; None is "-"."""
+    """About three digits: 2.31, 0.783, 12.4, 512, 1.9e-3. `sign` "+" signs positive numbers too; None is "-"."""
     if value is None:
         return "-"
     size = abs(value)

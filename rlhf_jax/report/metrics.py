@@ -1,8 +1,8 @@
-"""What a run measured: metrics.jsonl (the record), TensorBoard events (a view of it), summary.json (the result).
+"""A run's metrics: metrics.jsonl (the record), TensorBoard events (a view of it), summary.json (the result).
 
-One JSON object a line: {"step": 12, "time": 3.4, "ppo/score": 0.5}. `time` is in seconds of training: a resumed run
-goes on from its last kept line. JSON has no NaN, so a value that is not finite is written as null and read back as
-NaN: the name is never left out, and a curve shows the gap.
+metrics.jsonl has one JSON object per line: {"step": 12, "time": 3.4, "ppo/score": 0.5}. `time` is in seconds of
+training; a resumed run continues from its last kept line. JSON has no NaN, so a value that is not finite is written as
+null and read back as NaN: the name is never left out, and a curve shows the gap.
 """
 
 import importlib.metadata
@@ -22,7 +22,7 @@ from tensorboardX.proto.summary_pb2 import Summary
 from rlhf_jax.errors import InputError
 
 EVENTS_EVERY = 10.0  # seconds between flushes of the TensorBoard file: each one waits for the disk
-PACKAGES = ("rlhf_jax", "jax", "jaxlib", "flax", "optax", "orbax-checkpoint")
+PACKAGES: tuple[str, ...] = ("rlhf_jax", "jax", "jaxlib", "flax", "optax", "orbax-checkpoint")
 PACKAGES += ("numpy", "grain", "tensorflow-datasets", "tokenizers")
 
 
@@ -32,9 +32,9 @@ class Writer:
         with Writer(workdir, resume_step=120) as log:
             log.write(121, {"sft/loss": loss})
 
-    `resume_step` is the last step the restored checkpoint has behind it: lines after it, which the run is about to
-    live through again, are dropped, and so is a last line cut short by a kill. None is a new run, which keeps nothing.
-    Raises InputError where the workdir cannot be written or holds a damaged file.
+    `resume_step` is the last step of the restored checkpoint. Lines after it are dropped, because the run repeats these
+    steps; so is a last line cut short by a kill. None is a new run, which keeps no lines. Raises InputError if the
+    workdir cannot be written or has a damaged file.
     """
 
     def __init__(self, workdir, *, resume_step=None):
@@ -46,11 +46,11 @@ class Writer:
             kept = [row for row in read(self._path) if row["step"] < first_step] if resumed else []
             (workdir / "tensorboard").mkdir(parents=True, exist_ok=True)
             _replace(self._path, "".join(_line(row) for row in kept))
-            # The step in the name keeps a run resumed within one second from overwriting the file it resumes.
+            # The step in the name keeps a run that resumes within a second from overwriting the earlier file.
             self._events = EventsWriter(str(workdir / "tensorboard" / "events"), f".{first_step}")
         except OSError as error:
             raise InputError(f"workdir {workdir}: expected a folder that can be written ({error.strerror})") from error
-        # TensorBoard hides what earlier files hold from this step on.
+        # This event makes TensorBoard hide the steps of earlier files from this step on.
         self._events.write_event(Event(step=first_step, session_log=SessionLog(status=SessionLog.START)))
         self._flushed = time.monotonic()
         self._started = time.monotonic() - (kept[-1]["time"] if kept else 0.0)
@@ -62,7 +62,7 @@ class Writer:
         self.close()
 
     def write(self, step, values):
-        """Record {name: float or 0-d array} at `step`; names are free but for "step" and "time"."""
+        """Records {name: float or 0-d array} at `step`; the names "step" and "time" are reserved."""
         values = {name: float(value) for name, value in values.items()}
         now = time.monotonic()
         row = {"step": int(step), "time": round(now - self._started, 3), **values}
@@ -79,7 +79,10 @@ class Writer:
 
 
 def read(path):
-    """The rows of a metrics.jsonl, oldest first, null as NaN; a last line that is still being written is left out."""
+    """The rows of a metrics.jsonl, oldest first, with null as NaN and without an unfinished last line.
+
+    Raises InputError if the file is missing, or damaged (naming the line).
+    """
     path = Path(path)
     if not path.exists():
         raise InputError(f"{path}: expected a metrics file, found none")
@@ -96,13 +99,13 @@ def read(path):
 
 
 def series(rows, name):
-    """(steps, values) of one metric, as arrays of the rows that have it: both empty where none does."""
-    found = [(row["step"], row[name]) for row in rows if name in row]
-    return np.array([step for step, _ in found], np.int64), np.array([value for _, value in found], np.float64)
+    """(steps, values) of one metric, as arrays over the rows that have it; both are empty if none has."""
+    pairs = [(row["step"], row[name]) for row in rows if name in row]
+    return np.array([step for step, _ in pairs], np.int64), np.array([value for _, value in pairs], np.float64)
 
 
 def summarize(path, summary):
-    """Write a nested dict of results as readable, sorted JSON, whole or not at all; not finite is null."""
+    """Writes a nested dict of results as sorted JSON, whole or not at all; a value that is not finite is null."""
     _replace(Path(path), json.dumps(_plain(summary), indent=2, sort_keys=True, allow_nan=False) + "\n")
 
 
@@ -125,7 +128,7 @@ def _version(package):
     try:
         return importlib.metadata.version(package)
     except importlib.metadata.PackageNotFoundError:
-        return "not installed"  # ours, when run from a checkout
+        return "not installed"  # rlhf_jax, when it runs from a checkout
 
 
 def _line(row):
@@ -133,7 +136,7 @@ def _line(row):
 
 
 def _plain(value):
-    """The same value as JSON's own types: arrays as numbers and lists, not finite as None."""
+    """The value in JSON's types: an array as a number or lists, a number that is not finite as None."""
     if hasattr(value, "tolist"):  # numpy and jax, scalars and arrays
         value = value.tolist()
     if isinstance(value, dict):
@@ -146,7 +149,7 @@ def _plain(value):
 
 
 def _replace(path, text):
-    """Put `text` at `path` so that a reader, or a crash, finds the old file or the new one and nothing between."""
+    """Writes `text` to `path` whole or not at all: a reader or a crash finds the old file or the new one."""
     temporary = path.with_name(path.name + ".tmp")
     with open(temporary, "w", encoding="utf-8") as file:
         file.write(text)

@@ -1,24 +1,22 @@
-"""Pictures of a run, as PNG files: losses, reward accuracy, the PPO dashboard, before and after.
+"""Plots of a run, as PNG files: losses, reward accuracy, the PPO dashboard, before and after.
 
-Each function takes rows of `metrics.read`, leaves out what they do not have, and returns the Figure it saved, or None
-where there was nothing to draw. A colour is a quantity; a faint line is what was measured at each step, the bold line
-its running mean, black dots are held-out evaluations. The number at the end of a curve is its last value.
+Each function takes rows of `metrics.read`, leaves out metrics that they lack, and returns the saved Figure, or None if
+there is nothing to plot. A colour is a quantity. A faint line is the value at each step, the bold line is its running
+mean, and black dots are held-out evaluations. The number at the end of a curve is the last running mean, or last dot.
 """
 
 import dataclasses
-from functools import partial
+from functools import partial, wraps
 from pathlib import Path
+from typing import Any
 
-import matplotlib
 import numpy as np
-from matplotlib.figure import Figure
-from matplotlib.ticker import MaxNLocator, StrMethodFormatter
 
 from rlhf_jax.report.metrics import series
 
-# Okabe and Ito's colours, which any colour vision tells apart, darkened until they can be read as text.
+# Okabe and Ito's colours, distinct in any colour vision; darkened, so that text in them can be read.
 BLUE, AMBER, GREEN, PURPLE, BLACK, GREY = "#0072B2", "#B36B00", "#007A5A", "#B0578D", "#222222", "#767676"
-STYLE = {
+STYLE: dict[Any, Any] = {
     "figure.dpi": 130, "savefig.dpi": 130, "font.family": "DejaVu Sans", "font.size": 9, "text.color": BLACK,
     "axes.titlesize": 10.5, "axes.titleweight": "bold", "axes.titlelocation": "left", "axes.titlepad": 9,
     "axes.labelcolor": GREY, "axes.edgecolor": "#BBBBBB", "axes.spines.top": False, "axes.spines.right": False,
@@ -28,15 +26,28 @@ STYLE = {
 }  # fmt: skip
 PANEL, SINGLE = (4.0, 2.75), (5.5, 3.5)  # inches: one panel among others, one alone
 DASHED = 0, (4, 3)
-STEPS = dict(nbins=5, steps=(1, 2, 5, 10), integer=True)  # where the ticks of a step axis go
+STEPS: dict[str, Any] = dict(nbins=5, steps=(1, 2, 5, 10), integer=True)  # ticks of a step axis
+
+
+def _styled(function):
+    """The function, drawing in STYLE. Matplotlib is imported by the first drawing: that takes half a second."""
+
+    @wraps(function)
+    def styled(*args, **kwargs):
+        import matplotlib
+
+        with matplotlib.rc_context(STYLE):
+            return function(*args, **kwargs)
+
+    return styled
 
 
 @dataclasses.dataclass(frozen=True)
 class Curve:
-    name: str  # in the rows
-    label: str = ""  # said at its end, where a panel shows several
+    name: str  # of the metric, in the rows
+    label: str = ""  # written at the curve's end if the panel has several
     color: str = BLUE
-    dots: bool = False  # few points, each worth seeing: held-out evaluations
+    dots: bool = False  # plots each point: held-out evaluations are few
 
 
 @dataclasses.dataclass(frozen=True)
@@ -45,12 +56,12 @@ class Panel:
     unit: str
     curves: tuple[Curve, ...]
     x: str = "training step"
-    view: tuple[float, float] = (-np.inf, np.inf)  # never beyond: for values that have bounds or run away
-    level: tuple[float, str] | None = None  # a value to compare with, and its name
+    view: tuple[float, float] = (-np.inf, np.inf)  # limits of the y axis: for values with bounds, or that diverge
+    level: tuple[float, str] | None = None  # a reference value, and its name
 
 
 def _trained(stem, metric, color=BLUE, label="training"):
-    """The curve of a metric in training and its held-out evaluations."""
+    """The curves of a metric: in training, and its held-out evaluations."""
     return Curve(f"{stem}/{metric}", label, color), Curve(f"{stem}/eval_{metric}", "held out", BLACK, dots=True)
 
 
@@ -100,13 +111,13 @@ RL = {  # names in the rows are without the stage's
 }  # fmt: skip
 
 
-@matplotlib.rc_context(STYLE)
+@_styled
 def supervised(rows, path, stage="sft"):
-    """Training and held-out loss of "sft" or "pretrain", and what its samples were worth where that was measured."""
+    """Training and held-out loss of "sft" or "pretrain", and the score of its samples if it was measured."""
     return _save(_panels(SUPERVISED[stage], rows), path)
 
 
-@matplotlib.rc_context(STYLE)
+@_styled
 def rl(rows, directory, stage, *, best_of_n=None):
     """directory/<stage>.png with every panel, and a file for each: {file name without .png: Figure}.
 
@@ -114,12 +125,12 @@ def rl(rows, directory, stage, *, best_of_n=None):
     reward_over_kl.png sets the policy beside it. Where rows have `_ci95` of a curve, its band is drawn.
     """
     rows = bare(rows, stage)
-    drawings = {name: _panels([panel], rows) for name, panel in RL.items()}
-    drawings["over_optimization"] = _score_and_gold(rows, x="kl")
+    plotters = {name: _panels([panel], rows) for name, panel in RL.items()}
+    plotters["over_optimization"] = _score_and_gold(rows, x="kl")
     if best_of_n:
-        drawings["reward_over_kl"] = [partial(_frontier, rows=rows, best_of_n=best_of_n)]
-    drawings[stage] = [drawing for some in drawings.values() for drawing in some]
-    figures = {name: _save(some, Path(directory) / f"{name}.png") for name, some in drawings.items()}
+        plotters["reward_over_kl"] = [partial(_frontier, rows=rows, best_of_n=best_of_n)]
+    plotters[stage] = [plotter for some in plotters.values() for plotter in some]
+    figures = {name: _save(some, Path(directory) / f"{name}.png") for name, some in plotters.items()}
     return {name: figure for name, figure in figures.items() if figure}
 
 
@@ -128,7 +139,7 @@ def bare(rows, stage):
     return [{name.removeprefix(f"{stage}/"): value for name, value in row.items()} for row in rows]
 
 
-REUSE = {  # name in stages/reuse.py's results: title, unit
+REUSE = {  # {name in the results of stages/reuse.py: (title, unit)}
     "ratio_max": ("Largest importance weight", "of a token"),
     "ess_token": ("Effective sample size, tokens", "share of the rollout"),
     "ess": ("Effective sample size, samples", "share of the rollout"),
@@ -138,9 +149,9 @@ REUSE = {  # name in stages/reuse.py's results: title, unit
 }
 
 
-@matplotlib.rc_context(STYLE)
+@_styled
 def reuse(results, path):
-    """What each update makes of a rollout that is used 1, 2, 4, 8 times; bands are 95% over rollouts."""
+    """Each update after 1, 2, 4 and 8 uses of one rollout; bands are 95% intervals over rollouts."""
     panels = [partial(_reuse, results=results, name=name) for name in REUSE]
     return _save(panels, path, title="One rollout, used again")
 
@@ -160,13 +171,13 @@ def _reuse(axes, results, name):
     _label_ends(axes, ends)
 
 
-@matplotlib.rc_context(STYLE)
+@_styled
 def reward(rows, path, stage="reward"):
     """Loss, accuracy and margin of the reward model, beside what a coin flip scores."""
     return _save(_panels([REWARD_LOSS, ACCURACY, MARGIN], rows), path)
 
 
-@matplotlib.rc_context(STYLE)
+@_styled
 def pipeline(rows, path, title):
     """A whole run in one picture: the losses, what reinforcement learning gained, and what that cost in KL.
 
@@ -174,7 +185,7 @@ def pipeline(rows, path, title):
     """
     panels = {"pretrain": PRETRAIN_LOSS, "sft": SFT_LOSS, "reward": ACCURACY}
     *before, last = rows
-    drawings = [drawing for stage in before for drawing in _panels([panels[stage]], rows[stage])]
+    plotters = [plotter for stage in before for plotter in _panels([panels[stage]], rows[stage])]
     found = bare(rows[last], last)
     gain = _score_and_gold(found, x="step") or _panels([RL["score"], RL["reward"]], found)
     cost = (
@@ -182,14 +193,14 @@ def pipeline(rows, path, title):
         if len(before) == 2 and "reward" in rows
         else [RL[name] for name in ("kl", "distinct2", "repeat_rate")]
     )
-    return _save(drawings + gain + _panels(cost, found), path, columns=2, title=title)
+    return _save(plotters + gain + _panels(cost, found), path, columns=2, title=title)
 
 
-@matplotlib.rc_context(STYLE)
+@_styled
 def before_after(before_N, after_N, path, *, name, win_rate, learner="PPO"):
     """Scores of the same N prompts under SFT and the learner: both distributions, and the change of each prompt.
 
-    `name` says what the score is; `win_rate` is (rate, (low, high)) as evaluate.win_rate gives it.
+    `name` is the name of the score; `win_rate` is (rate, (low, high)) as from evaluate.win_rate.
     """
     before_N, after_N = np.asarray(before_N, np.float64), np.asarray(after_N, np.float64)
     if not before_N.size:
@@ -203,17 +214,19 @@ def before_after(before_N, after_N, path, *, name, win_rate, learner="PPO"):
     )
 
 
-def _save(drawings, path, *, columns=3, title=None):
-    """Small multiples: each of `drawings`, a function of axes, in a cell of one Figure, written to `path`."""
-    if not drawings:
+def _save(plotters, path, *, columns=3, title=None):
+    """Writes a Figure to `path`, with a cell for each of `plotters`, which are functions of axes."""
+    if not plotters:
         return None
-    columns = min(columns, len(drawings))
-    lines = -(-len(drawings) // columns)
-    width, height = PANEL if len(drawings) > 1 else SINGLE
-    figure = Figure(figsize=(width * columns, height * lines + (0.4 if title else 0)), layout="constrained")
-    figure.get_layout_engine().set(w_pad=0.1, h_pad=0.1, wspace=0.02, hspace=0.04)
-    for index, draw in enumerate(drawings, 1):
-        draw(figure.add_subplot(lines, columns, index))
+    columns = min(columns, len(plotters))
+    lines = -(-len(plotters) // columns)
+    width, height = PANEL if len(plotters) > 1 else SINGLE
+    from matplotlib.figure import Figure
+
+    figure = Figure(figsize=(width * columns, height * lines + (0.4 if title else 0)))
+    figure.set_layout_engine("constrained", w_pad=0.1, h_pad=0.1, wspace=0.02, hspace=0.04)
+    for index, plot in enumerate(plotters, 1):
+        plot(figure.add_subplot(lines, columns, index))
     if title:
         figure.suptitle(title, x=0.012, ha="left")
     Path(path).parent.mkdir(parents=True, exist_ok=True)
@@ -222,14 +235,14 @@ def _save(drawings, path, *, columns=3, title=None):
 
 
 def _panels(panels, rows):
-    """A drawing for each panel that `rows` has something for."""
+    """A plotter for each panel that has values in `rows`."""
     return [partial(_panel, panel=panel, rows=rows) for panel in panels if _present(panel, rows)]
 
 
 def _present(panel, rows):
     """[(curve, steps, values)] of the curves with a finite value."""
-    found = [(curve, *series(rows, curve.name)) for curve in panel.curves]
-    return [(curve, steps, values) for curve, steps, values in found if np.isfinite(values).any()]
+    curves = [(curve, *series(rows, curve.name)) for curve in panel.curves]
+    return [(curve, steps, values) for curve, steps, values in curves if np.isfinite(values).any()]
 
 
 def _panel(axes, panel, rows):
@@ -252,16 +265,22 @@ def _panel(axes, panel, rows):
         last = values[np.isfinite(values)][-1]
         ends.append((last, f"{curve.label if len(present) > 1 else ''} {_number(last)}".strip(), curve.color))
     low, high = np.clip(axes.get_ylim(), *panel.view)
-    if low < high:  # else every value is out of view, and worth seeing
+    if low < high:  # otherwise all values are out of view, and all are shown
         axes.set_ylim(low, high)
     axes.set(title=panel.title, ylabel=panel.unit, xlabel=panel.x)
-    axes.xaxis.set_major_locator(MaxNLocator(**STEPS))
-    axes.xaxis.set_major_formatter(StrMethodFormatter("{x:,.0f}"))
+    _step_ticks(axes)
+    axes.xaxis.set_major_formatter("{x:,.0f}")
     _label_ends(axes, ends)
 
 
+def _step_ticks(axes):
+    from matplotlib.ticker import MaxNLocator
+
+    axes.xaxis.set_major_locator(MaxNLocator(**STEPS))
+
+
 def _label_ends(axes, ends):
-    """Write each (value, text, color) to the right of the axes, level with its value but clear of the others."""
+    """Writes each (value, text, color) to the right of the axes, near the height of its value, without overlap."""
     low, high = axes.get_ylim()
     heights = [float(np.clip((value - low) / (high - low), 0, 1)) for value, _, _ in ends]
     for height, (_, text, color) in zip(spread(heights, gap=0.075), ends, strict=True):
@@ -269,10 +288,10 @@ def _label_ends(axes, ends):
 
 
 def _score_and_gold(rows, x):
-    """A drawing of the learned and the gold score over `x`, "step" or "kl", where rows have all three.
+    """[a plotter of the learned and the gold score over `x`, "step" or "kl"], or [] if no row has all three.
 
-    Over KL it shows over-optimization (Gao et al. 2023): once gold falls while the learned score still rises, the
-    policy gains by what the reward model has wrong.
+    Over KL it shows over-optimization (Gao et al. 2023): where gold falls while the learned score still rises, the
+    policy exploits errors of the reward model.
     """
     names = x, "score", "gold"
     points_N3 = np.array([[row.get(name, np.nan) for name in names] for row in rows]).reshape(-1, 3)
@@ -290,17 +309,17 @@ def _twins(axes, points_N3, over_kl):
         side.tick_params(axis="y", labelcolor=curve.color)
         side.grid(visible=side is axes)
     axes.set(title="Learned and gold score", xlabel="iteration")
-    if over_kl:  # an estimate of KL may be below 0, where there is no root
+    if over_kl:  # an estimate of KL may be negative: its root is set to 0
         axes.set_xscale("function", functions=(lambda kl: np.sqrt(np.maximum(kl, 0)), np.square))
         axes.set(title="Over-optimization", xlabel="KL from the reference (nats, square root scale)", xlim=(0, None))
-    axes.xaxis.set_major_locator(MaxNLocator(**STEPS))
+    _step_ticks(axes)
 
 
 def _frontier(axes, rows, best_of_n):
-    """Reward over KL: what a nat buys. Below best-of-n's curve, sampling again would have been the better way."""
-    n_M, score_M, nats_M = np.array(best_of_n).T
-    axes.plot(nats_M, score_M, ".-", color=GREY, linewidth=1, markersize=4, label="best of n")
-    for n, score, nats in zip(n_M, score_M, nats_M, strict=True):
+    """Reward over KL. A policy below the curve of best-of-n has less reward than best-of-n at the same KL."""
+    points_N3 = np.array(best_of_n)
+    axes.plot(points_N3[:, 2], points_N3[:, 1], ".-", color=GREY, linewidth=1, markersize=4, label="best of n")
+    for n, score, nats in points_N3:
         if int(n) in (1, 4, 16):
             axes.annotate(
                 f"best of {n:.0f}", (nats, score), (5, -9), textcoords="offset points", color=GREY, fontsize=7
@@ -323,11 +342,11 @@ def _distributions(axes, scores, name):
 
 
 def _changes(axes, change_N, name, learner):
-    """Prompts from the most improved to the most worsened: the curve leaves 0 where better ends and worse begins."""
-    change_N, edges_N = np.sort(change_N)[::-1], np.linspace(0, 100, change_N.size + 1)
+    """The change of each prompt, sorted from the most improved to the most worsened."""
+    change_N, edges = np.sort(change_N)[::-1], np.linspace(0, 100, change_N.size + 1)
     better_N, worse_N = change_N > 0, change_N < 0
     for kind_N, color in (better_N, BLUE), (worse_N, AMBER):
-        axes.stairs(np.where(kind_N, change_N, 0), edges_N, fill=True, color=color, alpha=0.45)
+        axes.stairs(np.where(kind_N, change_N, 0), edges, fill=True, color=color, alpha=0.45)
     axes.axhline(0, color=BLACK, linewidth=0.8)
     shares = f"{better_N.mean():.0%} better, {worse_N.mean():.0%} worse"
     axes.set(
@@ -340,7 +359,7 @@ def _number(value):
 
 
 def smooth(values):
-    """Centred running mean over a twentieth of the curve, cut off at its ends; NaN are passed over."""
+    """Centred running mean over a twentieth of the curve, of fewer values at its ends; NaN are skipped."""
     half = len(values) // 40
     kernel, known = np.ones(2 * half + 1), np.isfinite(values)
     count = np.convolve(known, kernel, "full")[half : half + len(values)]
@@ -349,7 +368,7 @@ def smooth(values):
 
 
 def spread(heights, *, gap):
-    """The heights in [0, 1] moved, as little as need be, until no two are nearer than `gap`; their order is kept."""
+    """Moves the heights in [0, 1] apart until no two are closer than `gap`; their order is kept."""
     order = np.argsort(heights, kind="stable")
     placed = np.array(heights, np.float64)
     for _ in range(100):

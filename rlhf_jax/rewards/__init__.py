@@ -1,4 +1,4 @@
-"""How completions are scored: one signature for a learned reward, the known truth, sentiment and any function."""
+"""Rewards score completions. A learned reward, the known truth, sentiment and any function have one signature."""
 
 import dataclasses
 import functools
@@ -10,7 +10,7 @@ from rlhf_jax.rollout import Rollout
 
 @dataclasses.dataclass(frozen=True)
 class Completions:
-    """A rollout as a reward sees it: tokens on the device and, decoded when first asked for, texts."""
+    """A rollout as a reward sees it: tokens on the device, and texts, which are decoded on first use."""
 
     rows: Sequence[dict]  # of the data, one a completion
     rollout: Rollout
@@ -26,14 +26,21 @@ class Reward(Protocol):
     """A frozen value that scores completions.
 
     `params` is what it needs of a TrainState (`state.reward`), or None. `metric` names the total in the logs: "score"
-    of a learned reward, "reward" of one that anyone can compute. One that runs on the host has `scores(rows, texts)`
-    too, and waits for the texts.
+    of a learned reward, "reward" of a function. A reward that runs on the host also has `scores(rows, texts)` and waits
+    for the texts.
     """
 
-    name: str
-    metric: str
-    on_host: bool
-    params: Any
+    @property
+    def name(self) -> str: ...
+
+    @property
+    def metric(self) -> str: ...
+
+    @property
+    def on_host(self) -> bool: ...
+
+    @property
+    def params(self) -> Any: ...
 
     def __call__(self, params: Any, completions: Completions) -> dict[str, Any]:
         """{component: [B]}; the reward is their sum. Raises InputError, naming the function and the row at fault."""

@@ -10,7 +10,9 @@ It returns N numbers, or {component: N numbers}: then the reward is their sum, a
 `--config.reward=path/to/file.py:polite` uses it; NAMED has the ones of this package.
 """
 
+import functools
 import hashlib
+import importlib.machinery
 import importlib.util
 import inspect
 import sys
@@ -25,7 +27,7 @@ import numpy as np
 from rlhf_jax.errors import InputError
 from rlhf_jax.rewards import Completions, gold, sentiment
 
-NAMED = {"sentiment": sentiment.compound, "gold": gold.of_rows}
+NAMED: dict[str, Callable] = {"sentiment": sentiment.compound, "gold": gold.of_rows}
 
 
 class Function:
@@ -42,7 +44,7 @@ class Function:
         return self.scores(completions.rows, completions.texts)
 
     def scores(self, rows, texts: list[str]) -> dict[str, np.ndarray]:
-        """The same of rows (ignored by a function of texts alone) and texts.
+        """The same for rows and texts. A function of texts alone ignores the rows.
 
         Raises InputError, naming the function and the text's number, where it raises or its result is no reward.
         """
@@ -60,7 +62,8 @@ class Function:
     def _checked(self, values, count: int, part: str) -> np.ndarray:
         where = f"reward {self.name}{part}"
         try:
-            values_N = np.asarray(values, np.float32)
+            with np.errstate(over="ignore"):  # it becomes inf, which is refused below
+                values_N = np.asarray(values, np.float32)
         except (TypeError, ValueError):
             raise InputError(f"{where}: expected {count} numbers, got {type(values).__name__}") from None
         if values_N.shape != (count,):
@@ -79,7 +82,7 @@ def load(spec: str) -> Function:
     if spec in NAMED:
         return Function(NAMED[spec], spec)
     path, name = _split(spec)
-    function = getattr(_module(path), name, None)
+    function = getattr(_module(path.absolute(), fingerprint(spec)), name, None)
     if not callable(function):
         raise InputError(f"reward: {path}: expected a function {name!r}, found none")
     return Function(function, spec)
@@ -99,21 +102,27 @@ def _split(spec: str) -> tuple[Path, str]:
     return Path(path), name
 
 
-def _module(path: Path) -> ModuleType:
-    """The file as a module that is imported as any other: its neighbours can be imported, and its classes pickled."""
-    folder = str(path.absolute().parent)
+@functools.cache
+def _module(path: Path, sha256: str) -> ModuleType:
+    """Imports the file like any module: it can import its neighbours, and its classes can be pickled.
+
+    It is imported once; `sha256` is that of its contents, so that a changed file is imported again.
+    """
+    folder, name = str(path.parent), path.stem
     if folder not in sys.path:
         sys.path.append(folder)
-    name, known = path.stem, sys.modules.get(path.stem)
-    if known is not None and getattr(known, "__file__", None) != str(path.absolute()):
-        name = f"{path.stem}_{hashlib.sha256(folder.encode()).hexdigest()[:8]}"
-    spec = importlib.util.spec_from_file_location(name, path.absolute())
+    known = sys.modules.get(name) or importlib.machinery.PathFinder.find_spec(name)
+    file = getattr(known, "__file__", None) or getattr(known, "origin", None)
+    if known is not None and file != str(path):  # the name is another module's, as that of json.py is
+        name = f"{name}_{hashlib.sha256(folder.encode()).hexdigest()[:8]}"
+    spec = importlib.util.spec_from_file_location(name, path)
+    assert spec is not None and spec.loader is not None  # it ends in .py
     module = importlib.util.module_from_spec(spec)
-    sys.modules[spec.name] = module
+    sys.modules[name] = module
     try:
         spec.loader.exec_module(module)
     except (Exception, SystemExit) as error:
-        del sys.modules[spec.name]
+        del sys.modules[name]
         raise InputError(f"reward: {path}: {_raised(error)}") from error
     return module
 
@@ -127,7 +136,7 @@ def _raised(error: BaseException) -> str:
 
 
 def _takes_rows(function: Callable) -> bool:
-    """Whether it is a function of rows and texts: two parameters that must be given."""
+    """Whether the function takes rows and texts: it has two parameters without a default."""
     try:
         parameters = inspect.signature(function).parameters.values()
     except (TypeError, ValueError):

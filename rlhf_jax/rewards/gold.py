@@ -1,12 +1,12 @@
-"""The embedded task's known truth: what a summary of a generated post is worth.
+"""The embedded task's true reward: the gold score of a summary of a generated post.
 
 A post is written from a hidden record of four slots: `who`, `what` (a verb and an object), `feeling` and `ask`. The
-words a slot can take are listed here, because they are the schema a summary is judged by; `data/world.py` writes the
-posts. A summary gains by naming the record's words, and loses by naming others of the same lists and by rambling:
+words of each slot are listed here, because summaries are scored by them; `data/world.py` writes the posts. A summary
+gains by naming the record's words, and loses by naming other words of the lists and by excess length:
 
     score = coverage - 0.25 * invented - 0.05 * excess          in [-1, 1]
 
-It reads words, not grammar: a telegram that names the five words scores as high as a sentence.
+Only words count, not grammar: a list of the five words scores as high as a sentence.
 """
 
 import re
@@ -64,10 +64,11 @@ def of_rows(rows, texts: list[str]) -> list[float]:
 
 
 def parts(record: Mapping[str, str], summary: str) -> dict[str, float]:
-    """What the score is made of, on whole words in either case; saying a word twice counts once, except as length.
+    """The components of the score. Words count whole and in either case; a repeated word adds only to the length.
 
-    coverage: weight of the record's words that are named, in [0, 1]. invented: distinct slot words that are not the
-    record's. excess: words beyond `BRIEF_WORDS`, punctuation not counted.
+    coverage: total weight of the record's words that the summary names, in [0, 1]. invented: number of distinct slot
+    words that are not in the record. excess: number of words beyond `BRIEF_WORDS`, without punctuation. Raises
+    InputError as `check` does.
     """
     check(record)
     words = re.findall(r"\w+", summary.lower())

@@ -16,8 +16,8 @@ class Learned:
 
     def __init__(self, apply: rollout.Apply, params: Any, sampling: Any, jit=jax.jit):
         self.params = params
-        self._score = jit(functools.partial(rollout.score, apply, sampling=sampling))
+        self.score = jit(functools.partial(rollout.score, apply, sampling=sampling))  # (params, Rollout) -> [B]
 
     def __call__(self, params: Any, completions: Completions) -> dict[str, Any]:
         """{"score": [B]}, without waiting for the device."""
-        return {"score": self._score(params, completions.rollout)}
+        return {"score": self.score(params, completions.rollout)}

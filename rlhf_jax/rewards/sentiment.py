@@ -1,4 +1,4 @@
-"""How happy a text reads, by rules that anyone can check: VADER (Hutto & Gilbert 2014)."""
+"""How positive a text is, by published rules: VADER (Hutto & Gilbert 2014)."""
 
 import functools
 
@@ -13,5 +13,5 @@ def compound(texts: list[str]) -> list[float]:
 
 @functools.cache
 def _analyzer() -> SentimentIntensityAnalyzer:
-    """Made once, when first asked for: it reads a lexicon of 7,500 words."""
+    """Made once, at the first use: it reads a lexicon of 7,500 words."""
     return SentimentIntensityAnalyzer()

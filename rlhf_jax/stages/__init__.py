@@ -1,6 +1,6 @@
-"""A stage is a value made of values: what it starts from, its compiled step, its evaluation, and what it is for.
+"""A stage is a value made of values: its first state, its compiled step, its evaluation and its result.
 
-training/fit.py trains one. language_model.py, preference.py and rl.py make them; nothing here writes or prints.
+training/fit.py trains a stage. language_model.py, preference.py and rl.py make them; nothing here writes or prints.
 """
 
 import dataclasses
@@ -21,7 +21,10 @@ from rlhf_jax.training import guard as guards
 from rlhf_jax.training import sharding
 
 # The index is folded into the seed: append only; reordering changes the numbers of old runs.
-PURPOSES = ("sft", "reward", "ppo", "policy init", "reward head", "evaluation", "pretrain", "rl")
+PURPOSES = (
+    *("policy init", "reward head", "evaluation", "pretrain", "sft", "reward", "rl"),
+    *("pretrain order", "sft order", "reward order", "rl order"),  # of the rows that a stage trains on
+)
 
 
 class Step(NamedTuple):
@@ -29,7 +32,7 @@ class Step(NamedTuple):
 
     state: Any
     numbers: dict  # {name: scalar}, without the stage's name
-    rollout: Any = None  # what the update was given, where that is not the batch
+    rollout: Any = None  # what the update read, if not the batch
     notes: tuple[str, ...] = ()
 
 
@@ -37,16 +40,16 @@ class Evaluation(NamedTuple):
     """What a policy or a reward model is worth on held-out rows."""
 
     numbers: dict  # {name: float}
-    details: Any = None  # what the stage's `summarize` makes its samples and plots of
-    samples: tuple[dict, ...] = ()  # completions to show on the way
+    details: Any = None  # what the stage's `summarize` reads
+    samples: tuple[dict, ...] = ()  # completions to show during training
 
 
 class Summary(NamedTuple):
-    """What a finished stage leaves beside its parameters."""
+    """What a finished stage writes in addition to its parameters."""
 
     numbers: dict  # {name: number or nested}, without the stage's name
     samples: list[dict]
-    plot: Callable[[list[dict], Any], dict]  # (rows of metrics, folder) -> more numbers, taken from those rows
+    plot: Callable[[list[dict], Any], dict]  # (rows of metrics, folder) -> more numbers from these rows
     table: tuple = ()  # rows (name, before, after, change, its 95% interval)
 
 
@@ -57,26 +60,26 @@ class Stage:
     name: str
     config: Any  # steps, batch, eval_every, save_every, schedule
     state: Any  # at step 0
-    batch_at: Callable[[int], dict]  # step, from 0 -> its batch on the device: a function of the seed and the step
+    batch_at: Callable[[int], dict]  # step (from 0) -> its batch on the device; depends only on seed and step
     step: Callable[[Any, dict], Step]  # may donate the state
     learn: Callable  # the compiled update alone: (state, batch or rollout) -> (state, numbers)
     evaluate: Callable[[Any], Evaluation]
-    best: tuple[str, Callable]  # the number of an evaluation by which checkpoints are compared; min or max of it
-    result: tuple[str, ...]  # fields of the state that the stage is for
+    best: tuple[str, Callable]  # the number of an evaluation that ranks checkpoints, and its better direction
+    result: tuple[str, ...]  # fields of the state that are saved as its result
     summarize: Callable[[Any, Evaluation], Summary]  # (state, its last evaluation) -> Summary
-    headlines: tuple[str, ...] = ()  # numbers of the summary that are shown when the stage is done
+    headlines: tuple[str, ...] = ()  # numbers of the summary that are shown at the end
     eligible: Callable = lambda numbers: (
         True
     )  # whether a checkpoint with this evaluation may be kept as one of the best
-    keep: Callable | None = None  # (state, Evaluation) -> state: what an evaluation found may be put aside
-    complete: Callable | None = None  # (last state, its Evaluation) -> (the result's state, numbers)
-    frozen: tuple[str, ...] = ()  # fields that no step changes: they are saved by the stage that made them
+    keep: Callable | None = None  # (state, Evaluation) -> state, with a copy of the best policy
+    complete: Callable | None = None  # (last state, its Evaluation) -> (state of the result, numbers)
+    frozen: tuple[str, ...] = ()  # fields that no step changes; checkpoints leave them out
     guard: guards.Config = guards.Config()
 
 
 @dataclasses.dataclass(frozen=True, eq=False)
 class Setup:
-    """The values that the stages of a run have in common."""
+    """The values that the stages of a run share."""
 
     seed: int
     task: Task
@@ -85,7 +88,7 @@ class Setup:
     evaluation: Any  # config.Evaluation
     guard: guards.Config = guards.Config()
     mesh: Any = dataclasses.field(default_factory=sharding.mesh)
-    jit: Callable = jax.jit  # replay.py takes another, to look at every operation
+    jit: Callable = jax.jit  # replay.py gives another one, to check every operation
 
     @functools.cache  # noqa: B019 (a setup lives as long as its run)
     def arrays(self, kind: str) -> Encoded:
@@ -93,7 +96,7 @@ class Setup:
         return self.task.arrays(kind, self.tokenizer)
 
     def questions(self, kind: str) -> tuple[dict, list[dict]]:
-        """(arrays, rows) of the held-out prompts that a stage which trains on this kind is measured on."""
+        """(arrays, rows) of the held-out prompts that evaluate a stage which trains on this kind."""
         kind = self.task.questions[kind]
         arrays, rows = self.arrays(kind).held_out, self.task.rows(kind).held_out
         return arrays, [rows[i] for i in arrays["index_N"][: self.evaluation.prompts]]
@@ -102,12 +105,12 @@ class Setup:
         """The random key of one of PURPOSES."""
         return jax.random.fold_in(jax.random.key(self.seed), PURPOSES.index(purpose))
 
-    def batch_at(self, kind: str, batch: int, purpose: str, field: str) -> Callable[[int], dict]:
-        """A stage's batches on the devices, in an order of its own. `field` is the config's, for an error."""
+    def batch_at(self, kind: str, batch: int, stage: str, field: str) -> Callable[[int], dict]:
+        """A stage's batches on the devices, in its own order. An error names the config's `field`."""
         arrays = self.arrays(kind).train
         if batch > (rows := len(arrays["index_N"])):
-            raise InputError(f"{field}: expected at most {rows}, the rows there are to train on, got {batch}")
-        seed = int(jax.random.randint(self.key(purpose), (), 0, 2**31 - 1))
+            raise InputError(f"{field}: expected at most {rows}, the number of training rows, got {batch}")
+        seed = int(jax.random.randint(self.key(f"{stage} order"), (), 0, 2**31 - 1))
         at = batches.batch_at(arrays, batch=batch, seed=seed)
         return lambda step: sharding.shard(at(step), self.mesh)
 
@@ -128,7 +131,7 @@ class Setup:
     def over(self, arrays: dict, function: Callable, rows: int | None = None) -> Any:
         """function(batch) over the first `rows` rows (default: all), a device batch at a time: NumPy results by row.
 
-        The last batch is filled up from the first rows, and their results are cut off: every batch has one shape.
+        All batches have one shape: the last one is filled up with the first rows, and their results are dropped.
         """
         count = rows or len(arrays["index_N"])
         size = min(self.evaluation.batch, count)
@@ -141,5 +144,5 @@ class Setup:
 
 
 def row_keys(key, batch):
-    """A key for each held-out row [B], the same in any batch: two policies meet the same prompts and the same noise."""
+    """A key for each held-out row [B], the same in any batch, so that two policies get the same noise for a prompt."""
     return jax.vmap(jax.random.fold_in, (None, 0))(key, batch["index_B"])

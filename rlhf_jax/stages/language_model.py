@@ -13,7 +13,7 @@ from rlhf_jax.training import optim, sharding
 
 
 def language_model(name: str, setup: Setup, config: supervised.Config, policy) -> Stage:
-    """The stage `name`, "pretrain" or "sft", of the policy given: its rows are of the kind of the same name."""
+    """The stage `name`, "pretrain" or "sft": it trains `policy` on the rows of the kind with the same name."""
     apply = setup.apply
     held_out = setup.arrays(name).held_out
     starts, questions = setup.questions(name)

@@ -1,4 +1,4 @@
-"""The reward model: from preference pairs, on the trunk of the fine-tuned policy."""
+"""The reward model: trained on preference pairs, from the trunk of the policy before it."""
 
 import functools
 
@@ -11,11 +11,11 @@ from rlhf_jax.report import plots
 from rlhf_jax.stages import Evaluation, Setup, Stage, Step, Summary
 from rlhf_jax.training import optim, sharding
 
-LEAST_STD = 1e-6  # of the scores of the references: below it they are one number, and cannot be normalized
+LEAST_STD = 1e-6  # of the references' scores: with less spread they cannot be normalized
 
 
 def reward_model(name: str, setup: Setup, config: preference.Config, policy) -> Stage:
-    """A reward model on (prompt, chosen, rejected) rows, under a new head. References are the held-out SFT rows."""
+    """The stage that trains a new head on `policy` with (prompt, chosen, rejected). References: held-out SFT rows."""
     apply = setup.apply
     held_out, rows = setup.arrays("preferences").held_out, setup.task.rows("preferences").held_out
     references = setup.arrays("sft").held_out
@@ -31,7 +31,7 @@ def reward_model(name: str, setup: Setup, config: preference.Config, policy) -> 
         return apply.scalar.score(reward, tokens_BT, real_BT)
 
     def normalize(state):
-        """(the state whose references score mean 0 and standard deviation 1, what they scored before)."""
+        """(the state in which references score mean 0 and standard deviation 1, mean and deviation before)."""
         scores_N = setup.over(references, lambda batch: score(state.reward, batch))
         mean, std = float(np.mean(scores_N)), float(np.std(scores_N))
         if np.isfinite(std) and std < LEAST_STD:
@@ -43,7 +43,7 @@ def reward_model(name: str, setup: Setup, config: preference.Config, policy) -> 
         return state.replace(reward=apply.scalar.normalize(state.reward, mean, std)), numbers
 
     def complete(state, evaluation):
-        """Normalizes. `eval_loss` stays that of the model as it was trained; the normalized one's has its own name."""
+        """Normalizes. `eval_loss` is of the model before this, `eval_loss_normalized` of the model after it."""
         state, numbers = normalize(state)
         margin_N = np.array([row["score_chosen"] - row["score_rejected"] for row in evaluation.details[1]])
         loss = float(np.mean(np.logaddexp(0, -margin_N / numbers["reference_std"])))
@@ -94,11 +94,11 @@ def reward_model(name: str, setup: Setup, config: preference.Config, policy) -> 
 
 
 def check_references(setup: Setup) -> None:
-    """Refuses, before anything is trained, references that cannot have a spread."""
+    """Refuses references that cannot have a spread, before anything is trained."""
     references = setup.arrays("sft").held_out
     rows_NT = np.concatenate([references["prompt_NP"], references["response_NR"]], axis=1)
     if len(np.unique(rows_NT, axis=0)) < 2:
         raise InputError(
-            f"data.sft: expected at least 2 different held-out rows, to normalize the reward model by; of "
-            f"{len(rows_NT)} there is 1"
+            f"data.sft: expected at least 2 different held-out rows, to normalize the reward model by; "
+            f"got 1 in {len(rows_NT)} rows"
         )

@@ -1,14 +1,13 @@
-"""Reinforcement learning: any policy algorithm, any reward, any task. `Iteration` is the one place of an iteration.
+"""Reinforcement learning: any policy algorithm, any reward, any task. `Iteration` defines an iteration.
 
     sample (compiled) -> judge (compiled): reference, KL, values -> reward -> learn (compiled): advantages and update
 
-The device judges while the host decodes texts and computes a reward of theirs.
+The device judges while the host decodes texts and scores them.
 """
 
 import dataclasses
 import functools
 from collections.abc import Callable
-from types import ModuleType
 from typing import Any
 
 import jax
@@ -17,9 +16,9 @@ import numpy as np
 
 from rlhf_jax import alarms, rewards, rollout
 from rlhf_jax.algorithms import policy as policy_algorithm
-from rlhf_jax.evaluate import best_of_n, diversity, interval, rouge, win_rate
+from rlhf_jax.evaluate import best_of_n, rouge, win_rate
 from rlhf_jax.report import metrics, plots
-from rlhf_jax.stages import Evaluation, Setup, Stage, Step, Summary, row_keys
+from rlhf_jax.stages import Evaluation, Setup, Stage, Step, Summary, measure
 from rlhf_jax.training import optim, sharding
 
 
@@ -27,7 +26,7 @@ from rlhf_jax.training import optim, sharding
 class Iteration:
     """The compiled functions of one iteration. Stages, the benchmark and the memory plan call these."""
 
-    algorithm: ModuleType  # algorithms/policy.py says what it has
+    algorithm: policy_algorithm.Algorithm
     config: policy_algorithm.Config
     apply: rollout.Apply
     sampling: Any  # generate.Sampling
@@ -48,10 +47,10 @@ class Iteration:
     def sample(self):
         """(state, prompt_BP, prompt_mask_BP) -> completions of the policy, a generate.State."""
 
-        def sample(state, *prompts):
+        def sample(state, prompt_BP, prompt_mask_BP):
             keys_B = rollout.keys(state, self.config.batch)
-            drawn = rollout.draw(self.apply, state.policy, *prompts, keys_B, self.sampling)
-            return drawn.replace(step=None, keys_B=None, cache=None)  # what nobody needs any more
+            drawn = rollout.draw(self.apply, state.policy, prompt_BP, prompt_mask_BP, keys_B, self.sampling)
+            return drawn.replace(step=None, keys_B=None, cache=None)  # the update does not need these
 
         return self.jit(sample)
 
@@ -73,24 +72,42 @@ class Iteration:
 
     @functools.cached_property
     def statistics(self):
-        """A scored Rollout -> what it says of the policy that wrote it; see Rollout.statistics."""
+        """A scored Rollout -> its metrics, without a KL coefficient; see Rollout.statistics."""
         return self.jit(lambda scored: scored.statistics(0.0))
 
     def collect(self, state, prompts, reward, rows, decode):
         """A scored Rollout of the prompts: (Rollout, Completions, {component: [B]})."""
-        drawn = self.sample(state, *prompts)
-        judged = self.judge(state, *prompts, drawn)  # goes on while the host reads and scores
-        there = judged.replace(response_BR=drawn.response_BR, mask_BR=drawn.mask_BR)  # the same, known sooner
+        return self.score(state, prompts, self.sample(state, *prompts), reward, rows, decode)
+
+    def score(self, state, prompts, drawn, reward, rows, decode):
+        """The same of completions that are sampled already."""
+        judged = self.judge(state, *prompts, drawn)  # runs while the host decodes and scores
+        there = judged.replace(response_BR=drawn.response_BR, mask_BR=drawn.mask_BR)  # the same arrays, ready earlier
         completions = rewards.Completions(rows, there, decode)
         components = reward(state.reward, completions)
         return judged.replace(score_B=jnp.asarray(rewards.total(components))), completions, components
+
+    def programs(self, state, prompts, reward):
+        """{name: (function, the shapes of its arguments)} of an iteration; nothing is computed.
+
+        draw, judge, reward (where it is on the device) and update, in their order. Arguments may be shapes themselves.
+        """
+        drawn = jax.eval_shape(self.sample, state, *prompts)
+        judged = jax.eval_shape(self.judge, state, *prompts, drawn)
+        scored = judged.replace(score_B=jax.ShapeDtypeStruct((self.config.batch,), jnp.float32))
+        return {
+            "draw": (self.sample, (state, *prompts)),
+            "judge": (self.judge, (state, *prompts, drawn)),
+            **({} if reward.on_host else {"reward": (reward.score, (state.reward, judged))}),
+            "update": (self.learn, (state, scored)),
+        }
 
 
 def rl(
     name: str,
     setup: Setup,
     config: policy_algorithm.Config,
-    algorithm: ModuleType,
+    algorithm: policy_algorithm.Algorithm,
     reward: rewards.Reward,
     policy,
     *,
@@ -103,261 +120,172 @@ def rl(
 ) -> Stage:
     """Reinforcement learning of `policy` on the task's prompts.
 
-    watch: limits on what a policy may become. keep_best: the result is the best evaluated policy within them, not the
-    last one; its numbers are then of fresh samples. sides: the endings of a number's name before and after. beside:
-    columns to set beside the samples, one dict a question.
+    watch: limits on the policy. keep_best: the result is the best evaluated policy within the limits, measured on fresh
+    samples, instead of the last policy. sides: suffixes of the numbers before and after. beside: more columns of the
+    samples, one dict a question.
     """
-    apply, task = setup.apply, setup.task
-    train_rows = task.rows("prompts").train
-    _, questions = setup.questions("prompts")
     sampling = setup.sampling(config.temperature, lanes=config.lanes, widths=config.widths)
-    iteration = Iteration(algorithm, config, apply, sampling, setup.guard.action, setup.jit)
-    measure = _measurement(setup, config, reward)
+    iteration = Iteration(algorithm, config, setup.apply, sampling, setup.guard.action, setup.jit)
+    measured = measure.measurement(setup, config, reward)
     key = setup.key("rl") if key is None else key
     state = iteration.begin(policy, key, value=value, reward=reward.params)
-    state = sharding.replicate(state, setup.mesh)  # before the first measurement, which would be compiled twice else
-    before = measure(state)
-    at = setup.batch_at("prompts", config.batch, name if name == "ppo" else "rl", f"{name}.batch")
+    state = sharding.replicate(state, setup.mesh)  # else the first measurement would be compiled twice
+    before = measured(state)
+    batch_at = setup.batch_at("prompts", config.batch, "rl", f"{name}.batch")
+    usual = {}
     if watch.active:
-        usual = _usual(iteration, state, at, setup, -(-setup.evaluation.prompts // config.batch))
+        usual = _usual(iteration, state, batch_at, setup, -(-setup.evaluation.prompts // config.batch))
         state = state.replace(alarms=sharding.replicate(alarms.begin(usual), setup.mesh))
     if keep_best:
         best = {"policy": state.policy, "score": jnp.float32(before.numbers[reward.metric]), "step": jnp.int32(0)}
         state = state.replace(best=sharding.replicate(jax.tree.map(jnp.copy, best), setup.mesh))
-
-    def step(state, batch):
-        if watch.active and watch.freeze and bool(state.alarms["tripped"]):
-            return Step(state.replace(step=state.step + 1), {"alarms": 1})
-        prompts = (batch["prompt_BP"], batch["prompt_mask_BP"])
-        rows = [train_rows[i] for i in np.asarray(batch["index_B"])]
-        scored, completions, components = iteration.collect(state, prompts, reward, rows, setup.decode)
-        watched = iteration.statistics(scored) if watch.active else None
-        aside = {"best": state.best, "alarms": state.alarms}  # not the update's
-        state, numbers = iteration.learn(state.replace(best=None, alarms=None), scored)
-        state = state.replace(**aside)
-        # The device learns while the host reads the texts.
-        numbers |= _means(task.judge(rows, completions.texts)) | _diversity(completions.texts)
-        if reward.on_host:
-            numbers.pop("score")
-            numbers |= _means(_named(reward, components))
-        if not watch.active:
-            return Step(state, numbers, scored)
-        now = {key: float(value) for key, value in (numbers | watched).items() if key in alarms.WATCHED}
-        tracked, tripped = alarms.track(state.alarms, now, usual, watch)
-        place = f"alarm at step {int(state.step)}"
-        notes = tuple(f"{place}: {each} (running mean of the last rollouts)" for each in tripped)
-        return Step(state.replace(alarms=tracked), numbers | {"alarms": int(tracked["tripped"])}, scored, notes)
-
-    def evaluate(state):
-        measured = measure(state)
-        shown = _samples(measured, state, config, reward.metric)[: setup.evaluation.samples]
-        shown = [{"prompt": row["prompt"]} | sample for row, sample in zip(questions, shown, strict=False)]
-        return Evaluation({f"eval_{k}": v for k, v in measured.numbers.items()}, measured, tuple(shown))
-
-    def inside(numbers):
-        return not watch.active or not any(alarms.outside(numbers, before.numbers, watch).values())
-
-    def keep(state, evaluation):
-        """The state with its policy put aside where it is the best so far and within the limits."""
-        numbers = evaluation.details.numbers
-        if not (numbers[reward.metric] > float(state.best["score"]) and inside(numbers)):
-            return state
-        found = {"policy": state.policy, "score": jnp.float32(numbers[reward.metric]), "step": state.step}
-        return state.replace(best=jax.tree.map(jnp.copy, found))
-
-    def complete(state, evaluation):
-        best = jax.tree.map(jnp.copy, state.best["policy"])
-        return state.replace(policy=best), {"best_step": float(state.best["step"])}
-
-    def summarize(state, evaluation):
-        first, last, metric = before, evaluation.details, reward.metric
-        if keep_best:  # the policy was chosen on the samples of its evaluations: others measure what it is worth
-            fresh = jax.random.fold_in(setup.key("evaluation"), 1)
-            first, last = measure(state.replace(policy=state.reference), fresh), measure(state, fresh)
-        numbers = _compare(first, last, sides, metric)
-        curve = best_of_n.curve(first.rows[metric]) if task.same_prompt else None
-        if curve:
-            numbers["best_of_n_at_kl"] = best_of_n.at_kl(first.rows[metric], numbers["kl_exact"])
-        if keep_best:
-            numbers["best_step"] = float(state.best["step"])
-        if "label" in questions[0]:
-            labels = [row["label"] for row in questions]
-            for suffix, texts in zip(sides, (first.texts, last.texts), strict=True):
-                numbers |= {f"{key}{suffix}": value for key, value in rouge.rouge(labels, texts)}
-        both = (_samples(each, state, config, metric) for each in (first, last))
-        if task.same_prompt:
-            samples = [
-                more
-                | {"sft": a["completion"], "rl": b["completion"]}
-                | {f"{metric}_sft": a["score"], f"{metric}_rl": b["score"]}
-                for more, a, b in zip(beside or [{}] * len(questions), *both, strict=True)
-            ]
-        else:
-            samples = [{"prompt": row["prompt"], "sft": a, name: b} for row, a, b in zip(questions, *both, strict=True)]
-
-        def plot(rows, folder):
-            plots.rl(rows, folder, name, best_of_n=curve)
-            known = "gold" if "gold" in last.rows else metric
-            title = f"{known} score" if known != "reward" else known
-            rate = win_rate.win_rate(last.rows[known], first.rows[known])
-            plots.before_after(
-                first.rows[known], last.rows[known], folder / "before_after.png", name=title, win_rate=rate,
-                learner=name.upper() if name in ("ppo", "rl") else name,
-            )  # fmt: skip
-            return _of_updates(name, rows, config)
-
-        return Summary(numbers, samples, plot, _table(first, last, numbers, metric))
-
+    parts = _Parts(name, setup, config, reward, iteration, measured, before, watch, usual, keep_best, sides, beside)
     return Stage(
         name=name,
         config=config,
         state=state,
-        batch_at=at,
-        step=step,
+        batch_at=batch_at,
+        step=parts.step,
         learn=iteration.learn,
-        evaluate=evaluate,
+        evaluate=parts.evaluate,
         best=("eval_gold" if "gold" in before.numbers else f"eval_{reward.metric}", max),
-        eligible=lambda numbers: inside({key.removeprefix("eval_"): value for key, value in numbers.items()}),
-        result=("policy", "value") if value is not None else ("policy",),
-        summarize=summarize,
-        headlines=("score", "gold", "win_rate", "kl_exact", "eos_rate"),
-        keep=keep if keep_best else None,
-        complete=complete if keep_best else None,
+        eligible=lambda numbers: parts.inside({key.removeprefix("eval_"): value for key, value in numbers.items()}),
+        result=("policy", "value") if algorithm.NEEDS_VALUE else ("policy",),
+        summarize=parts.summarize,
+        headlines=("score", "reward", "gold", "win_rate", "kl_exact", "eos_rate"),
+        keep=parts.keep if keep_best else None,
+        complete=parts.complete if keep_best else None,
         frozen=("reference", "reward"),
         guard=setup.guard,
     )
 
 
-@dataclasses.dataclass(frozen=True)
-class Measured:
-    """A policy's completions of the held-out questions, one each."""
+@dataclasses.dataclass(frozen=True, eq=False)
+class _Parts:
+    """The values that the functions of a stage share."""
 
-    numbers: dict[str, float]  # means; entropy is per token
-    rows: dict[str, np.ndarray]  # [N] each
-    texts: list[str]
+    name: str
+    setup: Setup
+    config: policy_algorithm.Config
+    reward: rewards.Reward
+    iteration: Iteration
+    measured: Callable  # (state, key) -> measure.Measured
+    before: measure.Measured  # of the first policy
+    watch: alarms.Config
+    usual: dict[str, float]  # mean numbers of the first policy's rollouts; empty without alarms
+    keep_best: bool
+    sides: tuple[str, str]
+    beside: tuple[dict, ...]
 
+    @functools.cached_property
+    def rows(self):
+        """The rows of the training prompts."""
+        return self.setup.task.rows("prompts").train
 
-def _measurement(setup, config, reward):
-    """A function (state, key) -> Measured.
+    @functools.cached_property
+    def questions(self):
+        """The rows of the held-out prompts."""
+        return self.setup.questions("prompts")[1]
 
-    KL belongs to the policy as it was trained and is measured at the temperature of training; all else at that of
-    evaluation.
-    """
-    arrays, questions = setup.questions("prompts")
-    evaluation = setup.evaluation
-
-    @functools.partial(setup.jit, static_argnums=4)
-    def sample(policy, reference, batch, key, temperature):
+    def step(self, state, batch):
+        """One iteration, and the metrics of its rollout."""
+        if self.watch.active and self.watch.freeze and bool(state.alarms["tripped"]):
+            return Step(state.replace(step=state.step + 1), {"alarms": 1})
         prompts = (batch["prompt_BP"], batch["prompt_mask_BP"])
-        sampling = setup.sampling(temperature)
-        return rollout.sample(setup.apply, policy, reference, *prompts, row_keys(key, batch), sampling)
+        rows = [self.rows[i] for i in np.asarray(batch["index_B"])]
+        scored, completions, components = self.iteration.collect(state, prompts, self.reward, rows, self.setup.decode)
+        watched = self.iteration.statistics(scored) if self.watch.active else None
+        aside = {"best": state.best, "alarms": state.alarms}  # the update does not need them
+        state, numbers = self.iteration.learn(state.replace(best=None, alarms=None), scored)
+        state = state.replace(**aside)
+        # The device learns while the host reads the texts.
+        numbers |= measure.means(measure.judge(self.setup.task, self.reward, rows, completions.texts))
+        numbers |= measure.diversity_of(completions.texts)
+        if self.reward.on_host:
+            numbers.pop("score")
+            numbers |= measure.means(measure.named(self.reward, components))
+        if watched is None:
+            return Step(state, numbers, scored)
+        now = {key: float(value) for key, value in (numbers | watched).items() if key in alarms.WATCHED}
+        tracked, tripped = alarms.track(state.alarms, now, self.usual, self.watch)
+        place = f"alarm at step {int(state.step)}"
+        notes = tuple(f"{place}: {each} (running mean of the last rollouts)" for each in tripped)
+        return Step(state.replace(alarms=tracked), numbers | {"alarms": int(tracked["tripped"])}, scored, notes)
 
-    def at(state, key, temperature):
-        def one(batch):
-            drawn = sample(state.policy, state.reference, batch, key, temperature)
-            rows = {
-                "response": drawn.response_BR,
-                "mask": drawn.mask_BR,
-                "kl": jnp.sum(drawn.kl_BR, axis=1),
-                "kl_exact": jnp.sum(drawn.kl_exact_BR, axis=1),
-                # The most likely token is certain; KL at temperature 0 is not used.
-                "entropy": jnp.sum(drawn.entropy_BR if temperature else 0 * drawn.mask_BR, axis=1),
-                "eos_rate": drawn.eos_B,
-                "length": drawn.length_B,
-            }
-            if not reward.on_host:
-                rows[reward.metric] = rewards.total(reward(state.reward, rewards.Completions((), drawn, setup.decode)))
-            return rows
+    def evaluate(self, state):
+        """Measures the policy on the held-out questions, with some completions to show."""
+        found = self.measured(state)
+        samples = measure.samples(found, state, self.config, self.reward.metric)[: self.setup.evaluation.samples]
+        shown = [{"prompt": row["prompt"]} | each for row, each in zip(self.questions, samples, strict=False)]
+        return Evaluation({f"eval_{name}": value for name, value in found.numbers.items()}, found, tuple(shown))
 
-        return setup.over(arrays, one, len(questions))
+    def inside(self, numbers):
+        """Whether a policy with these numbers is within the limits."""
+        return not self.watch.active or not any(alarms.outside(numbers, self.before.numbers, self.watch).values())
 
-    def measure(state, key=None):
-        key = setup.key("evaluation") if key is None else key
-        rows = at(state, key, evaluation.temperature)
-        if evaluation.temperature != config.temperature:
-            trained = at(state, key, config.temperature)
-            rows |= {name: trained[name] for name in ("kl", "kl_exact")}
-        texts = setup.decode(rows.pop("response"), rows.pop("mask"))
-        if reward.on_host:
-            rows |= _named(reward, reward.scores(questions, texts))
-        rows |= setup.task.judge(questions, texts)
-        numbers = {name: float(np.mean(values)) for name, values in rows.items()}
-        numbers["entropy"] = float(rows.pop("entropy").sum() / max(rows["length"].sum(), 1))
-        return Measured(numbers | _diversity(texts), rows, texts)
+    def keep(self, state, evaluation):
+        """The state, with a copy of its policy if that is the best so far and within the limits."""
+        numbers = evaluation.details.numbers
+        score = numbers[self.reward.metric]
+        if not (score > float(state.best["score"]) and self.inside(numbers)):
+            return state
+        found = {"policy": state.policy, "score": jnp.float32(score), "step": state.step}
+        return state.replace(best=jax.tree.map(jnp.copy, found))
 
-    return measure
+    def complete(self, state, evaluation):
+        """The state with the best policy."""
+        best = jax.tree.map(jnp.copy, state.best["policy"])
+        return state.replace(policy=best), {"best_step": float(state.best["step"])}
+
+    def summarize(self, state, evaluation):
+        """Compares the policies before and after on the same prompts with the same noise."""
+        first, last, metric, task = self.before, evaluation.details, self.reward.metric, self.setup.task
+        if self.keep_best:  # its evaluations selected the policy, so fresh samples measure it
+            fresh = jax.random.fold_in(self.setup.key("evaluation"), 1)
+            first, last = self.measured(state.replace(policy=state.reference), fresh), self.measured(state, fresh)
+        numbers = measure.compare(first, last, self.sides, metric)
+        curve = best_of_n.curve(first.rows[metric]) if task.same_prompt else None
+        if curve:
+            numbers["best_of_n_at_kl"] = best_of_n.at_kl(first.rows[metric], numbers["kl_exact"])
+        if self.keep_best:
+            numbers["best_step"] = float(state.best["step"])
+        if "label" in self.questions[0]:
+            labels = [row["label"] for row in self.questions]
+            for suffix, texts in zip(self.sides, (first.texts, last.texts), strict=True):
+                numbers |= {f"{key}{suffix}": value for key, value in rouge.rouge(labels, texts)}
+        before, after = (measure.samples(each, state, self.config, metric) for each in (first, last))
+        samples = measure.side_by_side(self.name, self.questions, before, after, self.beside, metric, task)
+        plot = functools.partial(self.plot, first=first, last=last, curve=curve)
+        return Summary(numbers, samples, plot, measure.table(first, last, numbers, metric))
+
+    def plot(self, rows, folder, *, first, last, curve):
+        """Writes the plots; returns numbers of the updates for the summary."""
+        plots.rl(rows, folder, self.name, best_of_n=curve)
+        known = "gold" if "gold" in last.rows else self.reward.metric
+        before_N, after_N = first.rows[known], last.rows[known]
+        learner = self.name.upper() if len(self.name) < 4 else self.name.replace("_", " ")  # PPO
+        labels = {"name": known if known == "reward" else f"{known} score", "learner": learner}
+        rate = win_rate.win_rate(after_N, before_N)
+        plots.before_after(before_N, after_N, folder / "before_after.png", win_rate=rate, **labels)
+        return _of_updates(self.name, rows, self.config)
 
 
 def _usual(iteration, state, batch_at, setup, rounds):
-    """What rollouts of the first policy are like, the mean of some: alarms compare with as many samples at a time."""
+    """Mean numbers of some rollouts of the first policy: alarms compare them with rollouts of the same size."""
     found = []
     for i in range(rounds):
         batch, now = batch_at(i), state.replace(step=jnp.int32(i))
         prompts = (batch["prompt_BP"], batch["prompt_mask_BP"])
         drawn = iteration.sample(now, *prompts)
         judged = iteration.judge(now, *prompts, drawn).replace(score_B=jnp.zeros(iteration.config.batch))
-        found.append(iteration.statistics(judged) | _diversity(setup.decode(drawn.response_BR, drawn.mask_BR)))
+        found.append(
+            iteration.statistics(judged) | measure.diversity_of(setup.decode(drawn.response_BR, drawn.mask_BR))
+        )
     return {name: float(np.mean([float(numbers[name]) for numbers in found])) for name in alarms.WATCHED}
 
 
-def _means(rows):
-    return {name: np.mean(values) for name, values in rows.items()}
-
-
-def _named(reward, components):
-    """The components under their names, and the total under the reward's."""
-    return {reward.metric: rewards.total(components)} | components
-
-
-def _diversity(texts):
-    return {"distinct2": diversity.distinct(texts, 2), "repeat_rate": diversity.repeat_rate(texts)}
-
-
-def _compare(first, last, sides, metric):
-    """The summary's numbers before and after, and what the difference is worth: on gold, where there is gold."""
-    before, after = sides
-    numbers = {}
-    for name, value in last.numbers.items():
-        numbers |= {name: value, f"{name}{after}": value, f"{name}{before}": first.numbers[name]}
-    for name in (name for name in (metric, "gold") if name in last.rows):
-        gain, ci95 = interval.paired_gain(last.rows[name], first.rows[name])
-        spread = float(np.std(first.rows[name]))
-        numbers |= {f"{name}_gain": gain, f"{name}_ci95": ci95, f"{name}{before}_sd": spread}
-    best = "gold" if "gold" in last.rows else metric
-    rate, ci95 = win_rate.win_rate(last.rows[best], first.rows[best])
-    return numbers | {"win_rate": rate, "win_rate_ci95": ci95}
-
-
-def _table(first, last, numbers, metric):
-    """Rows of the final table: (name, before, after, change, its 95% interval)."""
-    rows = []
-    order = ("gold", metric, "kl", "kl_exact", "distinct2", "repeat_rate", "entropy", "eos_rate", "length")
-    for name in dict.fromkeys(name for name in order if name in last.numbers):
-        change = last.numbers[name] - first.numbers[name]
-        ci95 = interval.paired_gain(last.rows[name], first.rows[name])[1] if name in last.rows else None
-        rows.append((name, first.numbers[name], last.numbers[name], change, ci95))
-    if "best_of_n_at_kl" in numbers:
-        rows.append((f"best-of-n {metric} at this KL", None, numbers["best_of_n_at_kl"], None, None))
-    return tuple(rows)
-
-
-def _samples(measured, state, config, metric):
-    """Completions with their numbers. `total` is what the algorithm maximizes: the score after the rule for a missing
-    EOS, less the KL penalty with the coefficient of the moment."""
-    rows = {name: measured.rows[name] for name in dict.fromkeys((metric, "kl", "gold")) if name in measured.rows}
-    score_N = np.asarray(policy_algorithm.final_score(
-        rows[metric], measured.rows["eos_rate"], missing_eos=config.missing_eos, penalty=config.missing_eos_penalty
-    ))  # fmt: skip
-    rows["total"] = score_N - float(state.kl_coef) * rows["kl"]
-    named = {"score" if name == metric else name: values for name, values in rows.items()}
-    return [
-        {"completion": text} | {name: float(values[i]) for name, values in named.items()}
-        for i, text in enumerate(measured.texts)
-    ]
-
-
 def _of_updates(name, rows, config):
-    """{"clip_fraction": of the last update}, and the first update epoch by epoch, where it was traced."""
+    """The last update's clip fraction, and the first update epoch by epoch if that was traced."""
     numbers = {}
     clipped = metrics.series(rows, f"{name}/clip_fraction")[1]
     if len(clipped):

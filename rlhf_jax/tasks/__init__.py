@@ -1,7 +1,7 @@
 """What is learned on: rows, their arrays, and the held-out questions that policies are compared on.
 
-A task is a frozen value, made without side effects: rows are read when they are first asked for, and what had to be
-cut or skipped is returned as notes. TASKS lists those that a config's `task` chooses from.
+A task is a frozen value, made without side effects. Rows are read on first use; notes say what was cut or skipped.
+`load` makes the task that a config names.
 
 Kinds of rows: "pretrain" (plain texts), "sft" (prompt and label), "preferences" (prompt, chosen, rejected), "prompts".
 """
@@ -33,7 +33,7 @@ class Encoded(NamedTuple):
 
 
 def stamp(files: dict[str, str]) -> tuple:
-    """What changes when a file of `Task.files` does: rows are read again then, in a process that lives long."""
+    """A key that changes with the files of `Task.files`, so that a long-lived process reads changed rows again."""
     paths = sorted(Path(place).expanduser() for place in files.values())
     return tuple((path, stat.st_mtime_ns, stat.st_size) for path in paths if path.exists() and (stat := path.stat()))
 
@@ -41,11 +41,21 @@ def stamp(files: dict[str, str]) -> tuple:
 class Task(Protocol):
     """A task's values and functions. Each raises InputError, naming the field, file and row at fault."""
 
-    response_length: int  # R, tokens, EOS included
-    prompt_length: int  # P
-    same_prompt: bool  # every question is the same: samples are of one distribution
-    rows_known: bool  # a reward may see the row of a completion
-    questions: dict[str, str]  # {kind that a stage trains on: kind whose held-out prompts its policy is sampled on}
+    @property
+    def response_length(self) -> int:
+        """R, tokens, EOS included."""
+
+    @property
+    def prompt_length(self) -> int:
+        """P, tokens."""
+
+    @property
+    def same_prompt(self) -> bool:
+        """Every question is the same: samples are of one distribution."""
+
+    @property
+    def questions(self) -> dict[str, str]:
+        """{kind that a stage trains on: kind whose held-out prompts its policy is sampled on}"""
 
     def files(self) -> dict[str, str]:
         """{field of the config: path} of the local files that the rows are read from."""
@@ -57,10 +67,10 @@ class Task(Protocol):
         """The rows of a kind."""
 
     def arrays(self, kind: str, tokenizer: Tokenizer) -> Encoded:
-        """Their arrays."""
+        """The arrays of these rows."""
 
     def judge(self, rows: list[dict], texts: list[str]) -> dict[str, np.ndarray]:
-        """{name: [N]} numbers of completions that anyone can compute; empty where there are none."""
+        """{name: [N]}: numbers of the completions that need no model; may be empty."""
 
 
 def load(config) -> Task:

@@ -1,11 +1,13 @@
-"""Prompts of any form from a file or the hub, with labels and preference pairs where they are given."""
+"""Prompts of any form from files or the hub, optionally with labels and preference pairs."""
 
 import dataclasses
 import functools
+from collections.abc import Callable
+from typing import Any
 
 from rlhf_jax.data import batches, sources
 from rlhf_jax.errors import InputError
-from rlhf_jax.tasks import Encoded, Rows, stamp
+from rlhf_jax.tasks import Encoded, Rows, Task, stamp
 
 
 @dataclasses.dataclass(frozen=True)
@@ -16,7 +18,6 @@ class Prompts:
     seed: int  # which prompts are held out
 
     same_prompt = False
-    rows_known = True
     questions = {"sft": "sft", "prompts": "prompts"}
 
     @property
@@ -46,7 +47,8 @@ class Prompts:
 
     def arrays(self, kind, tokenizer):
         config, source = self.config, f"data.{kind}"
-        lengths = {"prompt_length": config.prompt_length, "cut": config.cut}
+        lengths: dict[str, Any] = {"prompt_length": config.prompt_length, "cut": config.cut}
+        encode: Callable
         if kind == "sft":
             encode = functools.partial(batches.encode_sft, response_length=config.response_length, **lengths)
         elif kind == "preferences":
@@ -60,13 +62,49 @@ class Prompts:
             counted = ", ".join(f"{count} {what.replace('_', ' ')}" for what, count in counts.items() if count)
             notes.append(f"{source}, {side}: {counted}")
             sides.append(arrays)
-        return Encoded(*sides, tuple(notes))
+        train, held_out = sides
+        return Encoded(train, held_out, tuple(notes))
 
     def judge(self, rows, texts):
         return {}
 
 
-def make(config):
+@dataclasses.dataclass(frozen=True, eq=False)
+class Given:
+    """Rows from a notebook, {kind: rows}, instead of files."""
+
+    rows_by_kind: dict[str, list[dict]]
+    prompt_length: int  # P, tokens
+    response_length: int  # R, tokens, EOS included
+    seed: int = 1  # which prompts are held out
+    held_out: float = 0.1  # share of the prompts
+    cut: str = "left"  # what happens to a longer prompt: one of batches.CUTS
+
+    same_prompt = False
+    questions = {"sft": "sft", "prompts": "prompts"}
+
+    def files(self):
+        return {}
+
+    def texts(self):
+        return [row["prompt"] for row in self.rows_by_kind["prompts"]]
+
+    def rows(self, kind):
+        return Rows(*batches.split(list(self.rows_by_kind[kind]), self.held_out, self.seed))
+
+    def arrays(self, kind, tokenizer):
+        lengths: dict[str, Any] = {"prompt_length": self.prompt_length, "cut": self.cut, "source": f"rows of {kind}"}
+        if kind == "sft":
+            lengths["response_length"] = self.response_length
+        encoders: dict[str, Callable] = {"sft": batches.encode_sft, "prompts": batches.encode_prompts}
+        train, held_out = (encoders[kind](side, tokenizer, **lengths)[0] for side in self.rows(kind)[:2])
+        return Encoded(train, held_out)
+
+    def judge(self, rows, texts):
+        return {}
+
+
+def make(config) -> Task:
     """The task of a whole config whose `task` is prompts."""
     if config.data.source == "world":
         raise InputError("data.source: expected files or hub where task is prompts, got 'world'")

@@ -5,6 +5,7 @@ import dataclasses
 import numpy as np
 
 from rlhf_jax.rewards import gold
+from rlhf_jax.tasks import Task
 from rlhf_jax.tasks.prompts import Prompts
 
 
@@ -17,6 +18,6 @@ class Summarize(Prompts):
         return {"gold": np.array(gold.of_rows(rows, texts))} if self.config.source == "world" else {}
 
 
-def make(config):
+def make(config) -> Task:
     """The task of a whole config whose `task` is summarize."""
     return Summarize(config.data, config.seed)

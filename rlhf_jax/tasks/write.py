@@ -1,4 +1,4 @@
-"""Texts from nothing: pretraining on all of them, fine-tuning on the happy ones, samples that start with EOS."""
+"""Writing without a prompt: pretraining on all texts, fine-tuning on the happy ones; samples start after EOS."""
 
 import dataclasses
 import functools
@@ -7,7 +7,7 @@ import random
 from rlhf_jax.data import corpus
 from rlhf_jax.errors import InputError
 from rlhf_jax.rewards import function
-from rlhf_jax.tasks import Encoded, Rows, stamp
+from rlhf_jax.tasks import Encoded, Rows, Task, stamp
 
 STARTS = 65_536  # prompts of EOS alone: more than any batch
 START = {"prompt": ""}
@@ -15,14 +15,13 @@ START = {"prompt": ""}
 
 @dataclasses.dataclass(frozen=True)
 class Write:
-    """Tweets or stories. `reward`, a name as in a config, says which texts are happy and what a sample is worth."""
+    """Tweets or stories. `reward`, named as in a config, selects the happy stories and scores samples."""
 
     config: corpus.Config
     seed: int  # which texts are held out
     reward: str
 
     same_prompt = True
-    rows_known = False
     questions = {"pretrain": "prompts", "sft": "prompts", "prompts": "prompts"}
     prompt_length = 1
 
@@ -50,24 +49,20 @@ class Write:
             f"{kind}, {side}: {len(texts)} texts, {len(arrays['index_N'])} rows"
             for side, texts, arrays in zip(("train", "held out"), (rows.train, rows.held_out), sides, strict=True)
         ]
-        return Encoded(*sides, (*rows.notes, *notes))
+        train, held_out = sides
+        return Encoded(train, held_out, (*rows.notes, *notes))
 
     def judge(self, rows, texts):
-        """{"reward": [N]} of the texts, and its components where it has several."""
+        """{"reward": [N]} of the texts, and its components if it has several."""
         components = function.load(self.reward).scores(rows, texts)
         if "reward" in components:
             return components
         return {"reward": sum(components.values())} | components
 
 
-def make(config):
-    """The task of a whole config whose `task` is write. A learned reward is learned of pairs that VADER would rank."""
+def make(config) -> Task:
+    """The task of a whole config whose `task` is write. With a learned reward, VADER scores the texts."""
     reward = "sentiment" if config.reward.kind == "learned" else config.reward.kind
-    if function.load(reward).takes_rows:
-        raise InputError(
-            f"reward: {reward} is a function of rows and texts, and the samples of write have no rows; "
-            "expected a function of texts"
-        )
     return Write(config.data, config.seed, reward)
 
 
@@ -107,7 +102,7 @@ def _by_mood(task, rows):
 
 
 def _pairs(happy, others, seed):
-    """Preference rows: each happy text beside another that is not, in an order from the seed."""
+    """Preference rows: each happy text is chosen over one of the others, which the seed selects."""
     if not others:
         return []
     rng = random.Random(f"pairs/{seed}")

@@ -1,4 +1,4 @@
-"""str <-> ids. Three ways to get a tokenizer (`char`, `bpe`, `gpt2`), one interface; `hf`: to transformers and from."""
+"""str <-> ids. Three sources of tokenizers (`char`, `bpe`, `gpt2`), one interface; `hf` is for transformers."""
 
 import os
 from pathlib import Path
@@ -11,7 +11,7 @@ from rlhf_jax.text import bpe, char, stored
 
 
 class Tokenizer(Protocol):
-    """Ids are 0..vocab_size-1, PAD and EOS among them. PAD is a token of its own, never EOS; no text encodes to either.
+    """Ids are 0..vocab_size-1, PAD and EOS among them. PAD is never EOS, and no text encodes to either.
 
     Equal tokenizers compare equal and have equal fingerprints.
     """
@@ -29,28 +29,31 @@ class Tokenizer(Protocol):
         """The ids of `text`, without EOS. The name of a special token is ordinary text."""
 
     def encode_batch(self, texts: list[str]) -> list[list[int]]:
-        """`encode` of each, faster."""
+        """The ids of each text, as from `encode` but faster."""
 
     def decode(self, ids: list[int]) -> str:
-        """The text of `ids`: PAD and EOS are dropped, what is not text becomes U+FFFD."""
+        """The text of `ids`, without PAD and EOS. What is not a known character becomes U+FFFD."""
 
     def save(self, directory: str | os.PathLike) -> None:
-        """Writes what `load` reads."""
+        """Writes the file that `load` reads."""
 
     def fingerprint(self) -> str:
-        """sha256 (hex) of all that decides which ids a text gets."""
+        """sha256 (hex) of everything that determines the ids of a text."""
 
 
 def responses(tokenizer: Tokenizer, response_BR, mask_BR) -> list[str]:
-    """Responses as texts, without the space they begin with; their ids are those where mask_BR is 1."""
+    """Decodes the ids where mask_BR is 1: a text per row, without whitespace around it."""
     pairs = zip(np.asarray(response_BR), np.asarray(mask_BR, bool), strict=True)
     return [tokenizer.decode(ids[mask].tolist()).strip() for ids, mask in pairs]
 
 
-def load(directory: str | os.PathLike) -> Tokenizer:
-    """The tokenizer saved in `directory`. InputError if there is none, or a damaged one."""
+def load(directory: str | os.PathLike) -> bpe.BPETokenizer | char.CharTokenizer:
+    """The tokenizer saved in `directory`. Raises InputError if it is missing or damaged."""
     path = Path(directory, stored.FILE)
-    kinds = {"char": char.CharTokenizer, "bpe": bpe.BPETokenizer}
+    kinds: dict[str, type[bpe.BPETokenizer | char.CharTokenizer]] = {
+        "char": char.CharTokenizer,
+        "bpe": bpe.BPETokenizer,
+    }
     record = stored.read_json(path)
     try:
         return kinds[record["kind"]].from_record(record)

@@ -1,7 +1,7 @@
 """Byte-level byte-pair encoding (Sennrich et al. 2016; bytes and word split as in Radford et al. 2019).
 
 Tokens and merges are written in GPT-2's alphabet, which gives each of the 256 bytes one printable character: a space is
-"Ġ". All 256 are tokens, so there is no unknown text.
+"Ġ". All 256 bytes are tokens, so every text can be encoded.
 """
 
 import dataclasses
@@ -9,6 +9,7 @@ import functools
 import json
 import os
 from collections.abc import Iterable
+from typing import Any
 
 import tokenizers
 
@@ -22,17 +23,17 @@ BYTES = sorted(tokenizers.pre_tokenizers.ByteLevel.alphabet())
 
 @dataclasses.dataclass(frozen=True)
 class BPETokenizer:
-    """Id i is tokens[i]: the 256 bytes, what the merges make, and what is added or special, in any order.
+    """Id i is tokens[i]: the 256 bytes, the results of the merges, the added and the special tokens, in any order.
 
-    merges[r] = "left right" is the merge of rank r; the lowest rank goes first. A text is normalized first, the added
-    tokens are found in it whole, and the rest is split into words.
+    merges[r] = "left right" is the merge of rank r; lower ranks are applied first. Encoding normalizes the text,
+    matches the added tokens whole, and splits the rest into words. Raises InputError where the fields do not fit.
     """
 
     tokens: tuple[str, ...]
     merges: tuple[str, ...]
-    added: tuple[str, ...] = ()  # in plain letters, a space being " ": runs of spaces in GPT-NeoX
-    special: tuple[str, ...] = (EOS,)  # no text encodes to these; the last but EOS may be for other uses than ours
-    pad: str = ""  # which of them is PAD; empty: PAD is the id after all tokens
+    added: tuple[str, ...] = ()  # as plain text, with " " for a space: runs of spaces in GPT-NeoX
+    special: tuple[str, ...] = (EOS,)  # no text encodes to these; we use only EOS and PAD
+    pad: str = ""  # the special token that is PAD; empty: PAD is the id after all tokens
     normalizer: str = ""  # one of NORMALIZERS
 
     def __post_init__(self):
@@ -47,19 +48,21 @@ class BPETokenizer:
                 f"special: expected {EOS} and {self.pad or 'others'} that no merge makes, got {self.special}"
             )
         if self.pad == EOS:
-            raise InputError(f"pad: expected another token than {EOS}")
+            raise InputError(f"pad: expected a token other than {EOS}")
         if self.normalizer not in NORMALIZERS:
             raise InputError(f"normalizer: expected none or NFC, got {self.normalizer!r}")
         made |= {*self.special, *self.added}
         if len(set(self.tokens)) < len(self.tokens) or made != set(self.tokens):
             raise InputError(
-                f"tokens: expected the {len(made)} that are bytes, made by a merge, added or special, each once, "
+                f"tokens: expected the {len(made)} bytes, merges, added and special tokens, each once, "
                 f"got {len(self.tokens)} with {len(made - set(self.tokens))} of them missing"
             )
 
     @classmethod
     def from_record(cls, record: dict) -> "BPETokenizer":
-        fields = {name: tuple(value) if isinstance(value, list) else value for name, value in record.items()}
+        fields: dict[str, Any] = {
+            name: tuple(value) if isinstance(value, list) else value for name, value in record.items()
+        }
         del fields["kind"]
         return cls(**fields)
 
@@ -96,9 +99,10 @@ class BPETokenizer:
 
     @functools.cached_property
     def codec(self) -> tokenizers.Tokenizer:
-        """What encodes. It does not know special tokens as such: text that spells them must stay text."""
+        """The encoder. To it, the name of a special token in a text is ordinary text."""
         ids = {token: i for i, token in enumerate(self.tokens)}
-        codec = _byte_level(tokenizers.models.BPE(ids, [tuple(merge.split(" ")) for merge in self.merges]))
+        merges = [(left, right) for left, _, right in (merge.partition(" ") for merge in self.merges)]
+        codec = _byte_level(tokenizers.models.BPE(ids, merges))
         if self.normalizer:
             codec.normalizer = NORMALIZERS[self.normalizer]
         codec.add_tokens([tokenizers.AddedToken(token, normalized=True) for token in self.added])
@@ -108,7 +112,8 @@ class BPETokenizer:
 def train(texts: Iterable[str], vocab_size: int) -> BPETokenizer:
     """The bytes, then one token for each merge learned from `texts`, then EOS and PAD: `vocab_size` ids.
 
-    Fewer where `texts` runs out of pairs that occur twice. The same texts give the same tokenizer.
+    There are fewer ids if `texts` runs out of pairs that occur twice. The same texts give the same tokenizer. Raises
+    InputError if vocab_size is below 258.
     """
     learned = vocab_size - 2  # without EOS and PAD
     if learned < len(BYTES):

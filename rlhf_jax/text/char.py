@@ -1,4 +1,4 @@
-"""One id a character: the smallest vocabulary, and the longest sequences."""
+"""One id per character: the smallest vocabulary and the longest sequences."""
 
 import dataclasses
 import functools
@@ -8,7 +8,7 @@ from collections.abc import Iterable
 from rlhf_jax.errors import InputError
 from rlhf_jax.text import stored
 
-UNKNOWN = "\N{REPLACEMENT CHARACTER}"  # how an unknown character reads when it is decoded
+UNKNOWN = "\N{REPLACEMENT CHARACTER}"  # what an unknown character decodes to
 
 
 @dataclasses.dataclass(frozen=True)
@@ -44,20 +44,20 @@ class CharTokenizer:
         return len(self.characters) + 3
 
     def encode(self, text: str) -> list[int]:
-        """One id a character. InputError if all there is to read in `text` is unknown."""
+        """One id per character. Raises InputError if no visible character of `text` is known."""
         ids = [self._ids.get(character, self.unk_id) for character in text]
         visible = text.strip()
         if visible and self._ids.keys().isdisjoint(visible):
             first = "".join(dict.fromkeys(visible))[:5]
-            raise InputError(f"text with no known characters: it begins with {first!r}, and none of it was trained on")
+            raise InputError(f"text with no known characters: it begins with {first!r}; all its characters are new")
         return ids
 
     def encode_batch(self, texts: list[str]) -> list[list[int]]:
         return [self.encode(text) for text in texts]
 
     def decode(self, ids: list[int]) -> str:
-        characters = self.characters + UNKNOWN
-        return "".join(characters[i] for i in ids if i not in (self.pad_id, self.eos_id))
+        known = (i for i in ids if i not in (self.pad_id, self.eos_id))
+        return "".join(self.characters[i] if i < len(self.characters) else UNKNOWN for i in known)
 
     def save(self, directory: str | os.PathLike) -> None:
         stored.write(directory, self._record)
@@ -75,5 +75,5 @@ class CharTokenizer:
 
 
 def train(texts: Iterable[str]) -> CharTokenizer:
-    """Knows every character of `texts`, in the order of their code points."""
+    """The tokenizer of all characters in `texts`, in code point order."""
     return CharTokenizer("".join(sorted(set().union(*texts))))

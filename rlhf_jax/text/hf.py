@@ -1,6 +1,6 @@
-"""Hugging Face tokenizers <-> ours: reads their byte-level BPE, writes what transformers.AutoTokenizer loads.
+"""Hugging Face tokenizers <-> ours: reads their byte-level BPE, writes files for transformers.AutoTokenizer.
 
-A text has the same ids on both sides, but for one thing: to theirs, the name of a special token in it is that token.
+A text has the same ids on both sides, with one exception: theirs encodes the name of a special token as that token.
 """
 
 import json
@@ -13,9 +13,9 @@ from rlhf_jax.errors import InputError
 from rlhf_jax.text import bpe, char, stored
 
 FILE = "tokenizer.json"
-PADS = ("<|pad|>", "<|padding|>", "[PAD]", "<pad>")  # names that PAD has; the first is what we call it
+PADS = ("<|pad|>", "<|padding|>", "[PAD]", "<pad>")  # known names of PAD; ours is the first
 
-# What byte-level BPE has in the fields of a tokenizer.json; None: null, or not there.
+# The fields of a tokenizer.json and their values in byte-level BPE; None: null or absent.
 EXPECTED = {
     "normalizer.type": (None, "NFC"),
     "pre_tokenizer.type": ("ByteLevel",),
@@ -30,12 +30,15 @@ EXPECTED = {
     "model.byte_fallback": (None, False),
     "model.ignore_merges": (None, False),
 }
-# The same for a token that is found whole in a text.
+# The same for an added token, which is matched whole in a text.
 EXPECTED_OF_ADDED = {"single_word": (None, False), "lstrip": (None, False), "rstrip": (None, False)}
 
 
-def read(path: str | os.PathLike) -> bpe.BPETokenizer:
-    """The byte-level BPE in a tokenizer.json, such as GPT-2's or GPT-NeoX's. InputError names the field at fault."""
+def read(path: str | os.PathLike) -> bpe.BPETokenizer | char.CharTokenizer:
+    """The byte-level BPE in a tokenizer.json, such as GPT-2's or GPT-NeoX's, or the characters that `to_hf` wrote.
+
+    InputError names the field at fault.
+    """
     record = stored.read_json(Path(path))
     try:
         return from_hf(record)
@@ -43,11 +46,13 @@ def read(path: str | os.PathLike) -> bpe.BPETokenizer:
         raise InputError(f"{path}: {error}") from None
 
 
-def from_hf(record: dict) -> bpe.BPETokenizer:
-    """A parsed tokenizer.json. A special token with one of the names PADS is PAD; without one, PAD is a new id.
+def from_hf(record: dict) -> bpe.BPETokenizer | char.CharTokenizer:
+    """The tokenizer in a parsed tokenizer.json. A special token with a name in PADS is PAD; else PAD is a new id.
 
-    What the file says of truncation and padding is not read: that is for the batches.
+    The file's truncation and padding are not read: batches have their own. Raises InputError for another kind.
     """
+    if _get(record, "model.type") == "WordLevel":
+        return _of_characters(record)
     _expect(EXPECTED, record)
     steps = _get(record, "post_processor.single") or []
     if any("Sequence" not in step for step in steps):
@@ -70,15 +75,15 @@ def from_hf(record: dict) -> bpe.BPETokenizer:
 
 
 def to_hf(tokenizer: bpe.BPETokenizer | char.CharTokenizer) -> dict[str, dict]:
-    """The files that transformers.AutoTokenizer loads: {name: JSON value}. EOS and PAD are special tokens, and apart.
+    """The files that transformers.AutoTokenizer loads: {name: JSON value}. EOS and PAD are two special tokens.
 
-    A text with no known character is all UNK to their character tokenizer, and an error to ours.
+    Their character tokenizer encodes a text without known characters as UNK; ours raises InputError.
     """
     codec, special = _characters(tokenizer) if isinstance(tokenizer, char.CharTokenizer) else _byte_level(tokenizer)
     codec.add_special_tokens([tokenizers.AddedToken(name, normalized=False) for name in special])
     names = {"eos_token": codec.id_to_token(tokenizer.eos_id), "pad_token": codec.id_to_token(tokenizer.pad_id)}
     config = {
-        "tokenizer_class": "PreTrainedTokenizerFast",  # takes tokenizer.json as it is
+        "tokenizer_class": "PreTrainedTokenizerFast",  # uses tokenizer.json unchanged
         "add_prefix_space": False,
         "clean_up_tokenization_spaces": False,
         "padding_side": "left",
@@ -96,7 +101,7 @@ def export(tokenizer: bpe.BPETokenizer | char.CharTokenizer, folder: str | os.Pa
 def _byte_level(tokenizer):
     codec = tokenizers.Tokenizer.from_str(tokenizer.codec.to_str())
     pad = tokenizer.pad or next(name for name in PADS if name not in tokenizer.tokens)
-    return codec, dict.fromkeys((*tokenizer.special, pad))  # the one that is new gets the next id
+    return codec, dict.fromkeys((*tokenizer.special, pad))  # a new PAD gets the next id
 
 
 def _characters(tokenizer):
@@ -105,7 +110,18 @@ def _characters(tokenizer):
     codec = tokenizers.Tokenizer(tokenizers.models.WordLevel(ids, unk_token=unknown))
     codec.pre_tokenizer = tokenizers.pre_tokenizers.Split(tokenizers.Regex(r"[\s\S]"), "isolated")
     codec.decoder = tokenizers.decoders.Fuse()
-    return codec, (bpe.EOS, PADS[0])  # their ids are the next two
+    return codec, (bpe.EOS, PADS[0])  # EOS and PAD get the next two ids
+
+
+def _of_characters(record):
+    """What `_characters` made, and nothing else: any other word-level tokenizer splits texts in another way."""
+    ids = _ids(record, _added(record))
+    tokenizer = char.CharTokenizer("".join(sorted(ids, key=ids.get)[:-3]))  # UNK, EOS and PAD come last
+    written = to_hf(tokenizer)[FILE]
+    for field in ("model", "normalizer", "pre_tokenizer", "decoder", "added_tokens"):
+        if record.get(field) != written[field]:
+            raise InputError(f"{field}: expected that of a tokenizer of characters, as we write it, or byte-level BPE")
+    return tokenizer
 
 
 def _expect(fields, record, where=""):
@@ -116,7 +132,7 @@ def _expect(fields, record, where=""):
 
 
 def _get(record, field):
-    """record["a"]["b"] for the field "a.b"; None if that is not there."""
+    """record["a"]["b"] for the field "a.b"; None if it is absent."""
     for name in field.split("."):
         record = record.get(name) if isinstance(record, dict) else None
     return record

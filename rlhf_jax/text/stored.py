@@ -1,4 +1,4 @@
-"""Files of a tokenizer. Ours is one JSON object, `tokenizer.json`; its field `kind` says which tokenizer it holds."""
+"""Tokenizer files. Ours is one JSON object, `tokenizer.json`, whose field `kind` is the kind of tokenizer."""
 
 import hashlib
 import json
@@ -11,7 +11,7 @@ FILE = "tokenizer.json"
 
 
 def write(directory: str | os.PathLike, record: dict, name: str = FILE) -> None:
-    """Writes `record` whole or not at all: whoever is killed here leaves the old file or the new one."""
+    """Writes `record` whole or not at all: a process killed here leaves the old file or the new one."""
     path = Path(directory, name)
     path.parent.mkdir(parents=True, exist_ok=True)
     unfinished = path.with_suffix(".unfinished")
@@ -24,7 +24,7 @@ def fingerprint(record: dict) -> str:
 
 
 def read_json(path: Path):
-    """The JSON value in the file; InputError, naming the file, where there is none."""
+    """The JSON value in the file. InputError names the file if it is missing or not JSON."""
     try:
         return json.loads(read_text(path))
     except json.JSONDecodeError as error:
@@ -32,7 +32,7 @@ def read_json(path: Path):
 
 
 def read_text(path: Path) -> str:
-    """The text in the file; InputError, naming the file, where there is none."""
+    """The text in the file. InputError names the file if it is missing or not UTF-8."""
     try:
         return path.read_text(encoding="utf-8")
     except OSError as error:

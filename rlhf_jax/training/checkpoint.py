@@ -1,12 +1,13 @@
-"""Checkpoints: arrays, and what goes with them, as one atomic Orbax step that is checked when it is read.
+"""Checkpoints: arrays and JSON notes as one atomic Orbax step, which is verified when it is read.
 
-Every array is stored with a checksum: a byte that has changed on the disk is found, which Orbax alone does not do.
+Every array is stored with a checksum, so a byte that has changed on the disk is detected; Orbax alone does not do that.
 """
 
 import concurrent.futures
 import contextlib
 import dataclasses
 import gc
+import hashlib
 import io
 import json
 import math
@@ -19,42 +20,43 @@ from pathlib import Path
 
 import jax
 import numpy as np
-import orbax.checkpoint as ocp
 
 from rlhf_jax.errors import InputError
 from rlhf_jax.fields import number
 
-FOLDERS = ("checkpoints", "result")  # of a stage: what it goes on from, and what it is for
-DAMAGED = "damaged"  # beside them: what could not be read
+FOLDERS = ("checkpoints", "result")  # of a stage: its states to resume from, and its result
+DAMAGED = "damaged"  # beside them: checkpoints that could not be read
 
 
 @dataclasses.dataclass(frozen=True)
 class Config:
     """How many checkpoints of a stage are kept: the newest and the best."""
 
-    last: int = number(2, least=1, neutral=True)  # the newest; a run resumes from the newest that is sound
-    best: int = number(1, least=0, neutral=True)  # those with the best evaluation; 0: none
+    last: int = number(2, least=1, neutral=True)  # the newest; a run resumes from the newest undamaged one
+    best: int = number(1, least=0, neutral=True)  # those with the best evaluations; 0: none
 
 
 @dataclasses.dataclass(frozen=True)
 class Restored:
-    """A sound checkpoint, and what was wrong with those after it."""
+    """An undamaged checkpoint, and why newer ones were not used."""
 
     step: int
     tree: object
     notes: dict  # as they were saved
-    damaged: tuple[str, ...]
+    damaged: tuple[str, ...]  # a message for each damaged one
 
 
 class Checkpoints:
-    """The checkpoints under `directory`: one of a tree of arrays and JSON notes for every step saved.
+    """The checkpoints under `directory`: for each saved step, a tree of arrays and JSON notes.
 
-    `best` names the number by which checkpoints are compared and whether its least or its most is wanted:
-    ("sft/eval_loss", min). Use it as a context manager: leaving it waits for the writes under way, which Orbax would
-    lose. Raises InputError where the folder cannot be written, or is too small for what shall be saved.
+    `best` is the metric that checkpoints are compared by, and its better direction: ("sft/eval_loss", min). Use it as a
+    context manager: leaving it waits for pending writes, which Orbax would lose. Raises InputError if the folder cannot
+    be written, or the disk is too full for a checkpoint.
     """
 
     def __init__(self, directory, config=Config(), best=("", max), *, read_only=False):
+        import orbax.checkpoint as ocp  # half a second, which no config waits for
+
         self.directory = Path(directory).absolute()
         self._metric, self._better = best
         last = ocp.checkpoint_managers.LatestN(config.last)
@@ -72,7 +74,7 @@ class Checkpoints:
         handlers = {"state": ocp.PyTreeCheckpointHandler(), "data": ocp.JsonCheckpointHandler()}
         with self._errors():
             self._manager = ocp.CheckpointManager(self.directory, options=options, item_handlers=handlers)
-        self._ranks = {}  # by step; Orbax tells them of those alone that it has written
+        self._ranks = {}  # by step; Orbax has none for pending writes
         for step in self.steps:
             with contextlib.suppress(_Damage), _reading():
                 self._ranks[step] = self._rank(self._manager.metrics(step))
@@ -90,16 +92,18 @@ class Checkpoints:
         return sorted(self._manager.all_steps())
 
     def is_best(self, numbers):
-        """True where these numbers are better than those of every checkpoint, if the best shall be kept."""
+        """Whether these numbers are better than every checkpoint's; False if the best are not kept."""
         if not self._keeps_best or self._metric not in numbers:
             return False
         return self._rank({"best": numbers[self._metric]}) > max(self._ranks.values(), default=-math.inf)
 
     def save(self, step, tree, notes, numbers=None):
-        """Saves arrays (None where there are none) and JSON notes under this step, in the background.
+        """Saves a tree of arrays (or None) and JSON notes under this step, in the background.
 
-        numbers, {name: float} of an evaluation, is where the number to compare by is found, if it is there.
+        numbers, {name: float}, are the metrics of an evaluation: checkpoints are compared by the one in `best`.
         """
+        import orbax.checkpoint as ocp
+
         tree = _keys_as_data(tree)
         notes = {"notes": notes, "checksums": _checksums(tree)}
         notes["checksum"] = _of_json(notes)
@@ -110,19 +114,19 @@ class Checkpoints:
         with self._errors():
             self._manager.wait_until_finished()
             size = sum(leaf.nbytes for leaf in jax.tree.leaves(tree))
-            if size > (free := shutil.disk_usage(self.directory).free):  # Orbax would say so from its threads
+            if size > (free := shutil.disk_usage(self.directory).free):  # Orbax would raise this in its threads
                 raise InputError(f"{self.directory}: expected room for {size:,} bytes, there are {free:,}")
-            if step in self.steps:  # a result again, of a run that was killed before its summary
+            if step in self.steps:  # a result saved again: the run was killed before its summary
                 self._manager.delete(step)
             self._manager.save(step, args=args, metrics=metrics, force=True)
 
     def restore(self, like):
-        """The newest sound checkpoint as Restored, or None where there is none at all.
+        """The newest undamaged checkpoint as Restored, or None if there are no checkpoints.
 
-        `like` gives structure, shapes, types and placement, and is not read. Raises InputError where every checkpoint
-        is damaged.
+        `like` gives structure, shapes, types and placement; its values are not read. Raises InputError if every
+        checkpoint is damaged.
         """
-        damaged = []
+        damaged: list[str] = []
         for step in reversed(self.steps):
             try:
                 tree, notes = self._read(step, _keys_as_data(like))
@@ -130,7 +134,7 @@ class Checkpoints:
             except _Damage as error:
                 damaged.append(f"{self.directory / str(step)}: {error}")
         if damaged:
-            raise InputError(f"no sound checkpoint: {'; '.join(damaged)}")
+            raise InputError(f"no undamaged checkpoint: {'; '.join(damaged)}")
         return None
 
     def put_aside(self, step):
@@ -144,14 +148,14 @@ class Checkpoints:
         return place
 
     def read(self, step):
-        """(nested dicts of NumPy arrays, notes) of a step. Raises InputError where it is damaged."""
+        """(nested dicts of NumPy arrays, notes) of a step. Raises InputError if it is damaged."""
         with self._named(step):
             return self._read(step, None)
 
     def describe(self, step):
-        """({array: what has its shape and dtype}, the number it was compared by or None) of a step, without its arrays.
+        """({array name: its shape and dtype}, the metric it is compared by or None) of a step, without reading arrays.
 
-        Raises InputError where it is damaged.
+        Raises InputError if it is damaged.
         """
         with self._named(step), _reading():
             arrays = self._manager.item_metadata(step).state.tree
@@ -165,6 +169,8 @@ class Checkpoints:
             raise InputError(f"{self.directory / str(step)}: {error}") from error
 
     def _read(self, step, like):
+        import orbax.checkpoint as ocp
+
         with _reading():
             if like is None:
                 metadata = self._manager.item_metadata(step).state.tree
@@ -177,11 +183,11 @@ class Checkpoints:
             parts = self._manager.restore(step, args=ocp.args.Composite(state=state, data=ocp.args.JsonRestore()))
             notes = dict(parts.data)
             if notes.pop("checksum", None) != _of_json(notes):
-                raise ValueError("its notes are not those that were saved")
+                raise ValueError("its notes differ from the saved ones")
             there, saved = _checksums(parts.state), notes["checksums"]
             for name in there if like is not None else saved:
                 if saved.get(name) != there.get(name):
-                    raise ValueError(f"the array {name} is not the one that was saved")
+                    raise ValueError(f"the array {name} differs from the saved one")
         return parts.state, notes["notes"]
 
     def _rank(self, metrics):
@@ -192,14 +198,14 @@ class Checkpoints:
 
     @contextlib.contextmanager
     def _errors(self):
-        """A folder that cannot be written or a disk that is full, as one line."""
+        """Turns errors of a folder that cannot be written, or of a full disk, into InputError."""
         try:
             yield
         except InputError:
             raise
         except (OSError, ValueError) as error:
-            told = getattr(error, "strerror", None) or _first_line(error)
-            raise InputError(f"{self.directory}: cannot write the checkpoint ({told})") from error
+            reason = getattr(error, "strerror", None) or _first_line(error)
+            raise InputError(f"{self.directory}: cannot write the checkpoint ({reason})") from error
 
 
 class _Damage(Exception):
@@ -208,7 +214,7 @@ class _Damage(Exception):
 
 @contextlib.contextmanager
 def _reading():
-    """Any error is _Damage; what Orbax's tasks say of it when they are collected is kept from the terminal."""
+    """Turns any error into _Damage, and hides the messages of Orbax's unfinished tasks."""
     hook, sys.unraisablehook = sys.unraisablehook, lambda _: None
     try:
         with contextlib.redirect_stderr(io.StringIO()):
@@ -216,23 +222,32 @@ def _reading():
                 yield
                 return
             except Exception as error:  # Orbax and TensorStore raise any kind, down to Exception itself
-                told = _first_line(error)
+                reason = _first_line(error)
                 traceback.clear_frames(error.__traceback__)
-            time.sleep(0.3)  # reads that are still under way complain too
+            time.sleep(0.3)  # pending reads write messages, too
             gc.collect()
     finally:
         sys.unraisablehook = hook
-    raise _Damage(f"damaged ({told})")
+    raise _Damage(f"damaged ({reason})")
 
 
 def _first_line(error):
     return str(error).strip().splitlines()[0][:200] if str(error).strip() else type(error).__name__
 
 
+def fingerprint(tree):
+    """sha256 (hex) of the names and bytes of all arrays of a tree."""
+    digest = hashlib.sha256()
+    for name, leaf in sorted(by_name(_keys_as_data(tree)).items()):
+        digest.update(name.encode())
+        digest.update(np.ascontiguousarray(leaf).tobytes())
+    return digest.hexdigest()
+
+
 def _checksums(tree):
-    """{"policy/wte/embedding": CRC-32 of its bytes}, of every array that this process holds the whole of."""
+    """{"policy/wte/embedding": CRC-32 of its bytes}, of every array that this process has all of."""
     leaves = {name: leaf for name, leaf in by_name(tree).items() if _is_here(leaf)}
-    with concurrent.futures.ThreadPoolExecutor() as pool:  # zlib lets go of the interpreter
+    with concurrent.futures.ThreadPoolExecutor() as pool:  # zlib releases the interpreter lock
         return dict(zip(leaves, pool.map(_checksum, leaves.values()), strict=True))
 
 
@@ -248,10 +263,10 @@ def _is_here(leaf):
 
 def _checksum(leaf):
     if isinstance(leaf, jax.Array) and leaf.is_fully_replicated:
-        # A view of its own: one kept by the array would keep its buffer from being donated.
+        # A separate view: one that the array caches would keep its buffer from being donated.
         leaf = leaf.addressable_data(0)
     array = np.ascontiguousarray(leaf)
-    return zlib.crc32(array.reshape(-1).view(np.uint8))
+    return zlib.crc32(array.reshape(-1).view(np.uint8).data)
 
 
 def _of_json(value):

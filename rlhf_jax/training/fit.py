@@ -1,4 +1,4 @@
-"""Trains a Stage in its folder: the only function with side effects. It writes, prints and heeds signals."""
+"""Trains a Stage in its folder: the only function with side effects. It writes, prints and handles signals."""
 
 import contextlib
 import dataclasses
@@ -27,13 +27,14 @@ class Fitted:
 def fit(stage, workdir, *, depends=None, config=None, keep=KEEP, reporter=None, stop=None) -> Fitted:
     """Trains the stage in workdir/<its name>, from its last checkpoint if it has one.
 
-    workdir is a path or a Workdir. depends is what the stage's numbers depend on (default: its own config), and config
-    the whole config of the run, for incidents. A folder made with anything else is refused, and so is one that another
-    process writes to. The result is saved apart: a stage that is given more steps goes on from where its training was.
+    workdir is a path or a Workdir. depends is what the stage's numbers depend on (default: its own config, the state
+    that it starts from and its first batch), and config is the whole config of the run, for incidents. A folder of
+    another `depends` is refused, and so is one that another process writes to. The result is saved separately: a stage
+    with more steps continues from its last checkpoint.
     """
     workdir = workdir if isinstance(workdir, Workdir) else Workdir(workdir)
     reporter = reporter or Silent()
-    depends = depends or {"section": stage.name, stage.name: fields.significant(stage.config)}
+    depends = depends or _depends(stage)
     workdir.check(stage.name, depends)
     began = _began(workdir, stage.name)
     workdir.open(stage.name, depends)
@@ -42,6 +43,13 @@ def fit(stage, workdir, *, depends=None, config=None, keep=KEEP, reporter=None, 
         state, evaluation, numbers = _train(stage, workdir, config or depends, keep, reporter, stop)
     summary = _finish(stage, workdir, state, evaluation, numbers, began, reporter, depends.get("seed"))
     return Fitted(state, summary)
+
+
+def _depends(stage):
+    """What the numbers of a stage depend on, where no config of a run says so."""
+    contents = {"the first state": stage.state, "the first batch": stage.batch_at(0)}
+    digests = {name: checkpoint.fingerprint(tree) for name, tree in contents.items()}
+    return {"section": stage.name, stage.name: fields.significant(stage.config), "sha256": digests}
 
 
 def _train(stage, workdir, config, keep, reporter, stop):
@@ -80,7 +88,7 @@ def _train(stage, workdir, config, keep, reporter, stop):
 
 
 def _resume(stage, checkpoints, folder, reporter):
-    """(state, row of its step) of the newest sound checkpoint; the stage's own and None where there is none."""
+    """(state, row of its step) of the newest sound checkpoint; without one, the stage's first state and None."""
     frozen = {name: getattr(stage.state, name) for name in stage.frozen}
     restored = checkpoints.restore(stage.state.replace(**dict.fromkeys(frozen)))
     if restored is None:
@@ -97,7 +105,7 @@ def _resume(stage, checkpoints, folder, reporter):
 
 
 class _Incidents:
-    """Keeps an update that is not finite, and ends the run or lets it go on."""
+    """Saves an update that is not finite, then ends the run or lets it continue."""
 
     def __init__(self, stage, workdir, config, reporter):
         self._stage, self._workdir, self._config, self._reporter = stage, workdir, config, reporter
@@ -125,14 +133,14 @@ class _Incidents:
 
 
 def _began(workdir, name):
-    """When the stage would have begun, by time.monotonic, had it never been stopped."""
+    """The start of the stage on the clock of time.monotonic, without the pauses between its runs."""
     path = workdir / name / "metrics.jsonl"
     rows = metrics.read(path) if path.exists() else []
     return time.monotonic() - (rows[-1]["time"] if rows else 0)
 
 
 def _finish(stage, workdir, state, evaluation, numbers, began, reporter, seed):
-    """Plots, samples and, last, the summary of a stage: it is finished. Held-out numbers lose their `eval_`."""
+    """Writes plots, samples and, last, the summary, which marks the stage as finished. Names lose their `eval_`."""
     folder = workdir / stage.name
     found = stage.summarize(state, evaluation)
     more = found.plot(metrics.read(folder / "metrics.jsonl"), folder / "plots")

@@ -1,7 +1,7 @@
-"""Numbers that are not finite: the update that they come from is not made, and what is needed to make it again is kept.
+"""Numbers that are not finite: their update is not taken, and everything that repeats it is saved.
 
-The compiled update itself leaves the parameters alone (training/optim.py: step). The host learns of it one step later,
-from the count of updates left out, and keeps an `Incident`; `python -m rlhf_jax.replay` takes it from there.
+The compiled update itself leaves the parameters unchanged (training/optim.py: step). The host sees that one step later,
+in the count of skipped updates, and saves an `Incident`, which `python -m rlhf_jax.replay` repeats.
 """
 
 import dataclasses
@@ -20,29 +20,29 @@ FOLDER = "incident"  # in the workdir
 
 
 class NonFinite(ArithmeticError):
-    """A number is NaN or infinite, and the run has ended; parameters and checkpoints are from before."""
+    """A number is NaN or infinite, and the run has ended. Parameters and checkpoints are those before it."""
 
 
 @dataclasses.dataclass(frozen=True)
 class Config:
-    """What happens when an update is not finite."""
+    """What happens if an update is not finite."""
 
-    # stop: the run ends with exit code 4. skip: it goes on with the next batch; each step is awaited. off: no check.
+    # stop: the run ends with exit code 4. skip: it continues with the next batch; each step is awaited. off: no check.
     action: str = fields.choice("stop", "stop", "skip", "off")
     limit: int = fields.number(10, least=0)  # updates that may be skipped
 
 
 def message(names):
-    """The names of the numbers that are not finite, for one line; without any, the gradients were not."""
+    """The names of the numbers that are not finite, in one line. Without names, it is the gradients."""
     return ", ".join(names) or "the gradients"
 
 
 @dataclasses.dataclass(frozen=True)
 class Incident:
-    """An update that was not made.
+    """An update that was not taken, or not to its end.
 
-    `state` is what the update found, but for optimizer steps of it that were taken already: state.applied counts them.
-    `batch` is the batch of the step, and `rollout` what the policy algorithm was given, if there was one.
+    `state` is the state before the update; if the update had taken some of its optimizer steps, they are in it, and
+    state.applied counts them. `batch` is the batch of the step, `rollout` what a policy algorithm learned from.
     """
 
     stage: str
@@ -55,14 +55,14 @@ class Incident:
 
 
 def write(workdir, incident):
-    """Keeps an incident in the workdir and returns its folder; those of earlier ones stay."""
+    """Saves an incident in the workdir and returns its folder; earlier ones stay."""
     folder = Path(workdir, FOLDER, f"{incident.stage}-{incident.step}")
     with Checkpoints(folder / "checkpoints") as checkpoints:
         checkpoints.save(incident.step, {"state": incident.state, "rollout": incident.rollout}, {})
     np.savez(folder / "batch.npz", **jax.device_get(incident.batch))
     record = {name: getattr(incident, name) for name in ("stage", "step", "names", "config")}
     record["key"] = np.asarray(jax.random.key_data(incident.state.key))
-    metrics.summarize(folder / "incident.json", record | metrics.environment())  # last: the incident is whole
+    metrics.summarize(folder / "incident.json", record | metrics.environment())  # last: the incident is complete
     return folder
 
 

@@ -1,7 +1,9 @@
 """The one training loop: step, log, evaluate, save, stop cleanly. Every stage is this with another step function."""
 
 import contextlib
+import dataclasses
 import signal
+from typing import Any
 
 import numpy as np
 
@@ -13,7 +15,7 @@ AGAIN = "the same command goes on from there"
 class Stopped(BaseException):
     """SIGTERM or SIGINT has stopped the run; the same command goes on from there.
 
-    Like KeyboardInterrupt it is no Exception: a signal may come anywhere, and no `except Exception` may eat it.
+    Like KeyboardInterrupt it is no Exception: a signal may come anywhere, and no `except Exception` may catch it.
     """
 
 
@@ -21,93 +23,126 @@ def run(stage, state, *, checkpoints, log, reporter, stop, incident, row=None):
     """Trains a Stage from state.step to its last step and returns the last state, which the caller evaluates.
 
     The stage is evaluated every config.eval_every steps. A checkpoint is taken every config.save_every steps, at the
-    best evaluation, after the last step, and when `stop()` is true; then Stopped is raised. Beside the state it holds
-    the row of metrics of its step; `row` is that of the state given. If the run stopped before that step's evaluation,
+    best evaluation, after the last step, and when `stop()` is true; then Stopped is raised. It holds the state and the
+    row of metrics of its step; `row` is the row of the given state. If the run stopped before that step's evaluation,
     the evaluation runs now.
 
-    A number that is not finite is logged and handed to incident(state, step, batch, rollout, names, skipped), which
-    raises NonFinite or lets the run go on; then each step is awaited (incident.waits), to have its state at hand.
+    For a number that is not finite the loop calls incident(state, step, batch, rollout, names, skipped), which raises
+    NonFinite or lets the run continue. If it may continue (incident.waits), every step is awaited, so that its state is
+    available.
     """
-    config = stage.config
+    loop = _Loop(stage, checkpoints, log, reporter, stop, incident, skipped=int(state.skipped))
+    state = loop.again(state, row)
     pending = None  # the step on the device, whose numbers are read while the next one runs
-    skipped = int(state.skipped)
-
-    def write(step, numbers):
-        log.write(step, numbers)
-        reporter.update(step, numbers)
-
-    def named(numbers):
-        return {f"{stage.name}/{name}": float(value) for name, value in numbers.items()}
-
-    def read(step, batch, done):
-        nonlocal skipped
-        numbers = named(done.numbers)
-        count = int(numbers.get(f"{stage.name}/skipped", skipped))
-        if (names := not_finite(numbers)) or count > skipped:
-            try:
-                incident(state, step, batch, done.rollout, names, count)
-            except NonFinite:
-                write(step, numbers)
-                raise
-        skipped = count
-        for note in done.notes:
-            reporter.note(f"{stage.name}: {note}")
-        return numbers
-
-    def evaluated(state):
-        """(state, numbers), or None for the numbers where a signal came first."""
-        try:
-            with stop.at_once():
-                evaluation = stage.evaluate(state)
-        except Stopped:
-            return state, None
-        reporter.samples(evaluation.samples)
-        return stage.keep(state, evaluation) if stage.keep else state, evaluation.numbers
-
-    def end_step(state, step, numbers):
-        """Evaluates if it is due, and logs: (state, row, the evaluation's numbers where its checkpoint may be kept)."""
-        is_due, found = due(config.eval_every, step), None
-        if is_due and step < config.steps:  # the last one is the caller's
-            state, found = evaluated(state)
-        evaluation = named(found or {})
-        numbers = numbers | evaluation
-        write(step, numbers)
-        if wrong := not_finite(evaluation):
-            raise NonFinite(f"step {step}: {', '.join(wrong)} not finite")
-        row = {"numbers": numbers, "complete": not is_due or found is not None}
-        return state, row, evaluation if found and stage.eligible(found) else None
-
-    def save(state, step, row, found):
-        kept = state.replace(**dict.fromkeys(stage.frozen))
-        checkpoints.save(step, kept, {"row": row}, found)
-
-    def leave(step):
-        if stop():
-            raise Stopped(f"stopped after step {step} of {config.steps}; {AGAIN}")
-
-    start = int(state.step)
-    if row is not None and row["complete"]:
-        write(start, row["numbers"])
-    elif row is not None:
-        state, row, found = end_step(state, start, row["numbers"])
-        if row["complete"]:  # saved once more, with the evaluation that it lacked
-            save(state, start, row, found)
-        leave(start)
-    for step in range(start + 1, config.steps + 1):
+    for step in range(int(state.step) + 1, stage.config.steps + 1):
         batch = stage.batch_at(step - 1)
         done = stage.step(state, batch)
         state = done.state
         if pending:
-            write(pending[0], read(*pending))
+            loop.write(pending[0], loop.read(state, *pending))
         pending = step, batch, done._replace(state=None)
-        saves = step == config.steps or due(config.save_every, step)
-        if saves or due(config.eval_every, step) or stop() or incident.waits:
-            numbers, pending = read(*pending), None
-            state, row, found = end_step(state, step, numbers)
-            if saves or stop() or (found and checkpoints.is_best(found)):
-                save(state, step, row, found)
-            leave(step)
+        if loop.waits(step):
+            state = loop.end_step(state, step, loop.read(state, *pending))
+            pending = None
     return state
+
+
+@dataclasses.dataclass
+class _Loop:
+    """What is done between the steps of a stage."""
+
+    stage: Any  # stages.Stage
+    checkpoints: Any
+    log: Any
+    reporter: Any
+    stop: Any
+    incident: Any
+    skipped: int  # updates left out so far
+
+    def again(self, state, row):
+        """The state after its row is logged again, and after the evaluation that a stop has prevented."""
+        step = int(state.step)
+        if row is not None and row["complete"]:
+            self.write(step, row["numbers"])
+        elif row is not None:
+            state, row, found = self.evaluate(state, step, row["numbers"])
+            if row["complete"]:  # saved again, now with its evaluation
+                self.save(state, step, row, found)
+            self.leave(step)
+        return state
+
+    def waits(self, step):
+        """Whether the numbers of this step are read before the next one begins."""
+        return self.saves(step) or due(self.stage.config.eval_every, step) or self.stop() or self.incident.waits
+
+    def saves(self, step):
+        """Whether a checkpoint of this step is due."""
+        return step == self.stage.config.steps or due(self.stage.config.save_every, step)
+
+    def end_step(self, state, step, numbers):
+        """Evaluates, logs and saves what is due, and stops the run if a signal has come: the state."""
+        state, row, found = self.evaluate(state, step, numbers)
+        if self.saves(step) or self.stop() or (found and self.checkpoints.is_best(found)):
+            self.save(state, step, row, found)
+        self.leave(step)
+        return state
+
+    def evaluate(self, state, step, numbers):
+        """Evaluates if it is due, and logs: (state, row, its numbers if the checkpoint may be a best one)."""
+        config = self.stage.config
+        is_due, found = due(config.eval_every, step), None
+        if is_due and step < config.steps:  # the caller evaluates the last state
+            state, found = self._evaluated(state)
+        evaluation = self._named(found or {})
+        numbers = numbers | evaluation
+        self.write(step, numbers)
+        if wrong := not_finite(evaluation):
+            raise NonFinite(f"step {step}: {', '.join(wrong)} not finite")
+        row = {"numbers": numbers, "complete": not is_due or found is not None}
+        return state, row, evaluation if found and self.stage.eligible(found) else None
+
+    def _evaluated(self, state):
+        """(state, numbers); the numbers are None if a signal interrupted the evaluation."""
+        try:
+            with self.stop.at_once():
+                evaluation = self.stage.evaluate(state)
+        except Stopped:
+            return state, None
+        self.reporter.samples(evaluation.samples)
+        return self.stage.keep(state, evaluation) if self.stage.keep else state, evaluation.numbers
+
+    def read(self, state, step, batch, done):
+        """The numbers of a step, waited for. `state` is the newest one."""
+        numbers = self._named(done.numbers)
+        count = int(numbers.get(f"{self.stage.name}/skipped", self.skipped))
+        if (names := not_finite(numbers)) or count > self.skipped:
+            try:
+                self.incident(state, step, batch, done.rollout, names, count)
+            except NonFinite:
+                self.write(step, numbers)
+                raise
+        self.skipped = count
+        for note in done.notes:
+            self.reporter.note(f"{self.stage.name}: {note}")
+        return numbers
+
+    def write(self, step, numbers):
+        """Logs and shows a row of metrics."""
+        self.log.write(step, numbers)
+        self.reporter.update(step, numbers)
+
+    def save(self, state, step, row, found):
+        """Takes a checkpoint, without the parameters that no step changes."""
+        kept = state.replace(**dict.fromkeys(self.stage.frozen))
+        self.checkpoints.save(step, kept, {"row": row}, found)
+
+    def leave(self, step):
+        """Raises Stopped if a signal has come."""
+        if self.stop():
+            raise Stopped(f"stopped after step {step} of {self.stage.config.steps}; {AGAIN}")
+
+    def _named(self, numbers):
+        return {f"{self.stage.name}/{name}": float(value) for name, value in numbers.items()}
 
 
 def due(every, step):
@@ -121,7 +156,7 @@ def not_finite(numbers):
 
 
 class Stop:
-    """Whether SIGTERM or SIGINT has come. A second one ends the program, whatever it is doing: all files are whole."""
+    """Whether SIGTERM or SIGINT has come. A second signal ends the program at once; no file is ever incomplete."""
 
     def __init__(self):
         self._requested = self._raises = False
@@ -137,11 +172,11 @@ class Stop:
         self._check(f"stopped by {signal.Signals(number).name}; {AGAIN}")
 
     def at_once(self):
-        """Within, the signal raises Stopped where it comes; one that has come already does so at the start."""
+        """Inside this context a signal raises Stopped at once; an earlier signal raises it at the start."""
         return self._mode(True)
 
     def later(self):
-        """Within, the signal is only noted, for a place where the run can be saved; it is raised at the end."""
+        """Inside this context a signal is only noted, until the run can be saved; it is raised at the end."""
         return self._mode(False)
 
     @contextlib.contextmanager
@@ -161,7 +196,7 @@ class Stop:
 
 @contextlib.contextmanager
 def stop_signal():
-    """Yields a Stop that notes SIGTERM and SIGINT. The handlers of before are put back in the end."""
+    """Yields a Stop that notes SIGTERM and SIGINT. Restores the previous handlers at the end."""
     stop = Stop()
     before = {number: signal.signal(number, stop.request) for number in (signal.SIGTERM, signal.SIGINT)}
     try:

@@ -1,7 +1,7 @@
 """AdamW, its schedules, and gradients summed over microbatches."""
 
 import dataclasses
-from typing import Any
+from typing import Any, NamedTuple
 
 import flax
 import jax
@@ -47,12 +47,52 @@ def schedule(config, updates):
 
 
 def adamw(config, updates):
-    """The optax transformation. Build it once: a new one is a new compilation."""
+    """The optax transformation. Build it once: a new one causes a new compilation."""
     clip = optax.clip_by_global_norm(config.max_grad_norm) if config.max_grad_norm else optax.identity()
-    adam = optax.adamw(
-        schedule(config, updates), b2=config.adam_b2, eps=config.adam_eps, weight_decay=config.weight_decay
+    adam = optax.chain(
+        scale_by_adam(b2=config.adam_b2, eps=config.adam_eps),
+        optax.add_decayed_weights(config.weight_decay),
+        optax.scale_by_learning_rate(schedule(config, updates)),
     )
     return optax.chain(clip, adam)
+
+
+class AdamState(NamedTuple):
+    """That of `scale_by_adam`. Its own type says that it has heeded `take`."""
+
+    count: jax.Array  # type: ignore[assignment]  # tuple.count
+    mu: Any
+    nu: Any
+
+
+def scale_by_adam(*, b1=0.9, b2, eps):
+    """optax.scale_by_adam, whose state stays as it is where `take` is False.
+
+    Whether the moments move is chosen before the parameters read them. Were it chosen afterwards, XLA would compute the
+    parameters from the old moments, and set a copy of both aside until it has.
+    """
+
+    def init(params):
+        return AdamState(jnp.zeros((), jnp.int32), *(jax.tree.map(jnp.zeros_like, params) for _ in range(2)))
+
+    def update(grads, state, params=None, *, take=True):
+        count = optax.safe_increment(state.count)
+        mu = select(take, optax.tree.update_moment(grads, state.mu, b1, 1), state.mu)
+        nu = select(take, optax.tree.update_moment_per_elem_norm(grads, state.nu, b2, 2), state.nu)
+        mu_hat, nu_hat = optax.tree.bias_correction(mu, b1, count), optax.tree.bias_correction(nu, b2, count)
+        changes = jax.tree.map(lambda m, v: m / (jnp.sqrt(v) + eps), mu_hat, nu_hat)
+        return changes, AdamState(select(take, count, state.count), mu, nu)
+
+    return optax.GradientTransformationExtraArgs(init, update)
+
+
+def select(take, new, old):
+    """The new tree where `take` is True, else the old one; an AdamState has chosen already."""
+
+    def chosen(x):
+        return take is True or isinstance(x, AdamState)
+
+    return jax.tree.map(lambda x, y: x if chosen(x) else jnp.where(take, x, y), new, old, is_leaf=chosen)
 
 
 @flax.struct.dataclass
@@ -83,21 +123,18 @@ def step(update, state, grads, numbers, *, tx, guard):
     """
     norms = {f"{name}_grad_norm": norm(grads[name]) for name in grads}
     if guard == "off":
-        finite, take = update.finite, jnp.array(True)
+        finite = take = True
     else:
         finite = update.finite & all_finite((numbers, norms))
         take = finite & (update.taken >= state.applied)
-
-    def keep(new, old):
-        return new if guard == "off" else jax.tree.map(lambda x, y: jnp.where(take, x, y), new, old)
-
+    tx = optax.with_extra_args_support(tx)
     params, optimizer = {}, {}
     for name, params_old in update.params.items():
-        changes, optimizer_new = tx.update(grads[name], update.optimizer[name], params_old)
-        params[name] = keep(optax.apply_updates(params_old, changes), params_old)
-        optimizer[name] = keep(optimizer_new, update.optimizer[name])
+        changes, optimizer_new = tx.update(grads[name], update.optimizer[name], params_old, take=take)
+        params[name] = select(take, optax.apply_updates(params_old, changes), params_old)
+        optimizer[name] = select(take, optimizer_new, update.optimizer[name])
     taken = update.taken + (finite | (update.taken < state.applied))
-    return Update(params, optimizer, finite, taken), norms
+    return Update(params, optimizer, jnp.asarray(finite), taken), norms
 
 
 def end(state, update, *, guard):
@@ -125,14 +162,14 @@ def all_finite(tree):
 
 
 def accumulate(grad_fn, batch, weights, microbatches):
-    """grad_fn over `microbatches` equal slices of the batch, averaged as if it had seen the batch whole.
+    """The mean of grad_fn over `microbatches` equal slices of the batch, equal to grad_fn of the whole batch.
 
-    grad_fn(slice) returns a pytree of means over the slice; weights [B] says how much of the mean each row is (its
-    number of tokens, say). A slice counts by its share of the weight, so padding does not tilt the average.
+    grad_fn(slice) returns a pytree of means over the slice. weights [B] are the rows' weights in these means (their
+    numbers of tokens, say). A slice is weighted by its share of the weights, so padding does not bias the mean.
     """
     if microbatches == 1:
         return grad_fn(batch)
-    # Rows are dealt out in turn, so that a batch laid over devices stays balanced in every slice.
+    # Rows are dealt out in turn, so every slice is spread evenly over the devices.
     slices = jax.tree.map(lambda x: x.reshape(-1, microbatches, *x.shape[1:]).swapaxes(0, 1), (batch, weights))
     shares = jnp.sum(slices[1], axis=1) / jnp.maximum(jnp.sum(weights), 1)
 

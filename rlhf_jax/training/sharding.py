@@ -1,4 +1,4 @@
-"""One device or many, on one code path: a mesh of all devices, rows of a batch laid over it, parameters on each."""
+"""One code path for one device or many: a batch's rows are spread over a mesh of all devices, parameters are copied."""
 
 import jax
 import numpy as np
@@ -6,7 +6,7 @@ from jax.sharding import AxisType, NamedSharding, PartitionSpec
 
 
 def mesh():
-    """All devices on one axis, "data". Axes are Auto: XLA places what the program does not say."""
+    """All devices on one axis, "data". Axes are Auto: XLA chooses every placement that the program leaves open."""
     return jax.make_mesh((jax.device_count(),), ("data",), axis_types=(AxisType.Auto,))
 
 
@@ -16,7 +16,7 @@ def replicate(tree, mesh):
 
 
 def shard(batch, mesh):
-    """Rows (the first axis) of every array spread over the devices, which must divide their number."""
+    """Spreads the rows (the first axis) of every array over the devices; these must divide the number of rows."""
     return jax.device_put(batch, NamedSharding(mesh, PartitionSpec("data")))
 
 

@@ -26,11 +26,11 @@ class TrainState:
     best: Any = None  # {"policy", "score", "step"} of the best policy seen
     alarms: Any = None  # alarms.py: running means, and whether an alarm has tripped
     skipped: jax.Array | None = None  # () int32, updates that were left out because a number was not finite
-    applied: jax.Array | None = None  # () int32, optimizer steps taken of the update at `step`; 0 but in an incident
+    applied: jax.Array | None = None  # () int32, optimizer steps already taken at `step`; 0 except in an incident
 
     @classmethod
     def create(cls, key, **parts):
-        """Step 0. Counts are arrays from the start: a Python int would cost a second compilation."""
+        """The state at step 0. Counts are arrays from the start: a Python int would cause a second compilation."""
         counts = {name: jnp.zeros((), jnp.int32) for name in ("step", "skipped", "applied")}
         return cls(key=key, **counts, **parts)
 

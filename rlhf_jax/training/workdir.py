@@ -1,7 +1,7 @@
 """A run's folder, and everything that is written to it: lock, configs, metrics, checkpoints, samples, summaries.
 
-A stage's folder is its proof: config.json holds what its numbers depend on, result/ what it is for, checkpoints/ what
-it goes on from, and summary.json, written last, says that it is finished.
+In a stage's folder, config.json has what its numbers depend on, checkpoints/ the states to resume from, and result/ the
+trained parameters. summary.json is written last and marks the stage as finished.
 """
 
 import contextlib
@@ -33,7 +33,7 @@ class Workdir:
         return self.path / name
 
     def lock(self) -> None:
-        """Locks the folder, which is made if it is not there, until the process ends, however it ends."""
+        """Makes the folder if needed, and locks it until the process ends, however it ends."""
         if self._lock is not None:
             return
         with self._writing(self.path):
@@ -46,12 +46,12 @@ class Workdir:
             os.close(file)
             owner = f"{self.path} is in use by process {path.read_text() or 'unknown'}"
             raise InputError(f"workdir: {owner}; choose another --workdir") from None
-        self._lock = file  # stays open: closing it would give up the lock
+        self._lock = file  # stays open: closing it would release the lock
         os.truncate(path, 0)
         os.write(file, str(os.getpid()).encode())
 
     def open(self, stage: str, depends: dict) -> Path:
-        """The stage's folder, with its config in it; no other process may write now."""
+        """Locks the workdir, writes the stage's config and returns the stage's folder."""
         self.lock()
         folder = self.path / stage
         with self._writing(folder):
@@ -60,7 +60,7 @@ class Workdir:
         return folder
 
     def write_json(self, name: str, value: Any) -> None:
-        """Writes a JSON file of the run, whole or not at all."""
+        """Writes a JSON file of the run, completely or not at all."""
         self.lock()
         with self._writing(self.path / name):
             metrics.summarize(self.path / name, value)
@@ -71,7 +71,7 @@ class Workdir:
             file.writelines(json.dumps(row) + "\n" for row in rows)
 
     def save_tokenizer(self, tokenizer: Any, made_of: dict) -> None:
-        """Keeps the tokenizer in text/, and what it was made of."""
+        """Writes the tokenizer and what it was made of to text/."""
         self.lock()
         with self._writing(self.path / "text"):
             tokenizer.save(self.path / "text")
@@ -79,7 +79,7 @@ class Workdir:
             metrics.summarize(self.path / "text" / "made_of.json", record)
 
     def read_json(self, name: str, remove: Path | None = None) -> dict:
-        """The object in a JSON file of the run. `remove` is what must go to make it again: the file, or its folder."""
+        """The object in a JSON file of the run. `remove`: what the error says to remove (default: the file)."""
         path = self.path / name
         try:
             value = json.loads(path.read_text())
@@ -94,11 +94,11 @@ class Workdir:
         return value
 
     def started(self, stage: str) -> bool:
-        """True where the stage has left anything."""
+        """True if the stage has been started."""
         return (self.path / stage / "config.json").exists()
 
     def finished(self, stage: str, steps: int) -> bool:
-        """True where all these steps of the stage are done."""
+        """True if the stage is finished and has this number of steps."""
         path = self.path / stage / "summary.json"
         return path.exists() and self.summary(stage).get(f"{stage}/steps") == steps
 
@@ -115,7 +115,7 @@ class Workdir:
             raise InputError(f"workdir: {path}: expected the samples of the stage ({error})") from None
 
     def check(self, stage: str, depends: dict) -> None:
-        """Refuses a stage's folder that was made with anything else; both values are in the message."""
+        """Refuses a stage's folder that was made with something else; the message has both values."""
         folder, path = self.path / stage, self.path / stage / "config.json"
         if not path.exists():
             if any((folder / name).exists() for name in ("checkpoints", "result", "summary.json")):
@@ -125,7 +125,8 @@ class Workdir:
         here = flat(json.loads(json.dumps(depends)))
         section = depends["section"]
         free = {f"{section}.{field}" for field in MAY_CHANGE}
-        for name in sorted((there | here).keys() - free):
+        # Contents come last: a place that is another one has other contents, too.
+        for name in sorted((there | here).keys() - free, key=lambda name: (name.startswith("sha256."), name)):
             if there.get(name) != here.get(name):
                 raise InputError(f"workdir: {path} was made with {_differing(name, there, here)}")
         before, now = there.get(f"{section}.steps"), here.get(f"{section}.steps")
@@ -164,14 +165,14 @@ class Workdir:
 
 def flat(tree: dict, prefix: str = "") -> dict:
     """{"a": {"b": 1}} -> {"a.b": 1}."""
-    values = {}
+    values: dict = {}
     for name, value in tree.items():
         values |= flat(value, f"{prefix}{name}.") if isinstance(value, dict) else {f"{prefix}{name}": value}
     return values
 
 
 def _differing(name, there, here):
-    """One line on a field, or a file, that is not what it was."""
+    """A message about the field, or the file, that has changed."""
     if name.startswith("sha256."):
         place = name.removeprefix("sha256.")
         was, now = (str(values.get(name))[:12] for values in (there, here))

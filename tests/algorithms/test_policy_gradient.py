@@ -11,11 +11,13 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
+from rlhf_jax.algorithms import policy as policy_algorithm
 from rlhf_jax.algorithms import policy_gradient as pg
 from rlhf_jax.algorithms import ppo
-from rlhf_jax.ops import logprobs
+from rlhf_jax.ops import losses
 from rlhf_jax.rollout import Apply, Rollout
 from rlhf_jax.training import optim
+from tests.support import TablePolicy
 
 PAD, EOS = 0, 1
 CONFIG = pg.Config(batch=2, kl_coef=0.5, temperature=0.7)
@@ -34,14 +36,6 @@ HAND = Rollout(
     entropy_BR=jnp.array([[1.0, 2, 3], [2, 0, 0]]),
     score_B=jnp.array([10.0, 7]),
 )
-
-
-class TablePolicy:
-    """logits[v] of the token after token v."""
-
-    @staticmethod
-    def logprobs(table, tokens_BT, attend_BT, count, *, temperature):
-        return logprobs.gather(logprobs.before(table[tokens_BT], count), tokens_BT[:, -count:], temperature=temperature)
 
 
 TABLE = Apply(TablePolicy, None)
@@ -105,7 +99,7 @@ def test_the_gradient_by_hand(sampled):
         state, token = before[row, column], int(drawn.response_BR[row, column])
         p = np.array(jax.nn.softmax(table[state] / CONFIG.temperature))
         expected[state] += float(drawn.advantages_BR[row, column]) * (p - np.eye(5)[token]) / CONFIG.temperature / 4
-    gradient = jax.grad(lambda table: pg.loss(table, drawn, config=CONFIG, apply=TABLE)[0])(table)
+    gradient = jax.grad(lambda table: pg.loss({"policy": table}, drawn, config=CONFIG, apply=TABLE)[0])(table)
     close(gradient, expected, atol=1e-5)
 
 
@@ -116,11 +110,11 @@ def test_on_a_fresh_rollout_weights_change_no_gradient_and_ppo_agrees(sampled, c
     drawn = pg.estimate(drawn, 0.5, config=CONFIG)
 
     def gradient(config):
-        return jax.grad(lambda table: pg.loss(table, drawn, config=config, apply=TABLE)[0])(table)
+        return jax.grad(lambda table: pg.loss({"policy": table}, drawn, config=config, apply=TABLE)[0])(table)
 
     close(gradient(dataclasses.replace(CONFIG, **changes)), gradient(CONFIG), atol=1e-5)
     clipped = jax.grad(
-        lambda table: pg.losses.ppo_policy(
+        lambda table: losses.ppo_policy(
             TablePolicy.logprobs(table, drawn.tokens_BT, drawn.attend_BT, 3, temperature=CONFIG.temperature),
             drawn.logp_BR, drawn.advantages_BR, drawn.mask_BR, clip=0.2,
         )[0]
@@ -137,7 +131,7 @@ def test_reused_rollouts_are_weighted_by_the_ratio(sampled):
     ratio_BR = jnp.exp(TablePolicy.logprobs(moved, *inputs, temperature=CONFIG.temperature) - drawn.logp_BR)
 
     def gradient(drawn, config):
-        return jax.grad(lambda table: pg.loss(table, drawn, config=config, apply=TABLE)[0])(moved)
+        return jax.grad(lambda table: pg.loss({"policy": table}, drawn, config=config, apply=TABLE)[0])(moved)
 
     reused = dataclasses.replace(CONFIG, epochs=2)
     weighted = drawn.replace(advantages_BR=drawn.advantages_BR * ratio_BR)
@@ -152,8 +146,8 @@ def test_microbatches_change_nothing(sampled):
 
     def learned(microbatches):
         config = dataclasses.replace(CONFIG, microbatches=microbatches)
-        state = pg.init(table, jax.random.key(0), config=config, tx=tx)
-        return pg.step(state, drawn, config=config, apply=TABLE, tx=tx)[0].policy
+        state = policy_algorithm.init(table, jax.random.key(0), config=config, tx=tx)
+        return policy_algorithm.step(pg, state, drawn, config=config, apply=TABLE, tx=tx)[0].policy
 
     close(learned(2), learned(1), atol=1e-5)
 
@@ -163,23 +157,22 @@ def test_a_step_moves_the_policy_and_nothing_else(sampled):
     table, drawn = sampled
     config = dataclasses.replace(CONFIG, epochs=3, lr=0.1)
     tx = optim.adamw(config, 30)
-    state = pg.init(table, jax.random.key(0), config=config, tx=tx)
-    new, numbers = jax.jit(partial(pg.step, config=config, apply=TABLE, tx=tx))(state, drawn)
+    state = policy_algorithm.init(table, jax.random.key(0), config=config, tx=tx)
+    new, numbers = jax.jit(partial(policy_algorithm.step, pg, config=config, apply=TABLE, tx=tx))(state, drawn)
     assert int(new.step) == 1 and float(jnp.abs(new.policy - table).max()) > 0.1
     np.testing.assert_array_equal(new.reference, table)
     assert optax.tree.get(new.optimizer["policy"], "count", filtering=lambda path, _: "Adam" in str(path)) == 3
-    assert numbers["pg/ess_last"] < numbers["pg/ess"] < 1 and numbers["pg/approx_kl_last"] > 0
-    close(numbers["pg/kl"], np.sum(np.array(drawn.kl_BR)) / 2, rtol=1e-5)
+    assert numbers["ess_last"] < numbers["ess"] < 1 and numbers["approx_kl_last"] > 0
+    close(numbers["kl"], np.sum(np.array(drawn.kl_BR)) / 2, rtol=1e-5)
 
 
 def test_the_kl_controller_is_in_the_state(sampled):
     table, drawn = sampled
     config = dataclasses.replace(CONFIG, kl_target=1e-3, kl_horizon=20)
     tx = optim.adamw(config, 30)
-    state, numbers = pg.step(
-        pg.init(table, jax.random.key(0), config=config, tx=tx), drawn, config=config, apply=TABLE, tx=tx
-    )
-    sign = np.sign(float(numbers["pg/kl"]) - 1e-3)
+    state = policy_algorithm.init(table, jax.random.key(0), config=config, tx=tx)
+    state, numbers = policy_algorithm.step(pg, state, drawn, config=config, apply=TABLE, tx=tx)
+    sign = np.sign(float(numbers["kl"]) - 1e-3)
     close(state.kl_coef, 0.5 * (1 + sign * 0.2 * 2 / 20), rtol=1e-6)
 
 
@@ -187,7 +180,7 @@ def test_it_learns_the_rewarded_token():
     """A bandit of four arms, one paid: it is all the policy plays after 60 rollouts of 16."""
     config = pg.Config(batch=16, lr=0.1, kl_coef=0.0)
     tx = optim.adamw(config, 60)
-    state = pg.init(jnp.zeros((5, 5)), jax.random.key(0), config=config, tx=tx)
+    state = policy_algorithm.init(jnp.zeros((5, 5)), jax.random.key(0), config=config, tx=tx)
 
     @jax.jit
     def step(state):
@@ -198,7 +191,7 @@ def test_it_learns_the_rewarded_token():
             eos_B=blank[:, 0] == 1, logp_BR=jax.nn.log_softmax(state.policy[2])[token_B][:, None], logp_ref_BR=blank,
             kl_exact_BR=blank, entropy_BR=blank, score_B=(token_B == 3).astype(jnp.float32),
         )  # fmt: skip
-        return pg.step(state, drawn, config=config, apply=TABLE, tx=tx)[0]
+        return policy_algorithm.step(pg, state, drawn, config=config, apply=TABLE, tx=tx)[0]
 
     for _ in range(60):
         state = step(state)

@@ -12,6 +12,7 @@ from rlhf_jax.algorithms import preference
 from rlhf_jax.models.heads import ScalarModel
 from rlhf_jax.rollout import Apply
 from rlhf_jax.training import optim
+from tests.support import assert_trees_close, assert_trees_equal
 
 CONFIG = preference.Config(lr=1e-2, schedule="constant")
 ADAM = optim.adamw(CONFIG, 100)
@@ -51,11 +52,6 @@ def begin(reward, tx=SGD):
     return preference.init(jax.tree.map(jnp.copy, reward), jax.random.key(0), tx=tx)
 
 
-def assert_trees_close(one, other, atol):
-    for x, y in zip(jax.tree.leaves(one), jax.tree.leaves(other), strict=True):
-        np.testing.assert_allclose(x, y, rtol=0, atol=atol)
-
-
 def digits(params, tokens_BT, mask_BT):
     """A reward to do by hand: params times the number that the real tokens spell."""
     number_B = jnp.zeros(len(tokens_BT))
@@ -86,9 +82,9 @@ def test_loss_by_hand():
     """Margins log(3) * (-1, 2075, 0): sigmoid 1/4, 1 and 1/2; one wrong, one right, one a draw, that counts half."""
     loss, metrics = preference.loss(jnp.log(3.0), HAND, apply=BY_HAND)
     np.testing.assert_allclose(loss, (np.log(4) + 0 + np.log(2)) / 3, rtol=1e-5)
-    np.testing.assert_allclose(metrics["reward/accuracy"], 0.5)
-    np.testing.assert_allclose(metrics["reward/margin"], np.log(3) * 2074 / 3, rtol=1e-5)
-    assert metrics["reward/loss"] == loss
+    np.testing.assert_allclose(metrics["accuracy"], 0.5)
+    np.testing.assert_allclose(metrics["margin"], np.log(3) * 2074 / 3, rtol=1e-5)
+    assert metrics["loss"] == loss
 
 
 def test_scores_are_those_of_each_side_alone(apply, scalar, batch):
@@ -117,7 +113,7 @@ def test_padding_changes_no_metric(fill, apply, scalar, batch):
     train = trainer(apply)
     narrow, narrow_metrics = train(begin(scalar), batch)
     wide, wide_metrics = train(begin(scalar), {name: pad(name, x) for name, x in batch.items()})
-    assert narrow_metrics.keys() == {"reward/loss", "reward/accuracy", "reward/margin", "reward/grad_norm"}
+    assert narrow_metrics.keys() == {"loss", "accuracy", "margin", "grad_norm", "skipped"}
     assert_trees_close(wide_metrics, narrow_metrics, 2e-5)
     assert_trees_close(wide.reward, narrow.reward, 1e-5)
 
@@ -136,7 +132,7 @@ def test_dropout_is_off(apply, scalar, batch):
     """invariant 10: whatever rate the model was pretrained with."""
     noisy = Apply(None, ScalarModel(dataclasses.replace(apply.scalar.config, dropout=0.5)))
     expected, actual = (jax.jit(partial(preference.scores, apply=model))(scalar, batch) for model in (apply, noisy))
-    jax.tree.map(np.testing.assert_array_equal, actual, expected)
+    assert_trees_equal(actual, expected)
 
 
 def test_it_learns_which_was_chosen(apply, scalar, batch):
@@ -144,15 +140,15 @@ def test_it_learns_which_was_chosen(apply, scalar, batch):
     state, before = train(state, batch)
     for _ in range(30):
         state, metrics = train(state, batch)
-    assert metrics["reward/accuracy"] == 1 and before["reward/accuracy"] < 1
-    assert metrics["reward/loss"] < 0.2 * before["reward/loss"]
-    assert metrics["reward/margin"] > 1
+    assert metrics["accuracy"] == 1 and before["accuracy"] < 1
+    assert metrics["loss"] < 0.2 * before["loss"]
+    assert metrics["margin"] > 1
 
 
 def test_the_same_seed_is_the_same_run_and_a_step_is_one_update(apply, scalar, batch):
     """invariants 10 and 11: bit for bit; nothing but the reward is there."""
     one, two = (trainer(apply, ADAM)(begin(scalar, ADAM), batch)[0] for _ in range(2))
-    jax.tree.map(np.testing.assert_array_equal, one.reward, two.reward)
+    assert_trees_equal(one.reward, two.reward)
     assert one.step == 1 and one.policy is one.reference is one.value is None
     counts = {int(x) for path, x in jax.tree.leaves_with_path(one.optimizer) if "count" in jax.tree_util.keystr(path)}
     assert counts == {1}

@@ -12,12 +12,14 @@ import jax
 import numpy as np
 import pytest
 
+from rlhf_jax import rollout
 from rlhf_jax.algorithms import policy_gradient, ppo
 from rlhf_jax.commands import benchmark
 from rlhf_jax.errors import InputError
 from rlhf_jax.models import gpt2
 from rlhf_jax.report import metrics
 from rlhf_jax.report.console import Reporter, Silent
+from rlhf_jax.rewards import function
 from rlhf_jax.training import guard
 
 CONFIGS = Path(__file__).parents[2] / "configs"
@@ -97,25 +99,25 @@ def test_what_is_timed(monkeypatch):
 
         return function
 
-    iteration = types.SimpleNamespace(
+    timed = types.SimpleNamespace(
         prefill=takes("prefill", [90, 1, 2], "cache"),
-        draw=takes("draw", [90, 3, 5], "drawn"),
+        sample=takes("sample", [90, 3, 5], "drawn"),
         score=takes("score", [90, 4, 4], "scored"),
-        update=takes("update", [90, 5, 9], ("next", {})),
+        learn=takes("learn", [90, 5, 9], ("next", {})),
     )
     monkeypatch.setattr(benchmark.time, "perf_counter", lambda: clock[0])
-    state, rows = benchmark._time(iteration, "first", "prompts", 2)
+    state, rows = benchmark._time(timed, "first", ("prompts", "mask"), 2)
     assert state == "next"
     assert rows == [
         {"prefill": 1, "decode": 2, "score": 4, "update": 5, "iteration": 12},
         {"prefill": 2, "decode": 3, "score": 4, "update": 9, "iteration": 18},
     ]
     assert calls[:5] == [
-        ("prefill", "first", "prompts"),
-        ("draw", "first", "prompts"),
-        ("score", "first", "prompts", "drawn"),
-        ("update", "first", "scored"),
-        ("prefill", "next", "prompts"),
+        ("prefill", "first", "prompts", "mask"),
+        ("sample", "first", "prompts", "mask"),
+        ("score", "first", ("prompts", "mask"), "drawn"),
+        ("learn", "first", "scored"),
+        ("prefill", "next", "prompts", "mask"),
     ]
 
 
@@ -225,7 +227,7 @@ def test_everything_is_there_and_finite(measured, tmp_path):
     result = json.loads((tmp_path / "out.json").read_text())
     assert {"versions", "machine", "sizes", "shape", "device", "dtype", "peer", "memory"} <= result.keys()
     assert result["phases"].keys() == {"prefill", "decode", "score", "update", "iteration"}
-    assert result["programs"].keys() == {"prefill", "draw", "score", "update"}
+    assert result["programs"].keys() == {"prefill", "draw", "judge", "reward", "update"}
     for program in result["programs"].values():
         assert program.keys() == {"compile_seconds", "compile_seconds_cached", "temp_bytes"}
     assert all(math.isfinite(number) for number in numbers(result))
@@ -281,17 +283,21 @@ def test_it_is_shown(measured, capsys):
 @pytest.mark.parametrize("name", ["ppo", "pg"])
 def test_an_iteration_learns_as_a_stage_does(name):
     """The reward of the article's is that of its texts, all is finite, and the policy moves."""
-    iteration = benchmark.Iteration(benchmark.Shape("small", SMALL, 4, 5, ALGORITHMS[name]))
-    state, prompts = iteration.begin(jax.random.key(0))
+    timed = benchmark.Timed(benchmark.Shape("small", SMALL, 4, 5, ALGORITHMS[name]))
+    state, prompts = timed.begin(jax.random.key(0))
     before = np.asarray(state.policy["wte"]["embedding"])
-    drawn = iteration.draw(state, prompts)
-    iteration._reward = lambda texts: (np.array([len(text) for text in texts], np.float32), {})
-    scored = iteration.score(state, prompts, drawn)
+    drawn = timed.sample(state, *prompts)
     if name == "pg":
+        timed.reward = function.Function(lambda texts: [len(text) for text in texts], "length")
+    scored = timed.score(state, prompts, drawn)
+    if name == "ppo":
+        expected_B = rollout.score(timed.iteration.apply, state.reward, scored, timed.iteration.sampling)
+        np.testing.assert_allclose(scored.score_B, expected_B, rtol=1e-5, atol=1e-6)
+    else:
         ids = [row.tolist() for row in np.asarray(drawn.response_BR)]
         assert scored.score_B.tolist() == [len(benchmark.CHARACTERS.decode(row).strip()) for row in ids]
     assert np.isfinite(scored.score_B).all() and np.isfinite(scored.kl_exact_BR).all()
-    state, told = iteration.update(state, scored)
+    state, told = timed.learn(state, scored)
     assert (int(state.step), int(state.skipped)) == (1, 0)
     assert np.abs(np.asarray(state.policy["wte"]["embedding"]) - before).max() > 0
     assert all(np.isfinite(value) for value in told.values())
@@ -300,17 +306,18 @@ def test_an_iteration_learns_as_a_stage_does(name):
 def test_no_response_ends_early():
     """Nor would it of a vocabulary of two, whichever of them were the one that ends it."""
     two = dataclasses.replace(SMALL, vocab_size=2)
-    iteration = benchmark.Iteration(benchmark.Shape("two", two, 4, 5, ALGORITHMS["ppo"]))
-    drawn = iteration.draw(*iteration.begin(jax.random.key(0)))
+    timed = benchmark.Timed(benchmark.Shape("two", two, 4, 5, ALGORITHMS["ppo"]))
+    state, prompts = timed.begin(jax.random.key(0))
+    drawn = timed.sample(state, *prompts)
     assert set(np.unique(drawn.response_BR)) == {0, 1} and drawn.mask_BR.all() and not drawn.done_B.any()
 
 
 def test_the_article_is_rewarded_by_its_sentiment():
-    iteration = benchmark.Iteration(benchmark.Shape("small", SMALL, 4, 5, ALGORITHMS["pg"]))
+    timed = benchmark.Timed(benchmark.Shape("small", SMALL, 4, 5, ALGORITHMS["pg"]))
+    state, prompts = timed.begin(jax.random.key(0))
     happy = benchmark.CHARACTERS.encode("happy")
-    drawn = types.SimpleNamespace(response_BR=np.array([happy] * 4), mask_BR=np.ones((4, 5), bool))
-    iteration.judge = lambda *args: types.SimpleNamespace(replace=lambda score_B: score_B)
-    np.testing.assert_allclose(iteration.score(None, None, drawn), [0.5719] * 4)
+    drawn = timed.sample(state, *prompts).replace(response_BR=np.array([happy] * 4, np.int32))
+    np.testing.assert_allclose(timed.score(state, prompts, drawn).score_B, [0.5719] * 4)
 
 
 def test_the_memory_of_a_device_that_counts_it(monkeypatch):

@@ -9,12 +9,13 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
-from rlhf_jax.run import Summarization, Writing
 
+import rlhf_jax
+from rlhf_jax import checkpoint, pipeline
 from rlhf_jax import config as configs
-from rlhf_jax.algorithms import ppo
+from rlhf_jax.algorithms import POLICY, policy_gradient, ppo
+from rlhf_jax.commands import model_card
 from rlhf_jax.commands.export import export
-from rlhf_jax.commands.model_card import WHAT
 from rlhf_jax.data import corpus, sources
 from rlhf_jax.data.tldr import format_query
 from rlhf_jax.errors import InputError
@@ -24,6 +25,7 @@ from rlhf_jax.models.heads import LanguageModel, ScalarModel
 from rlhf_jax.report import metrics
 from rlhf_jax.text import gpt2 as gpt2_text
 from rlhf_jax.training.checkpoint import Checkpoints
+from tests.support import assert_trees_equal, changed, differ, error, opened, stages
 
 SIZES = {"layers": 1, "heads": 2, "head_size": 8, "width": 16, "context": 64}
 MODELS = {"gpt2": SIZES, "neox": SIZES | gpt2.NEOX | {"context": 64, "rotary_share": 0.5, "vocab_size": 320}}
@@ -36,9 +38,9 @@ def random(shapes):
     return jax.tree.map(lambda x: draw.normal(0, 0.5, x.shape).astype(np.float32), shapes)
 
 
-def finish(run, stage, result):
+def finish(steps, stage, result):
     """The stage as if it had been trained."""
-    folder = run.open(stage)
+    folder = opened(steps, stage)
     with Checkpoints(folder / "result") as checkpoints:
         checkpoints.save(3, result, {})
     metrics.summarize(folder / "summary.json", {**metrics.environment(), "seed": 1, "seconds": 1.5, **MEASURED})
@@ -57,28 +59,19 @@ def made(request, tmp_path_factory):
         model=gpt2.Config(**MODELS[request.param]),
         ppo=ppo.Config(kl_coef=0.0625),
     )
-    run = Summarization(config, folder / "run")
-    shapes = jax.eval_shape(run.apply.policy.init, jax.random.key(0))
+    steps = stages(config, folder / "run")
+    apply = steps.setup.apply
+    shapes = jax.eval_shape(apply.policy.init, jax.random.key(0))
     policy = random(shapes)
     if "wpe" in policy:  # else, tied, it says its last token again and again
         policy["wpe"]["embedding"] *= 9
-    reward = random(jax.eval_shape(run.apply.scalar.zero_head, shapes))
-    finish(run, "sft", {"policy": jax.tree.map(jnp.zeros_like, policy)})
-    finish(run, "reward", {"reward": reward})
-    finish(run, "ppo", {"policy": policy, "value": reward})
+    reward = random(jax.eval_shape(apply.scalar.zero_head, shapes))
+    finish(steps, "sft", {"policy": jax.tree.map(jnp.zeros_like, policy)})
+    finish(steps, "reward", {"reward": reward})
+    finish(steps, "ppo", {"policy": policy, "value": reward})
     (folder / "rows.jsonl").unlink()
-    return types.SimpleNamespace(run=run, policy=policy, reward=reward, workdir=run.workdir)
-
-
-def assert_same_bits(ours, theirs):
-    jax.tree.map(np.testing.assert_array_equal, ours, theirs)
-
-
-def error(*args):
-    with pytest.raises(InputError) as caught:
-        export(*args)
-    assert "\n" not in str(caught.value)
-    return str(caught.value)
+    workdir, tokenizer = steps.workdir.path, steps.setup.tokenizer
+    return types.SimpleNamespace(apply=apply, tokenizer=tokenizer, policy=policy, reward=reward, workdir=workdir)
 
 
 def greedy(model, params, tokenizer, prompts, count):
@@ -98,12 +91,23 @@ def test_a_policy_is_read_back_from_its_folder_alone(made, tmp_path):
     assert export(made.workdir, tmp_path / "out") == "ppo"
     config = hf_config.read(tmp_path / "out")
     params, tokenizer = hf.load(tmp_path / "out", config), gpt2_text.from_files(tmp_path / "out")
-    assert_same_bits(params, made.policy)
-    assert tokenizer == made.run.tokenizer and tokenizer.pad_id != tokenizer.eos_id
+    assert_trees_equal(params, made.policy)
+    assert tokenizer == made.tokenizer and tokenizer.pad_id != tokenizer.eos_id
     prompts = ["the", "the secret label", "0", "a post, a title", "post? 12 posts!"]
-    ours = greedy(made.run.apply.policy, made.policy, made.run.tokenizer, prompts, 9)
-    theirs = greedy(LanguageModel(config), params, tokenizer, prompts, json_of(tmp_path / "out")["max_new_tokens"])
+    ours = greedy(made.apply.policy, made.policy, made.tokenizer, prompts, 9)
+    policy = LanguageModel(config, ids=tokenizer.vocab_size)
+    theirs = greedy(policy, params, tokenizer, prompts, json_of(tmp_path / "out")["max_new_tokens"])
     assert ours == theirs and len(set(ours)) > 2
+
+
+def test_the_run_and_its_exports_are_the_same_from_python(made, tmp_path):
+    export(made.workdir, tmp_path / "policy")
+    export(made.workdir, tmp_path / "reward", "reward")
+    run, policy, reward = (rlhf_jax.load(folder) for folder in (made.workdir, tmp_path / "policy", tmp_path / "reward"))
+    prompts = ["the secret", "post 12"]
+    texts = run.generate(prompts, n=4, max_tokens=9)
+    assert texts == policy.generate(prompts, n=4, max_tokens=9) and len(set(texts)) > 2
+    np.testing.assert_allclose(reward.scores("the", texts), run.scores("the", texts), rtol=1e-4, atol=1e-4)
 
 
 def json_of(folder, name="generation_config.json"):
@@ -113,9 +117,12 @@ def json_of(folder, name="generation_config.json"):
 def test_generate_is_told_how_the_run_drew_its_samples(made, tmp_path):
     """transformers would take the 50 likeliest tokens, and stop after 20."""
     export(made.workdir, tmp_path)
-    ids = {"bos_token_id": made.run.tokenizer.eos_id, "eos_token_id": made.run.tokenizer.eos_id}
-    ids |= {"pad_token_id": made.run.tokenizer.pad_id}
+    ids = {"bos_token_id": made.tokenizer.eos_id, "eos_token_id": made.tokenizer.eos_id}
+    ids |= {"pad_token_id": made.tokenizer.pad_id}
     drawn = {"do_sample": True, "temperature": 0.01, "top_k": 0, "max_new_tokens": 9}
+    if (size := json_of(tmp_path, "config.json")["vocab_size"]) > made.tokenizer.vocab_size:
+        drawn["suppress_tokens"] = list(range(made.tokenizer.vocab_size, size))
+    assert ("suppress_tokens" in drawn) == ("wpe" not in made.policy)  # of GPT-NeoX: 320 ids, of which 300 are known
     assert json_of(tmp_path) == ids | drawn
     tokenizer = json_of(tmp_path, "tokenizer_config.json")
     assert tokenizer["padding_side"] == "left"
@@ -127,9 +134,9 @@ def test_a_reward_model_scores_what_it_scored(made, tmp_path):
     assert export(made.workdir, tmp_path, "reward") == "reward"
     config = hf_config.read(tmp_path)
     params = hf.scalar_from_hf(hf.read(tmp_path), config)
-    tokens_BT = jax.random.randint(jax.random.key(0), (4, 12), 0, made.run.tokenizer.vocab_size)
+    tokens_BT = jax.random.randint(jax.random.key(0), (4, 12), 0, made.tokenizer.vocab_size)
     mask_BT = jnp.arange(12) < jnp.array([[12], [9], [3], [1]])
-    ours = made.run.apply.scalar.score(made.reward, tokens_BT, mask_BT)
+    ours = made.apply.scalar.score(made.reward, tokens_BT, mask_BT)
     np.testing.assert_allclose(ScalarModel(config).score(params, tokens_BT, mask_BT), ours, rtol=1e-5, atol=1e-5)
     assert abs(ours).min() > 1e-3
     assert json_of(tmp_path, "tokenizer_config.json")["padding_side"] == "right"
@@ -160,7 +167,7 @@ def test_the_last_finished_policy_is_the_default(unfinished, expected, made, tmp
         (tmp_path / "run" / stage / "summary.json").unlink()
     assert export(tmp_path / "run", tmp_path / "out") == expected
     params = hf.load(tmp_path / "out", hf_config.read(tmp_path / "out"))
-    assert_same_bits(params, made.policy if expected == "ppo" else jax.tree.map(np.zeros_like, made.policy))
+    assert_trees_equal(params, made.policy if expected == "ppo" else jax.tree.map(np.zeros_like, made.policy))
 
 
 def nothing(folder):
@@ -198,25 +205,76 @@ def test_what_cannot_be_exported_is_one_line_and_nothing_is_written(change, stag
 
 def test_nothing_is_overwritten(made, tmp_path):
     (tmp_path / "mine").write_text("mine")
-    assert error(made.workdir, tmp_path) == f"{tmp_path}: expected a new or an empty folder to write to"
-    assert error(made.workdir, tmp_path / "mine").endswith("expected a new or an empty folder to write to")
+    assert error(export, made.workdir, tmp_path) == f"{tmp_path}: expected a new or an empty folder to write to"
+    assert error(export, made.workdir, tmp_path / "mine").endswith("expected a new or an empty folder to write to")
     assert [(path.name, path.read_text()) for path in tmp_path.iterdir()] == [("mine", "mine")]
 
 
 def test_of_several_seeds_the_first_is_exported(tmp_path):
     """Of a policy that learned by itself, whose texts begin with EOS."""
-    config = configs.Writing(
-        seeds=2, model=gpt2.Config(**SIZES), data=corpus.Config(made=20, length=12), reward="sentiment"
+    config = configs.write(
+        seeds=2,
+        model=gpt2.Config(**SIZES),
+        data=corpus.Config(made=20, length=12),
+        pretrain=configs.Supervised(steps=0),
+        sft=configs.Supervised(steps=0),
+        policy_gradient=policy_gradient.Config(steps=1, batch=4, lr=0.1),
+        evaluation=configs.Evaluation(prompts=4, batch=4),
     )
-    run = Writing(config, tmp_path / "run")
-    policy = random(jax.eval_shape(run.apply.policy.init, jax.random.key(0)))
-    finish(run, "rl", {"policy": jax.tree.map(lambda leaf: np.stack([leaf, leaf + 1]), policy)})
+    pipeline.run(config, tmp_path / "run")
+    first, second = (checkpoint.load(tmp_path / "run" / "seeds" / str(i) / "rl")["policy"] for i in range(2))
+    assert differ(first, second)
     assert export(tmp_path / "run", tmp_path / "out") == "rl"
-    assert_same_bits(hf.load(tmp_path / "out", hf_config.read(tmp_path / "out")), policy)
+    assert_trees_equal(hf.load(tmp_path / "out", hf_config.read(tmp_path / "out")), first)
     card = (tmp_path / "out" / "README.md").read_text()
     assert "| `seeds` | 2, this is the first |" in card and "tokenizer('<|endoftext|>'" in card
     assert "`policy_gradient`" in card and "`ppo`" not in card and "20 tweets, written by rlhf_jax (seed 0)" in card
     assert json_of(tmp_path / "out")["max_new_tokens"] == 11
+
+
+@pytest.fixture(scope="module")
+def own(tmp_path_factory):
+    """A run on prompts and a reward of one's own, with both algorithms in one workdir."""
+    folder = tmp_path_factory.mktemp("own")
+    (folder / "prompts.jsonl").write_text("".join(json.dumps({"prompt": f"{i} plus"}) + "\n" for i in range(20)))
+    (folder / "mine.py").write_text("def length(texts):\n    return [float(len(text)) for text in texts]\n")
+    rollouts = {"steps": 1, "batch": 4, "epochs": 1, "lr": 0.1}
+    config = configs.Config(
+        task="prompts",
+        text=configs.Text(kind="char"),
+        data=sources.Config(
+            source="files", prompts=str(folder / "prompts.jsonl"), held_out=0.3, prompt_length=9, response_length=5
+        ),
+        model=gpt2.Config(**SIZES),
+        sft=configs.Supervised(steps=0),
+        reward=configs.Reward(kind=f"{folder}/mine.py:length"),
+        ppo=ppo.Config(**rollouts),
+        policy_gradient=policy_gradient.Config(**rollouts),
+        evaluation=configs.Evaluation(prompts=4, batch=4),
+    )
+    for algorithm in POLICY:
+        pipeline.run(changed(config, algorithm=algorithm), folder / "run")
+    return folder
+
+
+def test_a_run_on_own_prompts(own, tmp_path):
+    """Its card has its recipe, and nothing of summaries or of the other algorithm."""
+    policies = {}
+    for algorithm in POLICY:
+        config = changed(configs.read(own / "run"), algorithm=algorithm)
+        (own / "run" / "config.json").write_text(json.dumps(configs.tree(config)))
+        assert export(own / "run", tmp_path / algorithm) == algorithm
+        policies[algorithm] = hf.load(tmp_path / algorithm, hf_config.read(tmp_path / algorithm))
+        assert_trees_equal(policies[algorithm], checkpoint.load(own / "run" / algorithm)["policy"])
+        assert json_of(tmp_path / algorithm)["max_new_tokens"] == 5
+        card = (tmp_path / algorithm / "README.md").read_text()
+        reward = "the reward mine.py:length"
+        assert f"# A policy after {algorithm.replace('_', ' ')} against {reward}\n" in card
+        assert "prompts: prompts.jsonl" in card and f"`{algorithm}/reward_sft`" in card
+        assert not [other for other in POLICY if other != algorithm and other in card]
+        assert "summar" not in card.replace("`summary.json`", "") and "SUBREDDIT" not in card
+        assert str(own) not in card
+    assert differ(*policies.values())
 
 
 def test_weights_to_start_from_are_named(made, tmp_path):
@@ -231,5 +289,8 @@ def test_weights_to_start_from_are_named(made, tmp_path):
         assert ("base_model: who/what\n" in card) == (init == "who/what@v1")
 
 
-def test_every_stage_is_told_in_words():
-    assert WHAT.keys() == Summarization.STAGES.keys() | Writing.STAGES.keys()
+def test_every_stage_has_words():
+    rows = configs.Supervised(steps=1)
+    every = [configs.write(pretrain=rows), *(configs.Config(sft=rows, algorithm=algorithm) for algorithm in POLICY)]
+    names = {name for config in every for name in configs.stages(config)}
+    assert names == model_card.WHAT.keys() | POLICY.keys()

@@ -28,10 +28,10 @@ def test_a_comparison_is_a_query_with_the_chosen_summary_first():
         ({"summaries": ROW["summaries"][:1]}, "choice: expected 0 or 1 and two summaries, got 1 and 1"),
         ({"summaries": None}, "summaries: expected a list of objects with a text"),
         ({"summaries": ["a", "b"]}, "summaries: expected a list of objects with a text"),
-        ({"info": None}, "info: expected texts subreddit, title, post, as a Reddit post has them"),
+        ({"info": None}, "info: expected texts subreddit, title, post, as in a Reddit post"),
         (
             {"info": INFO | {"post": None, "article": "News."}},
-            "info: expected texts subreddit, title, post, as a Reddit",
+            "info: expected texts subreddit, title, post, as in a Reddit",
         ),
     ],
 )

@@ -9,5 +9,5 @@ def test_accuracy_by_hand():
     assert accuracy([2.0, 1.0, 0.0, 5.0], [1.0, -1.0, 3.0, 5.0]) == (0.625, wilson(2.5, 4))
 
 
-def test_a_constant_reward_model_is_a_coin():
+def test_a_constant_reward_model_is_a_coin_flip():
     assert accuracy(np.zeros(10), np.zeros(10))[0] == 0.5

@@ -26,7 +26,7 @@ def test_it_is_the_mean_over_all_subsets(scores, n):
     assert best_of_n.best_of_n(scores, n)[0] == pytest.approx(np.mean(subsets), abs=1e-9)
 
 
-def test_one_is_the_mean_for_free_and_all_is_the_best():
+def test_best_of_one_is_the_mean_at_no_kl_and_best_of_all_is_the_maximum():
     assert best_of_n.best_of_n([1, 2, 6], 1) == (pytest.approx(3), 0)
     assert best_of_n.best_of_n([1, 2, 6], 3)[0] == pytest.approx(6)
 
@@ -46,6 +46,6 @@ def test_at_a_kl_between_two_n_it_is_between_their_scores():
 
 
 @pytest.mark.parametrize("n", [0, 4])
-def test_more_than_there_are_is_an_error(n):
+def test_n_above_the_number_of_scores_is_an_error(n):
     with pytest.raises(InputError, match="expected n from 1 to 3"):
         best_of_n.best_of_n([1, 2, 3], n)

@@ -23,7 +23,7 @@ def test_mean_by_hand():
     assert mean_ci95([1, 2, 3, 4, 5]) == pytest.approx((3 - 1.3859, 3 + 1.3859), abs=1e-4)
 
 
-def test_mean_of_one_row_is_anything_and_of_none_an_error():
+def test_one_row_has_an_infinite_interval_and_no_row_is_an_error():
     assert mean_ci95([7.0]) == (-np.inf, np.inf)
     with pytest.raises(InputError, match="at least one row"):
         mean_ci95([])

@@ -15,7 +15,7 @@ def test_perplexity_by_hand():
     assert scores == pytest.approx({"loss": np.log(4), "perplexity": 4})
 
 
-def test_a_uniform_guess_is_worth_the_vocabulary():
+def test_a_uniform_guess_has_the_perplexity_of_the_vocabulary():
     nats_B, tokens_B = nll(np.full((3, 5), -np.log(97)), np.ones((3, 5)))
     assert dict(perplexity(nats_B, tokens_B))["perplexity"] == pytest.approx(97)
 

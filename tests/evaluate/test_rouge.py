@@ -19,7 +19,7 @@ def test_rouge_by_hand():
     assert scores == pytest.approx({"rouge1": 8 / 11, "rouge2": 2 / 9, "rougeL": 8 / 11})
 
 
-def test_only_rouge_l_minds_the_order_of_single_words():
+def test_only_rouge_l_depends_on_the_order_of_single_words():
     # a b c against c b a: all three words are shared, no bigram is, and the longest common subsequence is one word
     assert dict(rouge(["a b c"], ["c b a"])) == pytest.approx({"rouge1": 1, "rouge2": 0, "rougeL": 1 / 3})
 
@@ -33,7 +33,7 @@ def test_the_mean_is_over_pairs_and_an_empty_prediction_scores_zero():
     assert dict(rouge(["a b", "a b"], ["a b", ""])) == pytest.approx({"rouge1": 0.5, "rouge2": 0.5, "rougeL": 0.5})
 
 
-def test_stemming_is_asked_for():
+def test_stemming_is_an_option():
     assert dict(rouge(["walking"], ["walked"]))["rouge1"] == 0
     assert dict(rouge(["walking"], ["walked"], stemmer=True))["rouge1"] == 1
 

@@ -25,7 +25,7 @@ runpy.run_path("experiments/benchmark.py", run_name="__main__")
 # What takes seconds, left out.
 NOTHING = """
 benchmark.compile_times = lambda programs: {}
-benchmark._time = lambda iteration, state, *_: (state, [{"iteration": 1.0}])
+benchmark._time = lambda timed, state, *_: (state, [{"iteration": 1.0}])
 """
 
 
@@ -53,11 +53,11 @@ def peer(code):
         (["--shape=tiny", "--iterations=some"], "iterations"),
         (["--shape=tiny", "--rounds=0", "--peer=true"], "rounds: expected at least 1, got 0"),
         (["--shape=tiny", "--dtype=int8"], "dtype: expected float32 or bfloat16, got 'int8'"),
-        (["--shape=tiny", "--peer=no-such-program"], "peer: expected a program that is there"),
-        (["--shape=tiny", "--peer="], "peer: expected a program that is there"),
+        (["--shape=tiny", "--peer=no-such-program"], "peer: expected a program that exists"),
+        (["--shape=tiny", "--peer="], "peer: expected a program that exists"),
         (
             ["--shape=tiny", "--out=nowhere/x"],
-            "out: expected a file in a folder that is there, got nowhere/x",
+            "out: expected a file in a folder that exists, got nowhere/x",
         ),
         (["--shape=tiny", "more"], "more: expected only --flags"),
     ],

@@ -1,12 +1,14 @@
 """A run that is killed again and again, wherever it is, ends as one that never was.
 
 Five kills, each where it hurts; `--kills=50` makes it fifty, most of them at random moments. Half are of either job.
+And one that is asked to stop while it evaluates.
 """
 
 import glob
 import itertools
 import json
 import random
+import signal
 import subprocess
 import sys
 from pathlib import Path
@@ -16,6 +18,7 @@ import pytest
 
 from rlhf_jax import checkpoint
 from rlhf_jax.report import metrics
+from rlhf_jax.training.checkpoint import by_name
 
 ROOT = Path(__file__).parents[2]
 FIELDS = {"data.made": 100, "data.length": 10, "evaluation.prompts": 8, "evaluation.batch": 8, "evaluation.samples": 0}
@@ -43,11 +46,11 @@ IN_A_RESULT = ("*/result/*", "new")
 WRITING_METRICS = ("*/metrics.jsonl", "changed")
 PLACES = (IN_A_SAVE, WRITING_METRICS, BETWEEN_STAGES, AFTER_A_SAVE, IN_A_RESULT)
 
-# Imports once what takes seconds to import; runs each command line it reads in a fork, and kills it as it is told.
+# Imports once what takes seconds to import; runs each command line it reads in a fork, and sends it a signal in time.
 KILLER = """
-import glob, json, os, runpy, signal, sys, time
+import glob, json, os, runpy, sys, time
 sys.path.insert(0, "experiments")
-import launch, rlhf_jax.stages
+import launch, rlhf_jax.stages, rlhf_jax.data.world, grain, matplotlib.figure, orbax.checkpoint
 def seen(pattern, kind):
     there = {}
     for path in glob.glob(pattern):
@@ -55,7 +58,7 @@ def seen(pattern, kind):
         except OSError: pass
     return there
 for line in sys.stdin:
-    argv, log, after, pattern, kind, count = json.loads(line)
+    argv, log, after, pattern, kind, count, number = json.loads(line)
     began, known = time.monotonic(), seen(pattern, kind)
     if not (child := os.fork()):
         with open(log, "ab") as file:
@@ -69,7 +72,7 @@ for line in sys.stdin:
         count -= sum(known.get(path) != size for path, size in now.items())
         known = now
         if (pattern and count <= 0) or (after and time.monotonic() - began > after):
-            os.kill(child, signal.SIGKILL)
+            os.kill(child, number)
             done = os.waitpid(child, 0)
             break
         time.sleep(0.0005)
@@ -79,25 +82,36 @@ for line in sys.stdin:
 
 @pytest.fixture(scope="module")
 def start():
-    """start(argv, log, after=seconds, place=..., count=...) -> (exit code, seconds)."""
+    """start(argv, log, after=seconds, place=..., count=..., number=signal) -> (exit code, seconds)."""
     with subprocess.Popen(
         [sys.executable, "-c", KILLER], cwd=ROOT, text=True, stdin=subprocess.PIPE, stdout=subprocess.PIPE
     ) as process:
 
-        def start(argv, log, *, after=0, place=("", "new"), count=1):
-            print(json.dumps([argv, str(log), after, *place, count]), file=process.stdin, flush=True)
+        def start(argv, log, *, after=0, place=("", "new"), count=1, number=signal.SIGKILL):
+            print(json.dumps([argv, str(log), after, *place, count, number]), file=process.stdin, flush=True)
             return json.loads(process.stdout.readline())
 
         yield start
+
+
+# Counts the evaluations, of 8 texts, in a file beside it, and gives the signal the time to come within one.
+VOWELS = """
+import pathlib, time
+
+def vowels(texts):
+    if len(texts) == 8:
+        with open(pathlib.Path(__file__).with_name("evaluations"), "a") as file:
+            file.write("x")
+        time.sleep(0.05)
+    return [sum(c in "aeiou" for c in t) / 10 for t in texts]
+"""
 
 
 @pytest.fixture(scope="module", params=[TWEETS, SUMMARIZE], ids=["tweets", "summarize"])
 def whole(request, start, tmp_path_factory):
     """(command line, workdir, seconds) of a run that nobody disturbed."""
     folder = tmp_path_factory.mktemp("whole")
-    (folder / "mine.py").write_text(
-        "def vowels(texts):\n    return [sum(c in 'aeiou' for c in t) / 10 for t in texts]\n"
-    )
+    (folder / "mine.py").write_text(VOWELS)
     own = {"data.cache": folder / "cache"} if request.param is SUMMARIZE else {"reward": f"{folder}/mine.py:vowels"}
     line = [*request.param, *(f"--config.{field}={value}" for field, value in own.items())]
     start([*line, f"--workdir={folder / 'warm'}"], folder / "log")  # compiles what the others find compiled
@@ -125,7 +139,7 @@ def left(workdir):
 def assert_same_arrays(ours, theirs):
     for stage in sorted(path.parent.name for path in theirs.glob("*/summary.json")):
         for step in (None, 9):
-            a, b = (checkpoint._by_name(checkpoint.load(folder / stage, step)) for folder in (ours, theirs))
+            a, b = (by_name(checkpoint.load(folder / stage, step)) for folder in (ours, theirs))
             assert a.keys() == b.keys()
             for name in a:
                 np.testing.assert_array_equal(a[name], b[name], err_msg=f"{stage} {step} {name}")
@@ -161,3 +175,23 @@ def test_killed_at_any_moment_it_loses_nothing(whole, start, tmp_path, request):
         if kills >= limit:
             assert killed_here or attempt
             return
+
+
+@pytest.mark.parametrize("whole", [TWEETS], ids=["tweets"], indirect=True)
+def test_stopped_while_it_evaluates_it_loses_nothing(whole, start, tmp_path):
+    """At the first of a stage, and at the same again when the run goes on; the best checkpoint is kept.
+
+    Pretraining has 5 evaluations, fine-tuning as many; policy gradient begins with one of the policy before it.
+    """
+    line, undisturbed, _ = whole
+    place = (glob.escape(str(undisturbed.parent)) + "/evaluations", "changed")
+    stopped = {"place": place, "number": signal.SIGTERM}
+    log, line = tmp_path / "log", [*line, f"--workdir={tmp_path / 'run'}"]
+    for stage, count in ("pretrain", 1), ("pretrain", 1), ("rl", 12), ("rl", 2):
+        assert start(line, log, count=count, **stopped)[0] == 3, log.read_text()
+        assert len(metrics.read(tmp_path / "run" / stage / "metrics.jsonl")) == 2
+    assert log.read_text().count("stopped after step 2 of 9; the same command goes on from there") == 4
+    assert start(line, log)[0] == 0, log.read_text()
+    assert "damaged" not in log.read_text()
+    assert left(tmp_path / "run") == left(undisturbed)
+    assert_same_arrays(tmp_path / "run", undisturbed)

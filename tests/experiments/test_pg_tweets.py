@@ -34,6 +34,7 @@ def table(tmp_path_factory):
         "def nan(texts):\n    return [float('nan')] * len(texts)\n"
         "def short(texts):\n    return [1.0]\n"
         "def good(texts):\n    return [float(len(text)) for text in texts]\n"
+        "def both(rows, texts):\n    return [float(len(text)) for text in texts]\n"
     )
     return folder
 
@@ -41,18 +42,22 @@ def table(tmp_path_factory):
 @pytest.mark.parametrize(
     ("flags", "words"),
     [
-        (["--config.algorithm=trpo"], ["algorithm: expected policy_gradient or ppo, got 'trpo'"]),
+        (["--config.algorithm=trpo"], ["algorithm: expected ppo or policy_gradient, got 'trpo'"]),
         (["--config.policy_gradient.baseline=median"], ["policy_gradient.baseline: expected none or mean or"]),
         (["--config.policy_gradient.top_k=30"], ["policy_gradient.top_k: expected 0 in training"]),
-        (["--config.policy_gradient.epochs=0"], ["policy_gradient.epochs: expected more than 0"]),
-        (["--config.seeds=0"], ["seeds: expected at least 1, got 0"]),
+        (["--config.policy_gradient.epochs=0"], ["policy_gradient.epochs: expected at least 1 and", "got 0"]),
+        (["--config.seeds=0"], ["seeds: expected at least 1 and", "got 0"]),
         (["--config.data.length=40"], ["model.context: expected at least data.length = 40, got 32"]),
         (["--config.data.kind=poems"], ["data.kind: expected tweets or stories, got 'poems'"]),
         (["--config.data.sentiment=joyful"], ["data.sentiment: expected positive or neutral or negative"]),
-        (["--config.data.path=no.csv"], ["missing files: data.path = 'no.csv'"]),
-        (["--config.data.source=file"], ["data.path: expected a file where data.source is file"]),
-        (["--config.alarms.patience=0"], ["alarms.patience: expected at least 1 iteration"]),
-        (["--config.reward=joy"], ["reward: expected sentiment, or path/to/file.py:function; got 'joy'"]),
+        (["--config.data.path=no.csv"], ["data.path: expected none where source is made, got 'no.csv'"]),
+        (["--config.data.source=file", "--config.data.path=no.csv"], ["missing files: data.path = 'no.csv'"]),
+        (["--config.data.source=file"], ["data.path: expected a file where source is file"]),
+        (["--config.alarms.patience=0"], ["alarms.patience: expected at least 1 and", "got 0"]),
+        (
+            ["--config.reward=joy"],
+            ["reward: expected learned, sentiment or gold, or path/to/file.py:function; got 'joy'"],
+        ),
         (["--config.reward=no.py:f"], ["reward: no.py: no such file"]),
         (["--config.policy_gradient.lrr=1"], ["lrr", 'Did you mean "lr"']),
     ],
@@ -87,6 +92,20 @@ def test_a_bad_row_is_named(name, words, forks, table, tmp_path):
 )
 def test_a_reward_that_is_none_is_named(name, words, forks, table, tmp_path):
     assert_refused(forks(TWEETS, *SMALL, f"--workdir={tmp_path}", f"--config.reward={table}/mine.py:{name}"), words)
+
+
+@pytest.mark.parametrize(
+    ("reward", "words"),
+    [
+        ("both", "reward.kind: expected a function of texts alone where task is write, whose rows hold nothing"),
+        ("gold", "reward.kind: expected learned, sentiment or path/to/file.py:function where no row has a record"),
+    ],
+)
+def test_a_reward_of_rows_is_refused_before_anything_is_trained(reward, words, forks, table, tmp_path):
+    """A text that is written from nothing has no row."""
+    spec = reward if reward == "gold" else f"{table}/mine.py:{reward}"
+    assert_refused(forks(TWEETS, *SMALL, f"--workdir={tmp_path}/run", f"--config.reward={spec}"), words)
+    assert not (tmp_path / "run").exists()
 
 
 def test_a_whole_run_on_a_file_with_a_reward_of_ones_own(forks, table, tmp_path):

@@ -61,16 +61,24 @@ def on_disk(folder):
         ("--config.ppo.whiten_rewards=maybe", ["--config.ppo.whiten_rewards=maybe"]),
         ("--config.data.response_length=80", ["model.context: expected at least", "= 128"]),
         ("--config.sft.microbatches=3", ["sft.batch: expected a multiple of", "got 4"]),
-        ("--config.ppo.top_k=5", ["ppo.top_k: expected 0 in training (a rollout draws from", "got 5"]),
-        ("--config.ppo.top_p=0.9", ["ppo.top_p: expected 1 in training (a rollout draws from", "got 0.9"]),
+        ("--config.ppo.top_k=5", ["ppo.top_k: expected 0 in training (a rollout samples the", "got 5"]),
+        ("--config.ppo.top_p=0.9", ["ppo.top_p: expected 1 in training (a rollout samples the", "got 0.9"]),
         ("--config.text.kind=words", ["text.kind: expected gpt2 or bpe or char, got 'words'"]),
         ("--config.data.sft=no.jsonl", ["missing files: data.sft = 'no.jsonl'"]),
-        ("--config.data.source=files", ["data.sft: expected a .jsonl, .csv or .parquet file"]),
+        ("--config.data.source=files", ["data.sft: expected a .jsonl, .json, .csv, .parquet file"]),
         ("--config.data.prompt_length=9", ["data.sft", "prompt: expected at most 9 tokens, got"]),
         ("--config.seed=99999999999999999999", ["seed"]),
         ("--config.text.vocab_size=9", ["text.vocab_size: expected at least 258"]),
-        ("--config.data.world_sft=0", ["data.world_sft: expected at least 1 row"]),
+        ("--config.data.world_sft=0", ["data.world_sft: expected at least 1 and", "got 0"]),
         ("stray", ["stray: expected only --flags"]),
+        ("--config.sft.max_grad_norm=-1", ["sft.max_grad_norm: expected at least 0 and", "got -1.0"]),
+        ("--config.sft.lr=nan", ["sft.lr: expected more than 0 and at most 10, got nan"]),
+        ("--config.reward.batch=0", ["reward.batch: expected at least 1 and", "got 0"]),
+        (
+            "--config.reward=joy",
+            ["reward: expected learned, sentiment or gold, or path/to/file.py:function; got 'joy'"],
+        ),
+        ("--config.sft.from=no/where", ["sft.from: expected a finished stage of 2 steps in", "no/where/sft\n"]),
     ],
 )
 def test_a_flag_that_cannot_be_is_one_line(flag, words, command, tmp_path):
@@ -83,8 +91,12 @@ def test_a_flag_that_cannot_be_is_one_line(flag, words, command, tmp_path):
     [
         (["--config=configs/ppo_summarize.py:tinny"], ["tinny: expected tiny, files, gpt2, "]),
         (["--config=configs/no.py"], ["configs/no.py"]),
+        (["--config=no"], ["--config: expected a file or one of pg_stories, pg_tweets, ppo_summarize, rl, got no"]),
+        (["--config", "no:tiny"], ["expected a file or one of pg_stories, pg_tweets, ppo_summarize, rl, got no"]),
+        (["--config=ppo_summarize:tinny"], ["tinny: expected tiny, files, gpt2, "]),
+        (["--config", "ppo_summarize", "--config.ppo.top_k=5"], ["ppo.top_k: expected 0"]),
         ([], ["--config: expected"]),
-        (["--config=configs/ppo_summarize.py:files"], ["data.sft: expected a .jsonl, .csv or .parquet file"]),
+        (["--config=configs/ppo_summarize.py:files"], ["data.sft: expected a .jsonl, .json, .csv, .parquet file"]),
         (
             ["--config=configs/ppo_summarize.py:gpt2", "--config.model.init=no/such/folder"],
             ["missing files: model.init = 'no/such/folder'"],
@@ -93,6 +105,61 @@ def test_a_flag_that_cannot_be_is_one_line(flag, words, command, tmp_path):
 )
 def test_a_config_that_cannot_be_is_one_line(flags, words, command, tmp_path):
     assert_refused(command(f"--workdir={tmp_path}/run", *flags, before=[]), *words)
+    assert not (tmp_path / "run").exists()
+
+
+REFUSED = {
+    "a controller that could make the coefficient negative": (
+        {"ppo.batch": 48, "ppo.kl_target": 6, "ppo.kl_horizon": 5, "ppo.kl_coef": 0.15},
+        ["ppo.kl_horizon: expected more than 0.2 batch = 9.6, to keep kl_coef positive, got 5\n"],
+    ),
+    "the truth of rows that have none": (
+        {"reward": "gold", "data.source": "files"},
+        ["reward.kind: expected learned, sentiment or path/to/file.py:function where no row has a record", "'gold'"],
+    ),
+    "a value model from a reward model that is not there": (
+        {"reward": "gold", "ppo.value_init": "reward"},
+        ["ppo.value_init: expected zero or auto where reward is gold, as there is no reward model, got 'reward'\n"],
+    ),
+}
+
+
+@pytest.mark.parametrize("fields", REFUSED)
+def test_fields_that_do_not_go_together_are_one_line(fields, command, tmp_path):
+    fields, words = REFUSED[fields]
+    flags = [f"--config.{field}={value}" for field, value in fields.items()]
+    assert_refused(command(f"--workdir={tmp_path}/run", *flags), *words)
+    assert not (tmp_path / "run").exists()
+
+
+MINE = "def verb(rows, texts):\n    return [2 + (row['record']['verb'] in text) for row, text in zip(rows, texts)]\n"
+
+
+@pytest.mark.parametrize(("reward", "least", "most"), [("mine.py:verb", 2, 3), ("gold", -1, 1)])
+def test_a_reward_that_is_not_learned_needs_no_reward_model(reward, least, most, command, tmp_path):
+    """A function of rows sees the record that a post was written from."""
+    (tmp_path / "mine.py").write_text(MINE)
+    spec = reward if reward == "gold" else f"{tmp_path}/{reward}"
+    fields = {"reward": spec, "sft.steps": 1, "ppo.steps": 1, "ppo.epochs": 1}
+    result = command(f"--workdir={tmp_path}/run", *(f"--config.{field}={value}" for field, value in fields.items()))
+    assert (result.code, result.err) == (0, "")
+    summary = json.loads((tmp_path / "run" / "summary.json").read_text())
+    assert least <= summary["ppo/reward"] <= most and least <= summary["ppo/reward_sft"] <= most
+    assert (summary["ppo/reward"] == summary["ppo/gold"]) == (reward == "gold")
+    assert not (tmp_path / "run" / "reward").exists() and "reward/accuracy" not in summary
+
+
+def test_a_config_has_a_name_in_any_folder(tmp_path):
+    """An argument that is not there is known only to the file; a file of the name comes first."""
+
+    def run():
+        line = [sys.executable, ROOT / PPO, "--workdir=run", "--config=ppo_summarize:tinny"]
+        done = subprocess.run(line, cwd=tmp_path, text=True, capture_output=True)
+        return types.SimpleNamespace(code=done.returncode, err=done.stderr)
+
+    assert_refused(run(), "tinny: expected tiny, files, gpt2, ")
+    (tmp_path / "ppo_summarize").write_text("def get_config(arg): raise ValueError(f'mine, {arg}')")
+    assert_refused(run(), "mine, tinny")
     assert not (tmp_path / "run").exists()
 
 
@@ -131,8 +198,12 @@ def test_a_bad_row_is_named_with_its_file(row, words, command, tmp_path):
     assert not (tmp_path / "run").exists()
 
 
+# Each step makes the weights a thousand million times as large.
+HUGE = ["--config.sft.lr=10", "--config.sft.weight_decay=1e9", "--config.sft.warmup=0"]
+
+
 def test_a_number_that_is_not_finite_ends_the_run(command, tmp_path):
-    result = command(f"--workdir={tmp_path}", "--config.sft.lr=1e38", "--config.sft.steps=9", script=SFT)
+    result = command(f"--workdir={tmp_path}", *HUGE, "--config.sft.steps=9", script=SFT)
     assert (result.code, result.err.count("\n")) == (4, 1), result.err
     assert result.err.startswith("sft_summarize.py: sft step ") and "sft/loss" in result.err
     assert (tmp_path / "sft" / "metrics.jsonl").read_text().splitlines()[-1].count("null")

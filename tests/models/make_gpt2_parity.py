@@ -33,7 +33,7 @@ def spread(model, seed=0):
     """The model with other random weights, and without dropout."""
     random = torch.Generator().manual_seed(seed)
     for name, parameter in model.named_parameters():
-        # Gains and biases are drawn too: at their usual 1 and 0 a test could not tell them apart, or see them lost.
+        # Gains and biases are random, too: with all at 1 and 0 a test could not see them swapped or lost.
         centre = 1.0 if (".ln_" in name or "norm" in name) and name.endswith("weight") else 0.0
         parameter.data = centre + 0.2 * torch.randn(parameter.shape, generator=random)
     return model.eval()
@@ -50,7 +50,7 @@ def batch():
 def expected(model):
     """Everything the tests compare, by name; gradients under "gradient/" and the parameter's safetensors name."""
     tokens_BT, mask_BT, positions_BT = batch()
-    is_first_BT = mask_BT.bool() & (mask_BT.cumsum(1) == 1)  # nothing real stands before it to predict it from
+    is_first_BT = mask_BT.bool() & (mask_BT.cumsum(1) == 1)  # no real token before it predicts it
     labels_BT = tokens_BT.masked_fill(is_first_BT | (mask_BT == 0), -100)  # -100: left out of the loss
     inputs = dict(attention_mask=mask_BT, position_ids=positions_BT)
     out = model(tokens_BT, **inputs, labels=labels_BT, output_hidden_states=True)
@@ -61,7 +61,7 @@ def expected(model):
         "positions_BT": positions_BT,
         "logits_BTV": out.logits,
         "hidden_BTD": out.hidden_states[-1],  # after the final layer norm
-        "loss": out.loss,  # cross-entropy in nats, mean over every real token that a real token stands before
+        "loss": out.loss,  # cross-entropy in nats, mean over every real token that has a real token before it
         "greedy_BR": greedy(model, tokens_BT, mask_BT),
     }
     # transformers 5 calls GPT-NeoX's head lm_head in memory and embed_out in files.

@@ -1,4 +1,4 @@
-"""By hand, and against what XLA counts in the program before it optimizes it: loops there count once."""
+"""By hand, and against the count of XLA before it optimizes a program; XLA counts a loop once."""
 
 import dataclasses
 
@@ -12,15 +12,15 @@ from rlhf_jax.models.heads import LanguageModel, ScalarModel
 HAND = gpt2.Config(layers=1, heads=1, head_size=2, width=3, context=4, vocab_size=5)
 WIDE = gpt2.Config(layers=3, heads=4, head_size=32, width=128, context=128, vocab_size=512)
 NEOX = dataclasses.replace(WIDE, **gpt2.NEOX | {"context": 128})
-# What XLA counts besides: norms, GELU (the exact one takes more), the turning of keys, most of what the mask hides.
+# XLA also counts norms, GELU (more for the exact one), the rotation of keys, and most of the masked pairs.
 MORE = {WIDE: 1.06, NEOX: 1.12}
 
 
 def test_a_layer_by_hand():
     """Keys and values of a token: 3 x 4 products, 24 FLOPs. The part of a query: 3 x 2 for it, 2 x 3 after the mix,
     3 x 12 and 12 x 3 in the feed-forward layer: 84, 168 FLOPs. A query with a key: 2 for the score, 2 to mix: 8."""
-    assert cost.trunk(HAND, tokens=4, first=2, asked=1) == 4 * 24 + 168 + 3 * 8
-    assert cost.trunk(HAND, tokens=4, first=1, asked=2) == 4 * 24 + 2 * 168 + (2 + 3) * 8
+    assert cost.trunk(HAND, tokens=4, first=2, count=1) == 4 * 24 + 168 + 3 * 8
+    assert cost.trunk(HAND, tokens=4, first=1, count=2) == 4 * 24 + 2 * 168 + (2 + 3) * 8
     assert cost.step(HAND, seen=3) == 24 + 168 + 4 * 8
     assert (cost.logits(HAND), cost.scalar(HAND)) == (2 * 3 * 5, 2 * 3)
 
@@ -28,14 +28,14 @@ def test_a_layer_by_hand():
 def test_only_the_last_of_several_layers_is_computed_in_part():
     two = dataclasses.replace(HAND, layers=2)
     whole = 4 * 24 + 4 * 168 + (1 + 2 + 3 + 4) * 8
-    assert cost.trunk(two, tokens=4, first=2, asked=1) == whole + cost.trunk(HAND, tokens=4, first=2, asked=1)
-    assert cost.trunk(two, tokens=4, first=0, asked=4) == 2 * whole
+    assert cost.trunk(two, tokens=4, first=2, count=1) == whole + cost.trunk(HAND, tokens=4, first=2, count=1)
+    assert cost.trunk(two, tokens=4, first=0, count=4) == 2 * whole
     assert cost.step(two, seen=3) == 2 * cost.step(HAND, seen=3)
 
 
-def test_a_step_reads_all_weights_once_and_what_is_cached():
+def test_a_step_reads_all_weights_and_the_cache_once():
     """Weights and biases: 24 of queries, keys and values, 9 after the mix, 48 and 39 of the feed-forward layer, 18 of
-    three norms, 15 of the projection on the vocabulary. Cached are 2 keys and 2 values a token and row."""
+    three norms, 15 of the projection onto the vocabulary. The cache has 2 keys and 2 values per token and row."""
     assert cost.step_bytes(HAND, batch=3, seen=4) == 4 * (24 + 9 + 48 + 39 + 18 + 15 + 3 * 4 * 4)
     assert cost.step_bytes(dataclasses.replace(HAND, dtype="bfloat16"), batch=3, seen=4) == 2 * (153 + 48)
     assert cost.step_bytes(dataclasses.replace(HAND, tied=False), batch=3, seen=4) == 4 * (153 + 48)
@@ -54,7 +54,7 @@ def test_a_forward_pass_is_what_xla_counts(config):
     def logprobs(params, tokens_BT):
         return model.logprobs(params, tokens_BT, jnp.ones_like(tokens_BT), 40)
 
-    flops = 2 * (cost.trunk(config, 96, first=55, asked=40) + 40 * cost.logits(config))
+    flops = 2 * (cost.trunk(config, 96, first=55, count=40) + 40 * cost.logits(config))
     assert flops < counted(logprobs, params, tokens_BT) < MORE[config] * flops
     grads = jax.grad(lambda *args: logprobs(*args).sum())
     assert 3 * flops < counted(grads, params, tokens_BT) < MORE[config] * 3 * flops
@@ -62,7 +62,7 @@ def test_a_forward_pass_is_what_xla_counts(config):
     def prefill(params, tokens_BT):
         return model.prefill(params, tokens_BT, jnp.ones_like(tokens_BT), 96)
 
-    flops = 2 * cost.trunk(config, 96, first=95, asked=1)
+    flops = 2 * cost.trunk(config, 96, first=95, count=1)
     assert flops < counted(prefill, params, tokens_BT) < MORE[config] * flops
     _, cache = jax.eval_shape(prefill, params, tokens_BT)
     flops = 2 * cost.step(config, seen=95)
@@ -72,6 +72,6 @@ def test_a_forward_pass_is_what_xla_counts(config):
 def test_a_score_is_what_xla_counts():
     scalar, tokens_BT = ScalarModel(WIDE), jax.ShapeDtypeStruct((2, 96), jnp.int32)
     params = jax.eval_shape(lambda key: scalar.zero_head(LanguageModel(WIDE).init(key)), jax.random.key(0))
-    flops = 2 * (cost.trunk(WIDE, 96, first=95, asked=1) + cost.scalar(WIDE))
+    flops = 2 * (cost.trunk(WIDE, 96, first=95, count=1) + cost.scalar(WIDE))
     score = counted(lambda params, tokens_BT: scalar.score(params, tokens_BT, tokens_BT > 0), params, tokens_BT)
     assert flops < score < MORE[WIDE] * flops

@@ -7,6 +7,7 @@ import numpy as np
 import pytest
 
 from rlhf_jax import generate
+from rlhf_jax.errors import InputError
 from rlhf_jax.models import gpt2
 from rlhf_jax.models.heads import LanguageModel
 from rlhf_jax.ops import attention
@@ -16,7 +17,7 @@ PAD = 0
 
 @pytest.fixture(scope="module", params=["gpt2", "neox"])
 def model(request, apply):
-    """The tiny GPT-2 of all tests, and one layer of a GPT-NeoX that turns 4 of the 7 entries of a head."""
+    """The tiny GPT-2 of all tests, and one layer of a GPT-NeoX that rotates 4 of the 7 entries of a head."""
     if request.param == "gpt2":
         return apply.policy
     neox = gpt2.NEOX | {"context": 40, "rotary_share": 0.6, "layers": 1}
@@ -25,7 +26,7 @@ def model(request, apply):
 
 @pytest.fixture(scope="module")
 def params(model, apply, policy):
-    """Parameters far from their small start, where all tokens are about as likely."""
+    """Parameters far from small initial ones, with which all tokens are about equally likely."""
     if model is apply.policy:
         return policy
     draw, shapes = np.random.default_rng(0), jax.eval_shape(model.init, jax.random.key(0))
@@ -51,7 +52,7 @@ def left(x_BT, columns, fill):
 
 
 def test_the_models_of_these_tests_tell_tokens_apart(logits, sequences):
-    """Or else padding and order could not change a thing."""
+    """Otherwise padding and order could not change a result."""
     tokens_BT, mask_BT = sequences
     logits_BTV = logits(tokens_BT, mask_BT)
     assert logits_BTV.std(axis=-1).min() > 0.5
@@ -61,14 +62,14 @@ def test_the_models_of_these_tests_tell_tokens_apart(logits, sequences):
 
 @pytest.mark.parametrize("columns, fill", [(1, PAD), (5, PAD), (33, PAD), (5, 17)])
 def test_left_padding_changes_no_logits(columns, fill, logits, sequences):
-    """invariant 1: of real tokens, whatever stands in the padding; 7 + 33 columns fill the context."""
+    """invariant 1: those of real tokens, whatever the padding holds; 7 + 33 columns fill the context."""
     tokens_BT, mask_BT = sequences
     expected = logits(tokens_BT, mask_BT)[mask_BT]
     actual = logits(left(tokens_BT, columns, fill), left(mask_BT, columns, 0))[:, columns:][mask_BT]
     np.testing.assert_allclose(actual, expected, rtol=0, atol=1e-5)
 
 
-def test_a_padded_row_is_as_if_alone(logits, sequences):
+def test_a_padded_row_gets_the_logits_it_has_alone(logits, sequences):
     """invariant 1: position ids count real tokens only."""
     tokens_BT, mask_BT = sequences
     alone = logits(tokens_BT[1:2, 3:], jnp.ones((1, 4), bool))
@@ -82,12 +83,14 @@ def test_right_padding_changes_no_logits(logits, sequences):
     np.testing.assert_allclose(logits(*wide)[:, :7][mask_BT], logits(tokens_BT, mask_BT)[mask_BT], rtol=0, atol=1e-5)
 
 
-def test_columns_may_exceed_the_context_when_tokens_do_not(model, params, logits, sequences):
-    """invariant 1"""
-    tokens_BT, mask_BT = sequences
-    columns = model.config.context
-    actual = logits(left(tokens_BT, columns, PAD), left(mask_BT, columns, 0))[:, columns:][mask_BT]
-    np.testing.assert_allclose(actual, logits(tokens_BT, mask_BT)[mask_BT], rtol=0, atol=1e-5)
+def test_no_position_beyond_the_context_is_computed(model, params, sequences):
+    """invariant 17. Padding counts: how many tokens are real is not known where it is compiled."""
+    tokens_BT, mask_BT = (left(x_BT, model.config.context - 6, 0) for x_BT in sequences)
+    message = f"model.context: expected at least {tokens_BT.shape[1]}, the tokens of a sequence, got "
+    with pytest.raises(InputError, match=message):
+        jax.eval_shape(model.hidden, params, tokens_BT, mask_BT)
+    with pytest.raises(InputError, match="model.context: expected at least 41"):
+        jax.eval_shape(lambda *args: model.prefill(params, *args, 41), *(x_BT[:, :4] for x_BT in sequences))
 
 
 @pytest.mark.parametrize("place", range(1, 7))
@@ -112,7 +115,7 @@ def test_a_row_of_padding_alone_is_finite(model, params):
 
 @pytest.mark.parametrize("parts", [(7,), (1, 1, 1, 1, 1, 1, 1), (2, 1, 4)])
 def test_a_cache_changes_nothing(parts, model, params, sequences):
-    """invariant 4: read in parts, padding and all, the tokens have the hidden states they have when read whole."""
+    """invariant 4: read in parts, with padding, the tokens have the same hidden states as read whole."""
     tokens_BT, mask_BT = sequences
     trunk = gpt2.GPT2(model.config)
     read = jax.jit(lambda tokens, mask, cache: trunk.apply({"params": params}, tokens, mask, cache, slots=9))
@@ -128,9 +131,9 @@ def test_a_cache_changes_nothing(parts, model, params, sequences):
     np.testing.assert_array_equal(cache.valid_BS, jnp.pad(mask_BT, ((0, 0), (0, 2))))
 
 
-@pytest.mark.parametrize("model", ["neox"], indirect=True)  # test_rollout.py has it of GPT-2
-def test_what_is_drawn_has_the_log_probs_that_are_learned_from(model, params, prompts):
-    """invariant 4: token by token with a cache, and whole."""
+@pytest.mark.parametrize("model", ["neox"], indirect=True)  # test_rollout.py tests GPT-2
+def test_the_log_probs_of_samples_are_the_learners(model, params, prompts):
+    """invariant 4: read token by token with a cache, and read whole."""
     prompt_BP, mask_BP = prompts
     config = generate.Sampling(max_tokens=5, eos_id=1, pad_id=PAD, temperature=0.7)
     draw, read = (
@@ -199,7 +202,7 @@ def test_initial_parameters():
 
 
 def test_parallel_layers_read_the_same_sum(model, params, sequences):
-    """With nothing added by attention the two orders agree; with it they do not."""
+    """If attention adds nothing, the two orders agree; otherwise they do not."""
     tokens_BT, mask_BT = sequences
     silent = jax.tree.map(lambda x: x, params)
     for i in range(model.config.layers):
@@ -226,14 +229,14 @@ def test_layers_that_are_computed_again_have_the_same_gradients(dropout, model, 
 
 
 def test_layers_that_are_computed_again_take_less_memory():
-    """What XLA sets aside for the gradients of eight layers of 256 tokens."""
+    """XLA's temporary memory for the gradients of four layers of 256 tokens; eight take longer to compile."""
     tokens_BT = jax.ShapeDtypeStruct((4, 64), jnp.int32)
     bytes_needed = []
     for remat in False, True:
-        model = LanguageModel(gpt2.Config(layers=8, heads=2, head_size=16, width=32, vocab_size=50, remat=remat))
+        model = LanguageModel(gpt2.Config(layers=4, heads=2, head_size=16, width=32, vocab_size=50, remat=remat))
         grads = jax.jit(jax.grad(lambda p, t, m=model: m.logprobs(p, t, jnp.ones_like(t), 63).sum()))
         shapes = jax.eval_shape(model.init, jax.random.key(0))
-        # XLA on a CPU merges equal computations, these too, unless it is told to leave them apart.
+        # XLA on a CPU merges equal computations, these too, unless this pass is off.
         program = grads.lower(shapes, tokens_BT).compile({"xla_disable_hlo_passes": "cse_barrier_expander"})
         bytes_needed.append(program.memory_analysis().temp_size_in_bytes)
     assert bytes_needed[1] < 0.6 * bytes_needed[0]
@@ -241,7 +244,7 @@ def test_layers_that_are_computed_again_take_less_memory():
 
 @pytest.mark.parametrize("model", ["gpt2"], indirect=True)
 def test_dropout_only_where_a_key_is_given(model, params, sequences):
-    """invariant 10: what calls without a key, as reward and RL stages do, has no dropout at any rate."""
+    """invariant 10: calls without a key, as in reward and RL stages, have no dropout whatever the rate."""
     tokens_BT, mask_BT = sequences
     noisy = LanguageModel(dataclasses.replace(model.config, dropout=0.5))
     hidden = partial(jax.jit(noisy.hidden, static_argnums=3), params, tokens_BT, mask_BT, None)
@@ -250,7 +253,7 @@ def test_dropout_only_where_a_key_is_given(model, params, sequences):
     assert jnp.abs(one - hidden()).max() > 0.1
     assert jnp.abs(one - two).max() > 0.1  # another key, another noise
     np.testing.assert_array_equal(one, hidden(jax.random.key(0)))
-    assert jnp.abs(one[0, 6] - one[0, 5]).max() > 0  # not one noise for all places
+    assert jnp.abs(one[0, 6] - one[0, 5]).max() > 0  # the noise differs between positions
 
 
 def test_half_precision(model, params, logits, sequences):
@@ -269,11 +272,11 @@ def test_half_precision(model, params, logits, sequences):
 @pytest.mark.parametrize(
     ("dtype", "backend", "calls"), [("bfloat16", "gpu", 1), ("float32", "gpu", 0), ("bfloat16", "cpu", 0)]
 )
-def test_the_fused_kernel_is_taken_where_it_can_be(dtype, backend, calls, model, params, sequences, monkeypatch):
-    """In whole sequences, of which the kernel is told all; never with a cache. Another function stands in for it."""
+def test_the_fused_kernel_is_used_where_possible(dtype, backend, calls, model, params, sequences, monkeypatch):
+    """It gets whole sequences with their mask, and never a cache. Another function replaces it here."""
     called = []
 
-    def stand_in(q, k, v, mask):
+    def replacement(q, k, v, mask):
         called.append(mask.shape)
         return attention.attend(q, k, v, mask)
 
@@ -286,7 +289,7 @@ def test_the_fused_kernel_is_taken_where_it_can_be(dtype, backend, calls, model,
     half = LanguageModel(dataclasses.replace(model.config, dtype=dtype))
     expected = hidden(half, params, *sequences)
     monkeypatch.setattr(jax, "default_backend", lambda: backend)
-    monkeypatch.setattr(attention, "fused", stand_in)
+    monkeypatch.setattr(attention, "fused", replacement)
     fused = hidden(LanguageModel(dataclasses.replace(half.config, fused=True)), params, *sequences)
     whole = [(3, 7, 7)] * (model.config.layers - 1)
     assert called == [*whole, (3, 1, 7), *whole, (3, 2, 7)] * calls

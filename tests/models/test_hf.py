@@ -17,10 +17,10 @@ from rlhf_jax.errors import InputError
 from rlhf_jax.models import gpt2, hf, hf_config
 from rlhf_jax.models.heads import LanguageModel, ScalarModel
 
-# Every size tells which it is: D 5, heads * head size 6, 3 * 6 = 18, F = 4 * 5 = 20.
+# Every size is different: D 5, heads * head size 6, 3 * 6 = 18, F = 4 * 5 = 20.
 GPT2 = gpt2.Config(layers=1, heads=2, head_size=3, width=5, context=7, vocab_size=11)
 NEOX = dataclasses.replace(GPT2, **gpt2.NEOX | {"context": 7, "rotary_share": 0.7})
-SAVED = {"heads": 1, "head_size": 6, "width": 6}  # transformers wants the heads to be as wide as the model
+SAVED = {"heads": 1, "head_size": 6, "width": 6}  # transformers requires heads * head size = width
 IDS = {"eos_id": 3, "pad_id": 4}
 
 GPT2_BLOCK = {
@@ -201,7 +201,7 @@ def test_every_problem_is_in_one_line(gpt2_arrays):
     arrays["transformer.ln_f.weight"] = np.zeros(5, np.int8)
     arrays["transformer.wte.weight"] = np.zeros((12, 5))
     arrays["score.weight"] = np.zeros(1)
-    arrays["wte.weight"] = arrays["transformer.wte.weight"]  # with the prefix and without: which one is meant?
+    arrays["wte.weight"] = arrays["transformer.wte.weight"]  # with the prefix and without: ambiguous
     arrays["lm_head.weight"] = arrays["transformer.wte.weight"] + 1
     title, problems = error(hf.from_hf, arrays, GPT2).split(": ", 1)
     assert title == "gpt2 checkpoint"
@@ -246,7 +246,7 @@ def test_a_reward_model_without_a_bias_is_exact(config):
 
 @pytest.mark.parametrize("bias", [0.5, -30.0])
 def test_the_bias_moves_into_the_last_norm(bias, config):
-    """Scores are the same; of the parameters only that norm's bias is another."""
+    """Scores are the same; only the bias of that norm differs."""
     ours = scalar(config, bias)
     back = hf.scalar_from_hf(hf.scalar_to_hf(ours, config), config)
     np.testing.assert_allclose(score(back, config), score(ours, config), rtol=1e-6, atol=1e-5)
@@ -257,10 +257,10 @@ def test_the_bias_moves_into_the_last_norm(bias, config):
     assert_same_tree(back["trunk"], ours["trunk"])
 
 
-def test_a_bias_under_a_head_of_zeros_has_no_place(config):
+def test_a_bias_with_a_head_of_zeros_is_refused(config):
     params = scalar(config, bias=2)
     params["head"]["kernel"] = np.zeros(5, np.float32)
-    assert "expected weights to carry its bias of 2.0" in error(hf.scalar_to_hf, params, config)
+    assert "expected weights other than 0, to export the bias of 2.0" in error(hf.scalar_to_hf, params, config)
     params["head"]["bias"] = np.float32(0)
     assert not hf.scalar_to_hf(params, config)["score.weight"].any()
 
@@ -292,7 +292,7 @@ def test_what_is_saved_is_loaded(saved):
     assert {file.name for file in folder.iterdir()} == {"model.safetensors", "config.json", "generation_config.json"}
     assert [file.name for file in folder.parent.iterdir()] == ["model"]
     with safe_open(folder / "model.safetensors", framework="np") as file:
-        assert file.metadata() == {"format": "pt"}  # transformers asks for it
+        assert file.metadata() == {"format": "pt"}  # transformers requires it
     tokens = {"bos_token_id": 3, "eos_token_id": 3, "pad_token_id": 4}
     assert json.loads((folder / "generation_config.json").read_text()) == tokens
     assert tokens.items() <= json.loads((folder / "config.json").read_text()).items()
@@ -313,7 +313,7 @@ def test_a_reward_model_is_saved(config, tmp_path):
 
 
 def test_the_parameters_are_not_those_of_the_file(saved):
-    """They stay when it goes, and JAX on a CPU takes them over as they lie."""
+    """They outlive the file, and JAX on a CPU uses their memory without a copy."""
     folder, params, config = saved
     loaded = hf.load(folder, config)
     (folder / "model.safetensors").write_bytes(b"")
@@ -353,7 +353,7 @@ def test_an_export_that_was_killed_is_done_again(saved, tmp_path):
 
 
 def test_other_sizes_than_config_json_are_refused(saved):
-    """Heads cannot be told by shapes: 1 of 6 is 2 of 3."""
+    """Shapes do not show the number of heads: 1 of size 6, or 2 of size 3."""
     folder, _, config = saved
     wrong = dataclasses.replace(config, heads=2, head_size=3)
     expected = "expected model.heads = 1 (not 2), model.head_size = 6 (not 3)"
@@ -394,7 +394,7 @@ def kilobytes(what):
 
 config = gpt2.Config(**eval(sys.argv[2]))
 jax.device_put(np.zeros(9))
-jax.eval_shape(LanguageModel(config).init, jax.random.key(0))  # what JAX itself needs is no part of it
+jax.eval_shape(LanguageModel(config).init, jax.random.key(0))  # JAX's own memory, before the measurement
 before = kilobytes("VmRSS")
 params = hf.load(sys.argv[1], config)
 sum(float(leaf.sum()) for leaf in jax.tree.leaves(params))

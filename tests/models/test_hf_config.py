@@ -64,7 +64,7 @@ def test_published_configs_are_the_presets(tmp_path):
 
 
 def test_names_of_transformers_5(tmp_path):
-    """One object for rotary positions; it goes before the two fields."""
+    """One object for rotary positions; it takes precedence over the two fields."""
     config = hf_config.read(write(tmp_path, PYTHIA_JSON | {"rope_parameters": FULL_ROTARY}))
     assert config == dataclasses.replace(PYTHIA, rotary_share=1.0, rotary_base=500.0)
 
@@ -114,7 +114,7 @@ def test_tokens_and_the_single_score():
         ({"tie_word_embeddings": 1}, "tie_word_embeddings: expected true or false, got 1"),
     ],
 )
-def test_what_we_compute_otherwise_is_refused(change, expected, tmp_path):
+def test_what_we_compute_differently_is_refused(change, expected, tmp_path):
     assert error(hf_config.read, write(tmp_path, GPT2_JSON | change)) == f"{tmp_path / 'config.json'}: {expected}"
 
 
@@ -133,7 +133,7 @@ def test_what_we_compute_otherwise_is_refused(change, expected, tmp_path):
         ({"rope_parameters": FULL_ROTARY | {"rope_type": "yarn"}}, 'rope_type: expected "default", got "yarn"'),
     ],
 )
-def test_and_so_it_is_of_gpt_neox(change, expected, tmp_path):
+def test_what_we_compute_differently_is_refused_for_gpt_neox(change, expected, tmp_path):
     assert error(hf_config.read, write(tmp_path, PYTHIA_JSON | change)) == f"{tmp_path / 'config.json'}: {expected}"
 
 
@@ -165,7 +165,7 @@ def test_sizes_that_differ_are_all_named(tmp_path):
 
 
 def test_rotary_positions_may_be_fewer(tmp_path):
-    """No array has a row for each; more than the model was trained on are refused."""
+    """No array has a row per position; more positions than in training are refused."""
     write(tmp_path, PYTHIA_JSON)
     hf_config.compare(tmp_path, dataclasses.replace(PYTHIA, context=512))
     message = error(hf_config.compare, tmp_path, dataclasses.replace(PYTHIA, context=4096))
@@ -178,20 +178,20 @@ def test_rotary_positions_may_be_fewer(tmp_path):
         (
             gpt2.preset("micro", vocab_size=50),
             IDS,
-            "model.head_size: expected model.width / model.heads = 128 / 3, as transformers has it, got 48",
+            "model.head_size: expected model.width / model.heads = 128 / 3, as in transformers, got 48",
         ),
         (dataclasses.replace(GPT2, parallel_residual=True), IDS, "model.parallel_residual: expected False where "),
         (GPT2, {"eos_id": 0, "pad_id": 50_257}, "pad_id: expected one of the 50257 ids of the model, got 50257"),
         (GPT2, {"eos_id": -1, "pad_id": 0}, "eos_id: expected one of the 50257 ids of the model, got -1"),
     ],
 )
-def test_what_transformers_cannot_say_is_not_written(config, ids, expected):
+def test_models_that_transformers_lacks_are_not_written(config, ids, expected):
     assert error(hf_config.language_model, config, **ids).startswith(expected)
 
 
 @pytest.mark.parametrize("name", ["gpt2_parity", "neox_parity", "neox_sequential_parity"])
 def test_our_record_agrees_with_theirs(name):
-    """Of the fields that both write, none differs but names of tokens and how rotary positions are said."""
+    """Fields that both write are equal, except names of tokens and the form of rotary positions."""
     theirs = json.loads((HERE / name / "config.json").read_text())
     ours = hf_config.language_model(hf_config.read(HERE / name), **IDS)
     drop = {"attn_pdrop", "embd_pdrop", "resid_pdrop"}

@@ -67,7 +67,7 @@ def test_loss_and_its_gradient_by_every_parameter(model, params, expected):
     tokens_BT = more_padding(expected["tokens_BT"], 5, PAD)
     mask_BT = jnp.array(more_padding(expected["mask_BT"], 5, 0))
     count = tokens_BT.shape[1] - 1
-    target_mask = mask_BT[:, 1:] * logprobs.before(mask_BT, count)  # the first real token has nothing before it
+    target_mask = mask_BT[:, 1:] * logprobs.before(mask_BT, count)  # no real token is before the first one
 
     def cross_entropy(params):
         return losses.cross_entropy(model.logprobs(params, tokens_BT, mask_BT, count), target_mask)
@@ -98,8 +98,8 @@ def test_round_trip_is_bit_exact(folder, model, params):
         np.testing.assert_array_equal(x.view(np.uint32), saved[name].view(np.uint32))
 
 
-def test_the_architectures_are_told_apart(folder, model):
-    """The config.json of each fixture says what its name says."""
+def test_each_fixture_has_the_architecture_of_its_name(folder, model):
+    """By its config.json."""
     c = model.config
     settings = {
         "gpt2_parity": (0, 10_000, False, False, True, 1e-5),

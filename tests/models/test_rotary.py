@@ -13,7 +13,7 @@ def rows(count, size, seed=0):
 
 
 def test_angles_by_hand():
-    # base 100, two planes: 100^0 = 1 and 100^(-1/2) = .1 radians a place
+    # base 100, two planes: 100^0 = 1 and 100^(-1/2) = .1 radians per position
     np.testing.assert_allclose(angles(jnp.array([0, 1, 3]), 2, 100.0), [[0, 0], [1, 0.1], [3, 0.3]], rtol=1e-6)
 
 
@@ -30,13 +30,15 @@ def test_no_angle_changes_nothing():
     np.testing.assert_array_equal(rotate(x_TK, jnp.zeros((4, 2))), x_TK)
 
 
+@jax.jit
+def product(query, key):
+    """Of a fixed query and a fixed key at these places."""
+    q_K, k_K = rows(2, 6)
+    return rotate(q_K, angles(query, 2, 100.0)) @ rotate(k_K, angles(key, 2, 100.0))
+
+
 @given(st.integers(0, 500), st.integers(0, 500), st.integers(0, 500))
 def test_products_depend_on_the_distance_alone(query, key, shift):
-    q_K, k_K = rows(2, 6)
-
-    def product(query, key):
-        return rotate(q_K, angles(jnp.array(query), 2, 100.0)) @ rotate(k_K, angles(jnp.array(key), 2, 100.0))
-
     np.testing.assert_allclose(product(query + shift, key + shift), product(query, key), atol=1e-3)
 
 

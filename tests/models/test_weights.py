@@ -20,7 +20,7 @@ def error(path):
 
 
 def save_shards(folder, files, weight_map):
-    """Files of {name: {array name: array}} and the index of what is said to be in them."""
+    """Files of {name: {array name: array}} and the index that lists their arrays."""
     for name, arrays in files.items():
         save_file(arrays, folder / name)
     (folder / "model.safetensors.index.json").write_text(json.dumps({"metadata": {}, "weight_map": weight_map}))
@@ -50,14 +50,14 @@ def test_a_file_a_folder_and_shards_hold_the_same(shards, tmp_path_factory):
 
 @pytest.mark.parametrize("dtype", ["float64", "float32", "float16", "bfloat16", "bool", "int64", "uint8"])
 def test_types_and_shapes(dtype, tmp_path):
-    """Every place between others, none of them at a round address; no axis; an axis of none."""
+    """Arrays between others and at unaligned offsets; an array without axes; an axis of length 0."""
     arrays = {"a": np.arange(3), "b": np.arange(6).reshape(2, 3), "c": np.array(1), "d": np.zeros((0, 4))}
     arrays = {name: x.astype(jnp.dtype(dtype)) for name, x in arrays.items()}
     save_file(arrays, tmp_path / "model.safetensors")
-    found = weights.read(tmp_path)
+    arrays = weights.read(tmp_path)
     for name, x in arrays.items():
-        assert (found[name].dtype, found[name].shape) == (x.dtype, x.shape)
-        np.testing.assert_array_equal(found[name], x)
+        assert (arrays[name].dtype, arrays[name].shape) == (x.dtype, x.shape)
+        np.testing.assert_array_equal(arrays[name], x)
 
 
 def test_nothing_can_be_written_into_the_checkpoint(shards):
@@ -68,7 +68,7 @@ def test_nothing_can_be_written_into_the_checkpoint(shards):
 @pytest.mark.parametrize(
     "content", [None, b"", b"not a checkpoint", b"\xff" * 64, (2).to_bytes(8, "little") + b"{}" + b"surplus"]
 )
-def test_files_that_are_no_safetensors_are_named(content, tmp_path):
+def test_files_that_are_not_safetensors_are_named(content, tmp_path):
     path = tmp_path / "model.safetensors"
     if content is not None:
         path.write_bytes(content)
@@ -89,8 +89,8 @@ def test_truncated_files_are_named(kept, tmp_path):
 def test_pickles_are_refused_unread(name, tmp_path):
     path = tmp_path / name
     path.write_bytes(b"\x80\x04.")
-    for asked in path, tmp_path:
-        message = error(asked)
+    for place in path, tmp_path:
+        message = error(place)
         assert message.startswith(f"{path}: expected safetensors; loading a pickle can run any code")
         assert "save_pretrained" in message
 
@@ -113,12 +113,13 @@ def test_absent_shards_are_all_named(shards):
     assert error(shards) == f"{index}: expected these files beside it: one.safetensors, two.safetensors"
 
 
-def test_an_index_that_does_not_say_what_is_there(tmp_path):
+def test_an_index_that_does_not_match_its_files(tmp_path):
     files = {"one.safetensors": {"a": ARRAYS["a"], "c": ARRAYS["b"]}}
     save_shards(tmp_path, files, {"a": "one.safetensors", "b": "one.safetensors"})
     index = tmp_path / "model.safetensors.index.json"
     assert error(tmp_path) == (
-        f"{index}: expected what is in the files: b is not in one.safetensors; c of one.safetensors is not in the index"
+        f"{index}: expected an index that matches the files: "
+        "b is not in one.safetensors; c of one.safetensors is not in the index"
     )
 
 
@@ -126,7 +127,7 @@ def test_an_index_that_does_not_say_what_is_there(tmp_path):
     "content", ["{", "[]", "{}", '{"weight_map": []}', '{"weight_map": {"a": 1}}', '{"weight_map": {"a": "../b"}}']
 )
 def test_a_damaged_index_is_named(content, tmp_path):
-    """Its files are beside it, and nowhere else."""
+    """Its files must be in the same folder."""
     index = tmp_path / "model.safetensors.index.json"
     index.write_text(content)
     assert error(tmp_path) == f"{index}: expected JSON with weight_map, an object of array -> file name"

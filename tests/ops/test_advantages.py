@@ -13,7 +13,7 @@ R = 6
 reals = hnp.arrays(np.float64, R, elements=st.floats(-10, 10))
 prefixes = st.integers(0, R).map(lambda length: np.arange(R) < length)
 patterns = hnp.arrays(bool, R)
-# compiled: a scan run as it stands compiles at every call
+# jitted: a bare scan compiles at every call
 shape_rewards, discounted_returns, gae = map(
     jax.jit, (advantages.shape_rewards, advantages.discounted_returns, advantages.gae)
 )
@@ -26,7 +26,7 @@ def test_shaped_rewards_by_hand():
     assert_close(rewards_R, [-0.5, 1, 8, 0, 0])
 
 
-def test_score_on_the_first_and_on_the_last_place():
+def test_score_on_the_first_and_on_the_last_position():
     """invariant 6"""
     assert_close(shape_rewards(10.0, f32(1, 99, 99), f32(1, 0, 0), kl_coef=1), [9, 0, 0])
     assert_close(shape_rewards(10.0, f32(1, 1, 1), f32(1, 1, 1), kl_coef=1), [-1, -1, 9])
@@ -45,7 +45,7 @@ def test_rewards_are_real_numbers(mask_type):
 def test_rewards_sum_to_the_score_less_the_kl(score, kl_R, mask_R, kl_coef):
     """invariant 6"""
     with jax.enable_x64(True):
-        rewards_R = shape_rewards(score, kl_R, mask_R, kl_coef=kl_coef)
+        rewards_R = np.asarray(shape_rewards(score, kl_R, mask_R, kl_coef=kl_coef))
         assert_close(rewards_R.sum(), (score if mask_R.any() else 0) - kl_coef * kl_R[mask_R].sum())
         assert not rewards_R[~mask_R].any()
 
@@ -72,7 +72,7 @@ def test_gae_by_hand():
     assert_close(returns_R, [1.5, 0, 0])
 
 
-def test_gae_steps_over_a_gap_by_hand():
+def test_gae_skips_a_gap_by_hand():
     # the same two tokens with one between them that the policy did not write
     mask_R = f32(1, 0, 1, 0)
     advantages_R, returns_R = gae(f32(1, 7, 0, 9), f32(1, 999, 2, 9), mask_R, gamma=0.5, lam=0.5)
@@ -82,7 +82,7 @@ def test_gae_steps_over_a_gap_by_hand():
 
 @given(reals, reals, patterns, rates, rates)
 def test_gae_is_the_sum_of_discounted_td_errors(rewards_R, values_R, mask_R, gamma, lam):
-    """Eq. 16 written as the paper does, A_t = sum over l of (gamma lam)^l delta_{t+l}, on what the mask leaves."""
+    """Eq. 16 written as the paper does, A_t = sum over l of (gamma lam)^l delta_{t+l}, over tokens with mask 1."""
     r, v = rewards_R[mask_R], values_R[mask_R]
     delta = [r[t] + gamma * (v[t + 1] if t + 1 < len(v) else 0) - v[t] for t in range(len(r))]
     expected = np.zeros(R)
@@ -128,14 +128,14 @@ def test_what_the_mask_hides_never_matters(hole):
 
 
 def test_gae_ends_without_a_value_and_bootstraps_by_the_last_reward(float64):
-    """rlax's sequences: theirs go on after the last step at a value, ours end, so its gamma V is put in the reward."""
+    """rlax bootstraps from a value after the last step. Our sequences end, so the last reward includes gamma V."""
     rewards_R, values_R = jnp.array([0.0, 0, 1, 0, -0.5 + 0.99 * -1]), jnp.array([1.0, 4, -3, -2, -1])
     advantages_R, _ = gae(rewards_R, values_R, jnp.ones(5), gamma=0.99, lam=0.7)
     assert_close(advantages_R, [-0.6769794974104899, -5.24816666293, 2.48460799, 0.67043, -0.49], atol=1e-12)
 
 
 def test_gae_goldens_of_truncated_sequences(goldens, float64):
-    """rlax. A discount of 0 ends a sequence: what follows is another one."""
+    """From rlax. A discount of 0 ends a sequence, and the next step begins another."""
     case = goldens["gae_truncated"]
     for lam, expected in case["float64"].items():
         for row in range(2):
@@ -156,8 +156,8 @@ def test_gae_goldens_of_truncated_sequences(goldens, float64):
 
 def test_gae_goldens_of_whole_sequences(goldens, float64):
     for case in goldens["gae_terminal"]:
-        rewards, values = jnp.array(case["rewards"], float), jnp.array(case["values"], float)
-        mask, rates = jnp.ones(len(rewards)), {"gamma": case["gamma"], "lam": case["lam"]}
+        rewards, values = np.array(case["rewards"], float), np.array(case["values"], float)
+        mask, rates = np.ones(len(rewards)), {"gamma": case["gamma"], "lam": case["lam"]}
         advantages_R, returns_R = gae(rewards, values, mask, **rates)
         if "advantages" in case:
             assert_close(advantages_R, case["advantages"], atol=1e-12)
@@ -165,9 +165,9 @@ def test_gae_goldens_of_whole_sequences(goldens, float64):
             assert_close(returns_R, case["returns"], atol=1e-12)
         assert {"advantages", "returns"} & case.keys()
         if "note" in case:  # the same numbers at valid tokens, 0 at the masked one
-            gap = [jnp.insert(x, 2, hole) for x, hole in ((rewards, 999), (values, 999), (mask, 0))]
+            gap = [np.insert(x, 2, hole) for x, hole in ((rewards, 999), (values, 999), (mask, 0))]
             advantages_R, _ = gae(*gap, **rates)
-            assert_close(advantages_R, jnp.insert(jnp.array(case["advantages"]), 2, 0), atol=1e-12)
+            assert_close(advantages_R, np.insert(case["advantages"], 2, 0), atol=1e-12)
 
 
 def test_shaped_reward_goldens(goldens, float64):

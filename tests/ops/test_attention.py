@@ -11,7 +11,7 @@ from rlhf_jax.ops.attention import attend, fused
 
 
 def oracle(q, k, v, mask):
-    """The formula as it stands."""
+    """The formula itself."""
     scores = jnp.einsum("bhtk,bhsk->bhts", q, k) / q.shape[-1] ** 0.5
     return jnp.einsum("bhts,bhsk->bhtk", jax.nn.softmax(jnp.where(mask[:, None], scores, -1e30), axis=-1), v)
 
@@ -31,7 +31,7 @@ def formula(q, k, v, mask, grad):
 
 
 def inputs(B, H, T, S, K, seed, left=0):
-    """q, k, v, a gradient and a mask in float64: each query sees what came up to it, `left` columns are padding."""
+    """q, k, v, a gradient and a mask in float64: a query sees keys up to its own, `left` columns are padding."""
     rng = np.random.default_rng(seed)
     q, grad = (rng.normal(size=(B, H, T, K)) for _ in range(2))
     k, v = (rng.normal(size=(B, H, S, K)) for _ in range(2))
@@ -74,14 +74,14 @@ def test_it_is_the_formula_and_so_are_its_gradients(T, left, seed):
 
 
 def test_queries_may_be_fewer_than_keys():
-    """As with a cache, or where only the last tokens are asked for."""
+    """As with a cache, or where only the last tokens are selected."""
     with jax.enable_x64(True):
         q, k, v, _, mask = inputs(2, 2, 3, 40, 4, seed=0, left=7)
         np.testing.assert_allclose(attend(q, k, v, mask), oracle(q, k, v, mask), rtol=0, atol=1e-12)
 
 
 @pytest.mark.parametrize("causal", [False, True])
-def test_a_query_that_sees_nothing_is_finite_and_moves_nothing(causal):
+def test_a_query_that_sees_nothing_is_finite_and_has_no_gradient(causal):
     q, k, v, grad, mask = inputs(1, 1, 40, 40, 4, seed=1, left=5)
     grad[:, :, :5] = 0  # nobody reads what such a query gets
     q, k, v, grad = (jnp.float32(x) for x in (q, k, v, grad))
@@ -91,7 +91,7 @@ def test_a_query_that_sees_nothing_is_finite_and_moves_nothing(causal):
         assert np.isfinite(gradient).all() and not np.any(gradient[:, :, :5])
 
 
-def test_nothing_of_the_size_of_the_weights_is_kept():
+def test_the_weights_are_not_kept_for_the_backward_pass():
     """Memory grows as T, not T x T, between the two passes."""
     q, k, v, _, mask = inputs(1, 1, 300, 300, 4, seed=0)
     _, back = jax.vjp(lambda *x: attend(*x, mask, causal=True), *(jnp.float32(x) for x in (q, k, v)))
@@ -109,16 +109,16 @@ def test_half_precision_keeps_its_softmax_in_float32():
 
 
 @pytest.mark.parametrize(("T", "S"), [(6, 6), (7, 7), (1, 7), (3, 8)])
-def test_cudnn_is_asked_for_the_same(T, S, monkeypatch):
-    """The kernel is not here: another of JAX's answers the call, where cuDNN's would take it."""
+def test_cudnn_computes_the_same(T, S, monkeypatch):
+    """cuDNN is not available here: JAX's own attention replaces it, under cuDNN's conditions."""
     other = jax.nn.dot_product_attention
 
-    def answer(q_BTHK, k_BSHK, v_BSHK, *, mask, implementation):
+    def replacement(q_BTHK, k_BSHK, v_BSHK, *, mask, implementation):
         assert implementation == "cudnn"
-        assert q_BTHK.shape[1] % 2 == k_BSHK.shape[1] % 2 == 0  # else it has no gradients under a mask
+        assert q_BTHK.shape[1] % 2 == k_BSHK.shape[1] % 2 == 0  # cuDNN has no gradients for odd lengths under a mask
         return other(q_BTHK, k_BSHK, v_BSHK, mask=mask)
 
-    monkeypatch.setattr(jax.nn, "dot_product_attention", answer)
+    monkeypatch.setattr(jax.nn, "dot_product_attention", replacement)
     q, k, v, grad, mask = inputs(2, 3, T, S, 5, seed=0, left=2)
     real = mask.any(-1)[:, None, :, None]
     grad *= real

@@ -14,6 +14,7 @@ from hypothesis.extra import numpy as hnp
 import rlhf_jax
 from rlhf_jax.ops import logprobs
 
+gather, entropy = (jax.jit(function, static_argnames="temperature") for function in (logprobs.gather, logprobs.entropy))
 logits = hnp.arrays(np.float32, (3, 5), elements=st.floats(-60, 60, width=32))
 temperatures = st.sampled_from([0.01, 0.7, 1.0, 3.0])
 
@@ -32,7 +33,7 @@ def test_before_by_hand():
 
 @pytest.mark.parametrize("count", [1, 2, 4])
 @pytest.mark.parametrize("axes", [(), (3,)])
-def test_before_stands_one_place_before_the_last_tokens(count, axes):
+def test_before_is_one_position_before_the_last_tokens(count, axes):
     """invariant 2"""
     x_BT = np.arange(2 * 5 * 3).reshape(2, 5, 3)[(...,) if axes else (..., 0)]
     expected = np.stack([x_BT[:, 5 - count + i - 1] for i in range(count)], axis=1)
@@ -49,14 +50,14 @@ def ends_at_minus_one(node):
 def test_nothing_else_shifts_by_one():
     """invariant 2: a slice of an array that ends at -1 is a shift by one, and `before` has the only one."""
     package = Path(rlhf_jax.__file__).parent
-    found = [
+    shifts = [
         f"{path.relative_to(package).as_posix()}: {ast.unparse(node)}"
         for folder in (".", "ops", "models", "algorithms")
         for path in sorted((package / folder).glob("*.py"))
         for node in ast.walk(ast.parse(path.read_text()))
         if ends_at_minus_one(node)
     ]
-    assert found == ["ops/logprobs.py: x_BT[:, -count - 1:-1]"]
+    assert shifts == ["ops/logprobs.py: x_BT[:, -count - 1:-1]"]
 
 
 def test_gather_by_hand():
@@ -70,17 +71,17 @@ def test_temperature_divides_the_logits():
     logits_TV = jnp.log(jnp.array([[1.0, 2], [1, 2]]))
     logp_T = logprobs.gather(logits_TV, jnp.array([0, 1]), temperature=0.5)
     np.testing.assert_allclose(logp_T, np.log([0.2, 0.8]), rtol=1e-6)
-    entropy = -(0.2 * np.log(0.2) + 0.8 * np.log(0.8))
-    np.testing.assert_allclose(logprobs.entropy(logits_TV, temperature=0.5), [entropy, entropy], rtol=1e-6)
+    nats = -(0.2 * np.log(0.2) + 0.8 * np.log(0.8))
+    np.testing.assert_allclose(logprobs.entropy(logits_TV, temperature=0.5), [nats, nats], rtol=1e-6)
 
 
 @given(logits, hnp.arrays(np.int32, 3, elements=st.integers(0, 4)), temperatures)
 def test_gather_is_log_softmax(logits_TV, targets_T, temperature):
     expected = oracle(logits_TV, temperature)[np.arange(3), targets_T]
-    logp_T = logprobs.gather(jnp.asarray(logits_TV), targets_T, temperature=temperature)
+    logp_T = gather(logits_TV, targets_T, temperature=temperature)
     np.testing.assert_allclose(logp_T, expected, rtol=1e-6, atol=2e-7 * 60 / temperature)
     with jax.enable_x64(True):
-        logp_T = logprobs.gather(jnp.asarray(logits_TV, np.float64), targets_T, temperature=temperature)
+        logp_T = gather(logits_TV.astype(np.float64), targets_T, temperature=temperature)
         np.testing.assert_allclose(logp_T, expected, rtol=1e-12, atol=1e-11)
 
 
@@ -88,13 +89,13 @@ def test_gather_is_log_softmax(logits_TV, targets_T, temperature):
 def test_entropy_is_never_negative(logits_TV, temperature):
     """invariant 15"""
     logp_TV = oracle(logits_TV, temperature)
-    entropy_T = logprobs.entropy(jnp.asarray(logits_TV), temperature=temperature)
+    entropy_T = np.asarray(entropy(logits_TV, temperature=temperature))
     assert (entropy_T >= 0).all()
     np.testing.assert_allclose(entropy_T, -(np.exp(logp_TV) * logp_TV).sum(-1), atol=1e-6 * 60 / temperature)
 
 
 def test_entropy_by_hand():
-    """invariant 15: log V where all are as likely, 0 where one is certain."""
+    """invariant 15: log V where all are equally likely, 0 where one is certain."""
     logits_TV = jnp.array([[3.0, 3, 3, 3], [900, 0, 0, 0]])
     np.testing.assert_allclose(logprobs.entropy(logits_TV), [np.log(4), 0], rtol=1e-6)
 
@@ -118,7 +119,7 @@ def project(embedding_VD, hidden, targets):
     return {"logp": logprobs.gather(logits, targets), "entropy": logprobs.entropy(logits)}
 
 
-@pytest.mark.parametrize("chunk", [1, 4, 5, 6, 7, 100])  # 6 tokens: in the last but one a single chunk, then one padded
+@pytest.mark.parametrize("chunk", [1, 4, 5, 6, 7, 100])  # of 6 tokens: several chunks up to 5, then one
 def test_chunks_change_nothing(chunk):
     """Values and gradients are those of all tokens at once, whether or not the chunks fill up."""
     embedding_VD = jax.random.normal(jax.random.key(0), (11, 3))
@@ -142,7 +143,7 @@ def test_chunks_change_nothing(chunk):
 
 
 def test_chunks_keep_no_array_of_all_tokens_by_the_vocabulary():
-    """In neither direction: the largest array with the vocabulary in it has `chunk` tokens."""
+    """Neither forward nor backward: the largest array with the vocabulary in it has `chunk` tokens."""
     V, D, chunk = 97, 3, 4
     hidden_BTD, targets_BT = jnp.zeros((5, 4, D)), jnp.zeros((5, 4), int)
 

@@ -50,7 +50,7 @@ def test_temperature_zero_takes_the_most_likely():
 
 
 @pytest.mark.parametrize("temperature", [0.5, 1.0, 2.0])
-def test_draws_have_the_frequencies_of_the_softmax(temperature):
+def test_samples_have_the_frequencies_of_the_softmax(temperature):
     """invariant 3: of logits / temperature, over all tokens."""
     weights = np.array([1.0, 4, 9, 2])
     expected = weights ** (1 / temperature) / np.sum(weights ** (1 / temperature))
@@ -63,7 +63,7 @@ def test_draws_have_the_frequencies_of_the_softmax(temperature):
 
 
 @given(rows, st.integers(0, 100), st.sampled_from([0.3, 0.7, 1.0, 2.0]))
-def test_a_draws_log_prob_is_the_learners(logits_V, seed, temperature):
+def test_the_log_prob_of_a_sample_is_the_learners(logits_V, seed, temperature):
     """invariants 3 and 4: bit for bit, from the same logits."""
     token, logp = sampling.draw(jax.random.key(seed), jnp.asarray(logits_V), temperature=temperature)
     assert 0 <= token < 7 and token.dtype == jnp.int32
@@ -71,7 +71,7 @@ def test_a_draws_log_prob_is_the_learners(logits_V, seed, temperature):
 
 
 def test_top_k_and_top_p_renormalise():
-    """Why training may not use them: the log-prob is not the one that the learner computes."""
+    """Training may not use them, because the log-prob is not the one that the learner computes."""
     logits_V = jnp.log(jnp.array([1.0, 3, 4]))
     keys = jax.random.split(jax.random.key(0), 100)
     for options in {"k": 2}, {"p": 0.6}:
@@ -94,7 +94,7 @@ def test_temperature_comes_before_top_p_and_top_k_before_both():
     assert drawn(temperature=0.5, p=0.78, k=2) == {2}
 
 
-def test_another_key_draws_another_token():
+def test_another_key_samples_another_token():
     """invariant 11"""
     keys = jax.random.split(jax.random.key(0), 50)
     tokens = [int(sampling.draw(key, jnp.zeros(1000))[0]) for key in keys[:5]]

@@ -67,13 +67,13 @@ def test_a_plain_line_each_tenth_with_pace_and_time_left(clock):
     stream = io.StringIO()
     reporter = Reporter(stream)
     reporter.stage("sft", 600)
-    clock[0] += 40  # the first step compiles, which says nothing about the next ones
+    clock[0] += 40  # the first step compiles; its pace is not that of the others
     for step in range(1, 122):
         clock[0] += 0.1
         reporter.update(step, {"sft/loss": jnp.float32(2.3125), "sft/lr": 1.9e-3, "sft/grad_norm": 1.0})
     assert lines(stream) == [
         "sft  0/600",
-        "sft  1/600  loss 2.31  lr 1.9e-3",  # 40 s without a word
+        "sft  1/600  loss 2.31  lr 1.9e-3",  # 40 s without a line
         "sft  60/600  loss 2.31  lr 1.9e-3  0.100 s/step  54s left",
         "sft  120/600  loss 2.31  lr 1.9e-3  0.100 s/step  48s left",
     ]
@@ -108,7 +108,7 @@ def test_an_evaluation_stays_until_the_next_one():
     assert lines(stream)[-1].startswith("sft  2/10  loss 2.00  eval_loss 2.50")
 
 
-def test_finish_says_how_long_it_took(clock):
+def test_finish_prints_how_long_it_took(clock):
     stream = io.StringIO()
     reporter = Reporter(stream)
     reporter.stage("sft", 10)
@@ -142,7 +142,7 @@ def test_a_terminal_that_cannot_redraw_gets_plain_lines(terminal, monkeypatch):
 
 
 def test_a_sample_is_the_end_of_the_prompt_and_the_completion(monkeypatch):
-    monkeypatch.setenv("COLUMNS", "30")  # a terminal's width says nothing about a file's
+    monkeypatch.setenv("COLUMNS", "30")  # a terminal's width does not matter to a file
     stream = io.StringIO()
     Reporter(stream).samples([SAMPLE | {"prompt": "x" * 1000 + " TL;DR:", "completion": "y" * 1000}])
     text = stream.getvalue()
@@ -153,7 +153,7 @@ def test_a_sample_is_the_end_of_the_prompt_and_the_completion(monkeypatch):
 
 
 @pytest.mark.parametrize("is_terminal", [False, True])
-def test_text_of_a_model_cannot_act_on_the_screen(is_terminal, terminal):
+def test_text_of_a_model_cannot_control_the_terminal(is_terminal, terminal):
     stream = terminal if is_terminal else io.StringIO()
     hostile = "[red]a[/red] [/] :smile: \x1b[2J\r\n\t\x07\u202e\ud800"
     Reporter(stream).samples([SAMPLE | {"prompt": hostile, "completion": hostile}])
@@ -202,7 +202,7 @@ def test_duration(seconds, text):
     assert duration(seconds) == text
 
 
-def test_silent_has_every_method_of_a_reporter_and_says_nothing(capfd):
+def test_silent_has_every_method_of_a_reporter_and_prints_nothing(capfd):
     whole_run(Silent())
     methods = [name for name, _ in inspect.getmembers(Reporter, inspect.isfunction) if not name.startswith("_")]
     assert methods and all(hasattr(Silent, name) for name in methods)

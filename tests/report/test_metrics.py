@@ -15,14 +15,14 @@ from rlhf_jax.report import metrics
 
 def events(workdir):
     """Every TensorBoard event, file by file. A TFRecord: length (8 bytes), checksum (4), the event, checksum (4)."""
-    found = []
+    events = []
     for path in sorted((workdir / "tensorboard").iterdir(), key=lambda path: int(path.suffix[1:])):
         data = path.read_bytes()
         while data:
             (length,) = struct.unpack("<Q", data[:8])
-            found.append(Event.FromString(data[12 : 12 + length]))
+            events.append(Event.FromString(data[12 : 12 + length]))
             data = data[16 + length :]
-    return found
+    return events
 
 
 @pytest.fixture
@@ -70,14 +70,14 @@ def test_series_takes_the_rows_that_have_the_name():
     assert steps.shape == values.shape == (0,)
 
 
-def test_resuming_drops_the_steps_that_will_be_lived_again_and_a_half_line(tmp_path, clock):
+def test_resuming_drops_the_steps_that_will_be_repeated_and_an_unfinished_line(tmp_path, clock):
     with metrics.Writer(tmp_path) as log:
         for step in (1, 2, 3):
             clock[0] += 1
             log.write(step, {"x": step})
     with open(tmp_path / "metrics.jsonl", "a") as file:
         file.write('{"step": 4, "ti')
-    clock[0] += 1000  # nobody trains between a kill and the resume
+    clock[0] += 1000  # no training between the kill and the resume
     with metrics.Writer(tmp_path, resume_step=2) as log:
         kept = metrics.read(tmp_path / "metrics.jsonl")
         clock[0] += 1
@@ -95,7 +95,7 @@ def test_a_new_run_keeps_nothing(tmp_path):
     assert [row["step"] for row in metrics.read(tmp_path / "metrics.jsonl")] == [8]
 
 
-def test_a_new_run_does_not_mind_what_an_old_one_left(tmp_path):
+def test_a_new_run_ignores_the_files_of_an_old_one(tmp_path):
     (tmp_path / "metrics.jsonl").write_text("damaged\n")
     metrics.Writer(tmp_path).close()
     assert metrics.read(tmp_path / "metrics.jsonl") == []
@@ -144,7 +144,7 @@ def test_tensorboard_has_the_same_numbers(tmp_path, capfd):
     assert capfd.readouterr() == ("", "")
 
 
-def test_tensorboard_hides_the_steps_that_are_lived_again(tmp_path):
+def test_tensorboard_hides_the_steps_that_are_repeated(tmp_path):
     with metrics.Writer(tmp_path) as log:
         log.write(1, {"x": 1.0})
     with metrics.Writer(tmp_path, resume_step=0) as log:  # within the same second: the first file must survive

@@ -5,7 +5,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from rlhf_jax.errors import InputError
-from rlhf_jax.rewards import gold
+from rlhf_jax.rewards import function, gold
 
 RECORD = {"who": "sister", "verb": "broke", "object": "laptop", "feeling": "angry", "ask": "leave"}
 SLOT_WORDS = [word for words in gold.VOCABULARY.values() for word in words]
@@ -90,3 +90,18 @@ def test_what_is_no_record_is_named(record, message):
     with pytest.raises(InputError, match=f"^{message}") as error:
         gold.score(record, "my sister")
     assert "\n" not in str(error.value)
+
+
+def test_the_reward_gold_is_the_score_of_each_rows_record():
+    rows = [{"record": RECORD, "prompt": "..."}, {"record": RECORD | {"who": "boss"}, "prompt": "..."}]
+    texts = ["my sister broke my laptop"] * 2
+    assert gold.of_rows(rows, texts) == [0.5, 0.25 - 0.25]
+    reward = function.load("gold")
+    assert reward.takes_rows and reward.scores(rows, texts)["reward"].tolist() == [0.5, 0]
+
+
+def test_gold_needs_records():
+    with pytest.raises(InputError, match="^gold: expected rows with a record, as those of the embedded world have$"):
+        gold.of_rows([{"prompt": "..."}], ["my sister"])
+    with pytest.raises(InputError, match="^reward gold: InputError: gold: expected rows with a record"):
+        function.load("gold").scores([{"prompt": "..."}], ["my sister"])

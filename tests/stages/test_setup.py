@@ -4,6 +4,7 @@ import jax
 import numpy as np
 import pytest
 
+from rlhf_jax.data import batches
 from rlhf_jax.stages import PURPOSES
 from tests.support import changed, smallest, stages
 
@@ -60,3 +61,16 @@ def test_a_device_batch_at_a_time_is_as_one_big_batch(size, rows, shapes, config
     jax.tree.map(np.testing.assert_array_equal, ours, jax.tree.map(lambda x: x[:rows], expected))
     assert seen == shapes
     assert all(isinstance(x, np.ndarray) for x in jax.tree.leaves(ours))
+
+
+def test_the_order_of_the_rows_and_the_noise_of_the_steps_have_different_keys(config, tmp_path):
+    """One key for both would reuse the bits of the first steps: split and fold_in of a key can be the same."""
+    setup = stages(config, tmp_path).setup
+    order = setup.key("sft order")
+    steps = [setup.key("sft"), *(jax.random.fold_in(setup.key("sft"), i) for i in range(10))]
+    bits = {tuple(jax.random.key_data(key).tolist()) for key in steps}
+    assert {tuple(jax.random.key_data(key).tolist()) for key in (order, *jax.random.split(order))}.isdisjoint(bits)
+    seed = int(jax.random.randint(order, (), 0, 2**31 - 1))
+    expected = batches.batch_at(setup.arrays("sft").train, batch=4, seed=seed)(2)
+    ours = setup.batch_at("sft", 4, "sft", "sft.batch")(2)
+    jax.tree.map(np.testing.assert_array_equal, ours, expected)

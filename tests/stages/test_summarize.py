@@ -597,8 +597,8 @@ def test_an_update_that_is_not_finite_is_not_made_and_can_be_made_again(name, fi
     reporter = Recorder()
     names, where = replay.replay(folder, reporter)
     assert names == record["names"] and place in where and where.startswith("begins in ")
-    assert reporter.notes[-3].endswith("not finite, as it was reported")
-    assert reporter.notes[-2] == f"made again: {', '.join(names)} not finite"
+    assert reporter.notes[-3].endswith("not finite, as in the run")
+    assert reporter.notes[-2] == f"repeated: {', '.join(names)} not finite"
 
 
 @pytest.mark.parametrize("limit", [9, 1])
@@ -625,7 +625,7 @@ def test_updates_may_be_skipped_up_to_a_limit(limit, whole, config, tmp_path):
 
 def test_a_batch_of_more_rows_than_there_are_is_refused_before_anything_is_trained(config, tmp_path):
     message = error(stages(changed(config, reward={"batch": 80}), tmp_path).all)
-    assert message == "reward.batch: expected at most 24, the rows there are to train on, got 80"
+    assert message == "reward.batch: expected at most 24, the number of training rows, got 80"
     assert not (tmp_path / "sft").exists()
 
 

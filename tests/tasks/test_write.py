@@ -47,9 +47,7 @@ def test_a_reward_of_rows_has_no_rows_here(config, tmp_path):
     path = tmp_path / "mine.py"
     path.write_text("def mine(rows, texts):\n    return [0.0] * len(texts)\n")
     kind = f"{path}:mine"
-    assert error(stages, changed(config, reward={"kind": kind}), tmp_path / "run") == (
-        f"reward: {kind} is a function of rows and texts, and the samples of write have no rows; "
-        "expected a function of texts"
-    )
-    assert error(stages, changed(config, reward={"kind": "gold"}), tmp_path / "run").startswith("reward: gold ")
-    assert not (tmp_path / "run").exists()
+    expected = "reward.kind: expected a function of texts alone where task is write, whose rows hold nothing, got "
+    assert error(configs.check, changed(config, reward={"kind": kind})) == f"{expected}{kind!r}"
+    gold = error(configs.check, changed(config, reward={"kind": "gold"}))
+    assert gold.startswith("reward.kind: expected learned, sentiment or path/to/file.py:function where no row has")

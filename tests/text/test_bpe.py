@@ -22,7 +22,7 @@ def test_by_hand():
     assert tokenizer.decode([261, 259, 258, 260, 261]) == "abab cd"
 
 
-def test_merges_are_learned_only_from_what_occurs_twice():
+def test_merges_are_learned_only_from_pairs_that_occur_twice():
     assert bpe.train(["abc"], 300).vocab_size == 258
 
 
@@ -40,7 +40,7 @@ def test_names_of_special_tokens_are_ordinary_text(text):
 
 
 @given(st.lists(st.text()))
-def test_a_batch_is_its_texts(texts):
+def test_a_batch_has_the_ids_of_its_texts(texts):
     assert TOKENIZER.encode_batch(texts) == [TOKENIZER.encode(text) for text in texts]
 
 
@@ -106,7 +106,7 @@ def test_no_text_has_special_tokens_of_another_kind_either(text):
 @pytest.mark.parametrize(
     ("change", "message"),
     [
-        ({"pad": bpe.EOS}, "pad: expected another token than <|endoftext|>"),
+        ({"pad": bpe.EOS}, "pad: expected a token other than <|endoftext|>"),
         ({"pad": "[PAD]"}, "special: expected <|endoftext|> and [PAD] that no merge makes, got ("),
         ({"special": ("<|padding|>",)}, "special: expected <|endoftext|> and <|padding|> that no merge makes, got ("),
         ({"special": (*NEOX.special, "Ã©")}, "special: expected <|endoftext|> and <|padding|> that no merge makes"),

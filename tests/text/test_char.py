@@ -44,6 +44,11 @@ def test_a_text_without_visible_characters_is_no_error(text):
     assert len(char.train(["a b"]).encode(text)) == len(text)
 
 
+def test_ids_that_it_does_not_have_are_unknown():
+    """As of a model whose vocabulary is padded."""
+    assert char.train(["ab"]).decode([1, 2, 3, 4, 5, 99, 0]) == f"b{3 * char.UNKNOWN}a"
+
+
 def test_training_needs_a_character():
     with pytest.raises(InputError, match="at least one character"):
         char.train(["", ""])

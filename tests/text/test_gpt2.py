@@ -67,7 +67,7 @@ def test_a_bad_vocabulary_is_named(tmp_path, vocabulary, message):
         gpt2.from_files(tmp_path)
 
 
-def test_merges_cut_short_are_found(folder):
+def test_missing_merges_are_detected(folder):
     merges = next(file for file in folder.iterdir() if file.suffix in (".bpe", ".txt"))
     merges.write_text("#version: 0.2\nh e\n")
     with pytest.raises(InputError, match=f"does not fit {merges.name}: tokens: expected the 258 .* got 260"):

@@ -90,12 +90,12 @@ def with_special(kind, name, special=True):
 
 
 @pytest.mark.parametrize("name", hf.PADS)
-def test_a_pad_token_of_its_own_is_taken(name):
+def test_a_pad_token_of_the_file_is_used(name):
     tokenizer = hf.from_hf(with_special("gpt2", name))
     assert tokenizer.pad_id == tokenizer.eos_id + 1 == tokenizer.vocab_size - 1
 
 
-def test_a_pad_that_a_text_can_have_is_none():
+def test_a_name_of_pad_that_is_no_special_token_is_not_pad():
     tokenizer = hf.from_hf(with_special("gpt2", "[PAD]", special=False))
     assert tokenizer.encode("[PAD]") == [tokenizer.eos_id + 1] and tokenizer.pad_id == tokenizer.eos_id + 2
 
@@ -119,7 +119,7 @@ ALONE = {"type": "TemplateProcessing", "single": [{"Sequence": {"id": "A", "type
         ("model.continuing_subword_prefix", ""),
     ],
 )
-def test_other_ways_to_say_the_same(field, value):
+def test_other_spellings_of_the_same(field, value):
     assert hf.from_hf(changed("gpt2", field, value)) == hf.from_hf(record("gpt2"))
 
 
@@ -191,10 +191,31 @@ def test_the_file_is_named(tmp_path):
 # Out
 
 
-@pytest.mark.parametrize("tokenizer", [bpe.train(TEXTS, 290), *(hf.from_hf(record(kind)) for kind in ("gpt2", "neox"))])
+UNKNOWN = char.train(["a\N{REPLACEMENT CHARACTER}"])  # a known replacement character is not UNK
+
+
+@pytest.mark.parametrize(
+    "tokenizer",
+    [bpe.train(TEXTS, 290), *(hf.from_hf(record(kind)) for kind in ("gpt2", "neox")), char.train(TEXTS), UNKNOWN],
+)
 def test_what_was_exported_is_read_back_equal(tokenizer, tmp_path):
     hf.export(tokenizer, tmp_path)
     assert hf.read(tmp_path / "tokenizer.json") == tokenizer
+
+
+@pytest.mark.parametrize(
+    ("field", "value", "message"),
+    [
+        ("pre_tokenizer", {"type": "Whitespace"}, "pre_tokenizer: expected that of a tokenizer of characters, as we "),
+        ("decoder", None, "decoder: expected that of a tokenizer of characters, as we write it, or byte-level BPE"),
+        ("normalizer", {"type": "NFC"}, "normalizer: expected that of "),
+        ("model", {"type": "WordLevel", "vocab": {"ab": 0, "c": 1, "d": 2, "<unk>": 3}}, "model: expected that of "),
+        ("model", {"type": "WordLevel", "vocab": {}}, "model.vocab and added_tokens: expected each of the ids 0 to 1"),
+        ("model", {"type": "WordLevel"}, "model.vocab: expected an object of token -> id"),
+    ],
+)
+def test_words_of_another_kind_are_no_characters(field, value, message):
+    assert error(hf.to_hf(char.train(["abc"]))["tokenizer.json"] | {field: value}).startswith(message)
 
 
 CHAR = char.train(TEXTS)
@@ -209,34 +230,34 @@ def exported(i):
 @pytest.mark.parametrize("i", range(3), ids=["char", "bpe", "neox"])
 @given(text=TEXT)
 def test_the_library_gives_the_exported_one_our_ids(i, text):
-    text = f"a{text}"  # a text with no known character is an error to ours
-    there, here = exported(i), EXPORTED[i]
-    there.encode_special_tokens = True
-    ids = there.encode(text).ids
-    assert ids == here.encode(text)
-    assert there.decode(ids) == here.decode(ids)
-    assert there.get_vocab_size() == here.vocab_size
+    text = f"a{text}"  # our tokenizer refuses a text without known characters
+    theirs, ours = exported(i), EXPORTED[i]
+    theirs.encode_special_tokens = True
+    ids = theirs.encode(text).ids
+    assert ids == ours.encode(text)
+    assert theirs.decode(ids) == ours.decode(ids)
+    assert theirs.get_vocab_size() == ours.vocab_size
 
 
 @pytest.mark.parametrize("i", range(3), ids=["char", "bpe", "neox"])
-def test_eos_and_pad_are_special_and_apart(i, tmp_path):
+def test_eos_and_pad_are_two_special_tokens(i, tmp_path):
     hf.export(EXPORTED[i], tmp_path)
     config = json.loads((tmp_path / "tokenizer_config.json").read_text())
     names = json.loads((tmp_path / "special_tokens_map.json").read_text())
     assert {name: config[name] for name in names} == names and config["add_prefix_space"] is False
-    there = exported(i)
-    ids = [there.token_to_id(names["eos_token"]), there.token_to_id(names["pad_token"])]
+    theirs = exported(i)
+    ids = [theirs.token_to_id(names["eos_token"]), theirs.token_to_id(names["pad_token"])]
     assert ids == [EXPORTED[i].eos_id, EXPORTED[i].pad_id]
-    there.encode_special_tokens = False
-    assert there.encode("a<|endoftext|>").ids == [*EXPORTED[i].encode("a"), ids[0]]
-    assert there.decode(ids) == ""  # without special tokens
+    theirs.encode_special_tokens = False
+    assert theirs.encode("a<|endoftext|>").ids == [*EXPORTED[i].encode("a"), ids[0]]
+    assert theirs.decode(ids) == ""  # without special tokens
 
 
 def test_a_known_replacement_character_is_not_taken_for_unknown():
     tokenizer = char.train(["a\N{REPLACEMENT CHARACTER}"])
-    there = tokenizers.Tokenizer.from_str(json.dumps(hf.to_hf(tokenizer)["tokenizer.json"]))
+    theirs = tokenizers.Tokenizer.from_str(json.dumps(hf.to_hf(tokenizer)["tokenizer.json"]))
     assert (
-        there.encode("a\N{REPLACEMENT CHARACTER}b").ids == tokenizer.encode("a\N{REPLACEMENT CHARACTER}b") == [0, 1, 2]
+        theirs.encode("a\N{REPLACEMENT CHARACTER}b").ids == tokenizer.encode("a\N{REPLACEMENT CHARACTER}b") == [0, 1, 2]
     )
 
 

@@ -43,7 +43,7 @@ def test_a_save_that_fails_keeps_the_old_file(tokenizer, tmp_path, monkeypatch):
     assert text.load(tmp_path) == tokenizer
 
 
-def test_fingerprints_tell_tokenizers_apart():
+def test_different_tokenizers_have_different_fingerprints():
     others = [char.train(["one"]), bpe.train(TEXTS, 258)]
     assert len({tokenizer.fingerprint() for tokenizer in TOKENIZERS + others}) == 5
 

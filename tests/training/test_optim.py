@@ -1,3 +1,5 @@
+from functools import cache
+
 import jax
 import jax.numpy as jnp
 import numpy as np
@@ -9,6 +11,8 @@ from hypothesis.extra import numpy as hnp
 
 from rlhf_jax.ops import masked
 from rlhf_jax.training import optim
+from rlhf_jax.training.state import TrainState
+from tests.support import assert_trees_equal
 
 
 def test_defaults_are_the_published_ones():
@@ -47,13 +51,20 @@ def test_warmup(schedule, end):
 
 def moves(config, *grads, start=0.0):
     """Where a scalar goes under these gradients."""
-    tx = optim.adamw(config, updates=1000)
-    params, places = jnp.float32(start), []
-    opt_state = tx.init(params)
-    for grad in grads:
-        params, opt_state = optim.update(tx, jnp.float32(grad), opt_state, params)
-        places.append(float(params))
+    places = []
+    for state, _ in taken(optim.adamw(config, updates=1000), jnp.float32(start), *map(jnp.float32, grads)):
+        places.append(float(state.policy))
     return places
+
+
+def taken(tx, params, *grads):
+    """(state, numbers) after each update of one optimizer step."""
+    state = TrainState.create(jax.random.key(3), policy=params, optimizer={"policy": tx.init(params)})
+    for grad in grads:
+        update = optim.begin(state, ("policy",), grad, guard="off")
+        update, numbers = optim.step(update, state, {"policy": grad}, {}, tx=tx, guard="off")
+        state, _ = optim.end(state, update, guard="off")
+        yield state, numbers
 
 
 def test_adams_eps_by_hand():
@@ -84,9 +95,10 @@ def test_gradients_are_clipped_at_the_global_norm():
     params = {"a": jnp.zeros(1), "b": jnp.zeros(1)}
     grads = {"a": jnp.array([30.0]), "b": jnp.array([40.0])}  # norm 50, clipped to (.6, .8) * 1e-5
     tx = optim.adamw(optim.Config(lr=1.0, schedule="constant", max_grad_norm=1e-5), updates=10)
-    moved, _ = optim.update(tx, grads, tx.init(params), params)
+    ((state, numbers),) = taken(tx, params, grads)
+    moved = state.policy
     np.testing.assert_allclose([moved["a"][0], moved["b"][0]], [-0.6 / 1.6, -0.8 / 1.8], rtol=1e-4)
-    assert optim.norm(grads) == 50
+    assert optim.norm(grads) == numbers["policy_grad_norm"] == 50  # before clipping
 
 
 def token_means(rows):
@@ -101,9 +113,12 @@ def test_accumulation_by_hand():
     assert optim.accumulate(token_means, batch, batch["mask_BT"].sum(axis=1), 2)["mean"] == 3.5
 
 
-@given(hnp.arrays(np.float32, (6, 3), elements=st.floats(-9, 9, width=32)), hnp.arrays(bool, (6, 3)))
+@given(hnp.arrays(np.float32, (6, 3), elements=st.floats(-4, 4, width=32)), hnp.arrays(bool, (6, 3)))
 def test_accumulation_is_the_whole_batch(x_BT, mask_BT):
-    """invariant 8: whatever the number of tokens in each row, empty rows, slices and batches among them."""
+    """invariant 8: whatever the number of tokens in each row, empty rows, slices and batches among them.
+
+    1e-5 is ten units in the last place of the largest square, 16.
+    """
     batch = {"x_BT": jnp.asarray(x_BT), "mask_BT": jnp.asarray(mask_BT)}
     weights_B = mask_BT.sum(axis=1)
     whole = ACCUMULATE[1](batch, weights_B)
@@ -132,11 +147,162 @@ def test_every_row_is_in_one_slice():
 def test_an_update_counts_as_one_step():
     """invariant 10: microbatches are one step of the schedule."""
     tx = optim.adamw(optim.Config(), updates=10)
-    opt_state = tx.init(jnp.zeros(2))
-    assert optax.tree_utils.tree_get(opt_state, "count", filtering=adam) == 0
-    _, opt_state = optim.update(tx, jnp.ones(2), opt_state, jnp.zeros(2))
-    assert optax.tree_utils.tree_get(opt_state, "count", filtering=adam) == 1
+    assert optax.tree.get(tx.init(jnp.zeros(2)), "count", filtering=adam) == 0
+    ((state, _),) = taken(tx, jnp.zeros(2), jnp.ones(2))
+    assert optax.tree.get(state.optimizer["policy"], "count", filtering=adam) == 1
+    assert state.step == 1
 
 
 def adam(path, _):
-    return any("ScaleByAdamState" in str(getattr(part, "tuple_name", "")) for part in path)
+    return any("AdamState" in str(getattr(part, "tuple_name", "")) for part in path)
+
+
+@pytest.mark.parametrize("decay", [0.0, 0.1])
+def test_adam_is_optaxs(decay):
+    """Bit for bit, where all updates are taken."""
+    config = optim.Config(lr=0.01, weight_decay=decay, max_grad_norm=0)
+    grads = list(jax.random.normal(jax.random.key(0), (5, 7)))
+    theirs = optax.adamw(optim.schedule(config, 10), b2=config.adam_b2, eps=config.adam_eps, weight_decay=decay)
+    ours, theirs = (list(taken(tx, jnp.ones(7), *grads)) for tx in (optim.adamw(config, 10), theirs))
+    for (state, _), (expected, _) in zip(ours, theirs, strict=True):
+        np.testing.assert_array_equal(state.policy, expected.policy)
+
+
+# An update: begin, step, end. The optimizer subtracts the gradient and counts its steps.
+
+FINE, NAN = [0.5, 0.5], [np.nan, 0.5]
+COUNTS = optax.chain(optax.sgd(1.0), optax.scale_by_schedule(lambda count: 1.0))
+ADAM = optim.adamw(optim.Config(lr=0.1, schedule="constant"), updates=10)
+
+
+def begin(tx=COUNTS):
+    policy, reference = jnp.array([1.0, 2.0]), jnp.array([1.0, 2.0])
+    return TrainState.create(
+        jax.random.key(3), policy=policy, reference=reference, optimizer={"policy": tx.init(policy)}
+    )
+
+
+def count(state):
+    return int(optax.tree.get(state.optimizer, "count"))
+
+
+@cache
+def updater(guard, tx=COUNTS):
+    """Compiled and donated, as a stage does it: an update of one optimizer step for each gradient [steps, 2]."""
+
+    def update(state, grads, loss=0.0, given=()):
+        def step(carry, grad):
+            return optim.step(carry, state, {"policy": grad}, {"loss": loss}, tx=tx, guard=guard)
+
+        carry, norms = jax.lax.scan(step, optim.begin(state, ("policy",), given, guard=guard), grads)
+        state, numbers = optim.end(state, carry, guard=guard)
+        return state, norms | numbers
+
+    return jax.jit(update, donate_argnums=0)
+
+
+def run(guard, *updates, state=None):
+    """The state and the numbers after the last update; each is a list of gradients."""
+    state, numbers = state or begin(), {}
+    for grads in updates:
+        state, numbers = updater(guard)(state, jnp.array(grads, jnp.float32))
+    return state, numbers
+
+
+def test_what_is_finite_passes():
+    now, numbers = run("stop", [[0.5, 0.5]], [[0.5, 1.5]])
+    assert now.policy.tolist() == [0, 0]
+    assert (now.step, count(now), now.skipped, now.applied) == (2, 2, 0, 0)
+    assert numbers["skipped"] == 0
+    np.testing.assert_allclose(numbers["policy_grad_norm"], [2.5**0.5], rtol=1e-6)
+
+
+@pytest.mark.parametrize("wrong", [np.nan, np.inf, -np.inf])
+def test_the_first_that_is_not_finite_is_the_last(wrong):
+    """All stays as it was before it, bit for bit, though the next ones were dispatched and are finite."""
+    now, numbers = run("stop", [FINE], [[wrong, 0.5]], [[1, 1]], [[1, 1]])
+    assert now.policy.tolist() == [0.5, 1.5] and now.reference.tolist() == [1, 2]
+    assert (now.step, count(now), now.skipped, now.applied) == (1, 1, 3, 0)
+    assert numbers["skipped"] == 3 and jax.random.key_data(now.key).tolist() == [0, 3]
+
+
+def test_one_that_may_be_skipped_counts_as_a_step_and_changes_nothing_else():
+    now, numbers = run("skip", [FINE], [NAN], [FINE])
+    assert now.policy.tolist() == [0, 1]
+    assert (now.step, count(now), now.skipped, now.applied) == (3, 2, 1, 0)
+    assert numbers["skipped"] == 1
+
+
+def test_without_a_guard_nothing_is_looked_at():
+    now, numbers = run("off", [FINE], [NAN])
+    np.testing.assert_array_equal(now.policy, [np.nan, 1])
+    assert (now.step, count(now), now.skipped, numbers["skipped"]) == (2, 2, 0, 0)
+
+
+@pytest.mark.parametrize("guard", ["stop", "skip"])
+def test_an_update_ends_at_its_first_step_that_is_not_finite(guard):
+    """Of five optimizer steps two are taken; those after the third are not, finite as they are."""
+    now, _ = run(guard, [FINE, FINE, NAN, FINE, FINE])
+    assert now.policy.tolist() == [0, 1] and count(now) == 2
+    assert (now.step, now.skipped, now.applied) == ((0, 1, 2) if guard == "stop" else (1, 1, 0))
+
+
+def test_an_update_that_was_begun_is_finished():
+    """`applied` steps are not taken again, whatever their gradients are now; the others follow."""
+    stopped, _ = run("stop", [FINE, FINE, NAN, FINE])
+    later, _ = run("stop", [FINE] * 4, state=copy(stopped))  # dispatched before the host knew: nothing moves any more
+    assert later.policy.tolist() == [0, 1] and (later.step, later.skipped, later.applied) == (0, 2, 2)
+    stopped = stopped.replace(skipped=jnp.int32(0))
+    again, _ = run("stop", [FINE, FINE, NAN, FINE], state=copy(stopped))
+    assert again.policy.tolist() == [0, 1] and (again.step, again.skipped, again.applied) == (0, 1, 2)
+    resumed, _ = run("stop", [[9, 9], [9, 9], FINE, FINE], [FINE], state=stopped)
+    assert resumed.policy.tolist() == [-1.5, -0.5]
+    assert (resumed.step, count(resumed), resumed.skipped, resumed.applied) == (2, 5, 0, 0)
+
+
+def copy(state):
+    """One that may be donated."""
+    return jax.tree.map(jnp.copy, state)
+
+
+@pytest.mark.parametrize("tx", [COUNTS, ADAM], ids=["sgd", "adam"])
+@pytest.mark.parametrize("where", ["given", "loss", "gradient"])
+def test_where_it_looks(where, tx):
+    bad = {name: jnp.float32(np.inf if name == where else 0) for name in ("given", "loss", "gradient")}
+    given = {"scores": bad["given"][None], "ids": jnp.arange(3), "mask": None}
+    now, _ = updater("stop", tx)(begin(tx), jnp.ones((1, 2)) + bad["gradient"], bad["loss"], given)
+    assert now.skipped == 1 and now.policy.tolist() == [1, 2]
+    assert_trees_equal(now.optimizer, begin(tx).optimizer)
+
+
+def test_what_passes_through_is_not_looked_at():
+    """It was finite when it came, and reading all of a reference each step would cost."""
+    now = begin().replace(reference=jnp.array([np.inf, 1.0]))
+    now, _ = run("stop", [[1, 1]], state=now)
+    assert now.skipped == 0 and now.policy.tolist() == [0, 1]
+
+
+def test_the_program_grows_with_the_leaves_and_not_with_their_square():
+    """What XLA on a CPU compiles where every leaf is written or not by whether all are finite."""
+
+    def ands(leaves):
+        policy = {f"w{i}": jnp.ones(8 + i) for i in range(leaves)}
+        state = TrainState.create(jax.random.key(0), policy=policy, optimizer={"policy": COUNTS.init(policy)})
+
+        def update(state, grad):
+            begun = optim.begin(state, ("policy",), grad, guard="stop")
+            grads = jax.tree.map(lambda leaf: leaf * grad, state.policy)
+            stepped, _ = optim.step(begun, state, {"policy": grads}, {"loss": grad}, tx=COUNTS, guard="stop")
+            return optim.end(state, stepped, guard="stop")
+
+        return jax.jit(update, donate_argnums=0).lower(state, jnp.float32(1)).compile().as_text().count(" and(")
+
+    assert 0 < ands(32) < 2.5 * ands(16)  # 3.5 times, were all of it in every kernel
+
+
+@given(st.lists(st.sampled_from([0.25, np.nan, np.inf]), max_size=6))
+def test_skipping_is_as_if_the_bad_ones_had_not_been(grads):
+    fine = [grad for grad in grads if np.isfinite(grad)]
+    ours, theirs = (run("skip", *([[grad, grad]] for grad in some))[0] for some in (grads, fine))
+    np.testing.assert_array_equal(ours.policy, theirs.policy)
+    assert ours.skipped == len(grads) - len(fine) and ours.step == len(grads)

@@ -6,7 +6,7 @@ import numpy as np
 import pytest
 
 from rlhf_jax.algorithms import ppo
-from rlhf_jax.stages.rl import Measured, _samples
+from rlhf_jax.stages.measure import Measured, samples
 
 
 @pytest.mark.parametrize(("rule", "totals"), [("replace", (0.5, -3.2)), ("subtract", (0.5, -1.2))])
@@ -15,6 +15,6 @@ def test_the_total_of_a_sample_by_hand(rule, totals):
     rows = {"score": np.float32([1, 1]), "kl": np.float32([5, 2]), "eos_rate": np.array([True, False])}
     config = ppo.Config(kl_coef=0.7, missing_eos=rule, missing_eos_penalty=3.0 if rule == "replace" else 2.0)
     state = types.SimpleNamespace(kl_coef=np.float32(0.1))
-    first, second = _samples(Measured({}, rows, ["a", "b"]), state, config, "score")
+    first, second = samples(Measured({}, rows, ["a", "b"]), state, config, "score")
     assert first == {"completion": "a", "score": 1, "kl": 5, "total": pytest.approx(totals[0])}
     assert second == {"completion": "b", "score": 1, "kl": 2, "total": pytest.approx(totals[1])}

@@ -1,0 +1,52 @@
+"""What the numbers of a stage depend on: fields of the config, and the contents of the files that it names."""
+
+import functools
+import hashlib
+from pathlib import Path
+
+from rlhf_jax import config as configs
+from rlhf_jax import fields, tasks
+from rlhf_jax.rewards import function
+
+
+def depends(config, stage) -> dict:
+    """The record in a stage's config.json: sections of the config without neutral fields, and sha256 of files.
+
+    A workdir whose record differs is refused (training/workdir.py: check).
+    """
+    everything = fields.significant(config)
+    record = {part: everything[part] for part in configs.sections(config, stage)}
+    if config.model.dropout:  # each slice has its own dropout noise
+        for name in (name for name in ("pretrain", "sft") if name in record):
+            record[name] |= {"microbatches": getattr(config, name).microbatches}
+    if "reward" not in record and (stage == configs.rl_name(config) or config.task == "write"):
+        record["reward"] = {"kind": config.reward.kind}
+    files = fingerprints(config)
+    if "reward" in record and not config.learned and (digest := function.fingerprint(config.reward.kind)):
+        files[f"reward = {config.reward.kind}"] = digest
+    return record | {"section": configs.section(config, stage), "sha256": files}
+
+
+def fingerprints(config) -> dict[str, str]:
+    """{"data.sft = rows.jsonl": sha256} of the local files that a run reads: data, tokenizer and weights."""
+    places = tasks.load(config).files() | {"model.init": config.model.init, "text.path": config.text.path}
+    digests = {f"{field} = {place}": _digest(Path(place).expanduser()) for field, place in places.items() if place}
+    return {name: digest for name, digest in digests.items() if digest}
+
+
+def _digest(path):
+    """sha256 (hex) of a file, or of the files of a folder; None where there is nothing."""
+    if not path.exists():
+        return None
+    files = sorted(file for file in path.iterdir() if file.is_file()) if path.is_dir() else [path]
+    stats = [file.stat() for file in files]
+    return _digest_of(tuple((file, stat.st_mtime_ns, stat.st_size) for file, stat in zip(files, stats, strict=True)))
+
+
+@functools.cache  # files of weights have gigabytes
+def _digest_of(files):
+    digest = hashlib.sha256()
+    for file, *_ in files:
+        with file.open("rb") as opened:
+            digest.update(hashlib.file_digest(opened, "sha256").digest())
+    return digest.hexdigest()

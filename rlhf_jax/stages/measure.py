@@ -1,0 +1,150 @@
+"""What a policy is worth on the held-out questions, and what reinforcement learning has changed."""
+
+import dataclasses
+import functools
+from typing import Any
+
+import jax.numpy as jnp
+import numpy as np
+
+from rlhf_jax import rewards, rollout
+from rlhf_jax.algorithms import policy as policy_algorithm
+from rlhf_jax.evaluate import diversity, interval, win_rate
+from rlhf_jax.stages import row_keys
+
+
+@dataclasses.dataclass(frozen=True)
+class Measured:
+    """A policy's completions of the held-out questions, one each."""
+
+    numbers: dict[str, float]  # means; entropy is per token
+    rows: dict[str, np.ndarray]  # [N] each
+    texts: list[str]
+
+
+def measurement(setup, config, reward):
+    """A function (state, key) -> Measured.
+
+    KL is measured at the training temperature, everything else at the evaluation temperature.
+    """
+    arrays, questions = setup.questions("prompts")
+    evaluation = setup.evaluation
+
+    @functools.partial(setup.jit, static_argnums=4)
+    def sample(policy, reference, batch, key, temperature):
+        prompts = (batch["prompt_BP"], batch["prompt_mask_BP"])
+        drawn = rollout.draw(setup.apply, policy, *prompts, row_keys(key, batch), setup.sampling(temperature))
+        # Temperature 0 has no distribution to compare, so policies are compared at the training temperature.
+        sampling = setup.sampling(temperature or config.temperature)
+        return rollout.compare(setup.apply, policy, reference, *prompts, drawn, sampling)
+
+    def at(state, key, temperature):
+        def one(batch):
+            drawn = sample(state.policy, state.reference, batch, key, temperature)
+            rows = {
+                "response": drawn.response_BR,
+                "mask": drawn.mask_BR,
+                "kl": jnp.sum(drawn.kl_BR, axis=1),
+                "kl_exact": jnp.sum(drawn.kl_exact_BR, axis=1),
+                # The most likely token is certain.
+                "entropy": jnp.sum(drawn.entropy_BR if temperature else 0 * drawn.mask_BR, axis=1),
+                "eos_rate": drawn.eos_B,
+                "length": drawn.length_B,
+            }
+            if not reward.on_host:
+                rows[reward.metric] = rewards.total(reward(state.reward, rewards.Completions((), drawn, setup.decode)))
+            return rows
+
+        return setup.over(arrays, one, len(questions))
+
+    def measure(state, key=None):
+        key = setup.key("evaluation") if key is None else key
+        rows = at(state, key, evaluation.temperature)
+        if evaluation.temperature != config.temperature:
+            trained = at(state, key, config.temperature)
+            rows |= {name: trained[name] for name in ("kl", "kl_exact")}
+        texts = setup.decode(rows.pop("response"), rows.pop("mask"))
+        if reward.on_host:
+            rows |= named(reward, reward.scores(questions, texts))
+        rows |= judge(setup.task, reward, questions, texts)
+        numbers = {name: float(np.mean(values)) for name, values in rows.items()}
+        numbers["entropy"] = float(rows.pop("entropy").sum() / max(rows["length"].sum(), 1))
+        return Measured(numbers | diversity_of(texts), rows, texts)
+
+    return measure
+
+
+def judge(task, reward, rows, texts):
+    """`task.judge`, or nothing where that is the reward itself, so that a function scores each completion once."""
+    return {} if getattr(task, "reward", None) == reward.name else task.judge(rows, texts)
+
+
+def means(rows):
+    return {name: np.mean(values) for name, values in rows.items()}
+
+
+def named(reward, components):
+    """The components by name, and the total by the name of the reward's metric."""
+    return {reward.metric: rewards.total(components)} | components
+
+
+def diversity_of(texts):
+    return {"distinct2": diversity.distinct(texts, 2), "repeat_rate": diversity.repeat_rate(texts)}
+
+
+def compare(first, last, sides, metric):
+    """The summary's numbers before and after, the gains, and the win rate (on gold where it is known)."""
+    before, after = sides
+    numbers: dict[str, Any] = {}
+    for name, value in last.numbers.items():
+        numbers |= {name: value, f"{name}{after}": value, f"{name}{before}": first.numbers[name]}
+    for name in (name for name in (metric, "gold") if name in last.rows):
+        gain, ci95 = interval.paired_gain(last.rows[name], first.rows[name])
+        spread = float(np.std(first.rows[name]))
+        numbers |= {f"{name}_gain": gain, f"{name}_ci95": ci95, f"{name}{before}_sd": spread}
+    best = "gold" if "gold" in last.rows else metric
+    rate, ci95 = win_rate.win_rate(last.rows[best], first.rows[best])
+    return numbers | {"win_rate": rate, "win_rate_ci95": ci95}
+
+
+def table(first, last, numbers, metric):
+    """Rows of the final table: (name, before, after, change, its 95% interval)."""
+    rows = []
+    order = ("gold", metric, "kl", "kl_exact", "distinct2", "repeat_rate", "entropy", "eos_rate", "length")
+    for name in dict.fromkeys(name for name in order if name in last.numbers):
+        change = last.numbers[name] - first.numbers[name]
+        ci95 = interval.paired_gain(last.rows[name], first.rows[name])[1] if name in last.rows else None
+        rows.append((name, first.numbers[name], last.numbers[name], change, ci95))
+    if "best_of_n_at_kl" in numbers:
+        rows.append((f"best-of-n {metric} at this KL", None, numbers["best_of_n_at_kl"], None, None))
+    return tuple(rows)
+
+
+def samples(measured, state, config, metric):
+    """Completions with their numbers.
+
+    `total` is what the algorithm maximizes: the score after the rule for a missing EOS, minus the KL penalty with the
+    current coefficient.
+    """
+    rows = {name: measured.rows[name] for name in dict.fromkeys((metric, "kl", "gold")) if name in measured.rows}
+    score_N = np.asarray(policy_algorithm.final_score(
+        rows[metric], measured.rows["eos_rate"], missing_eos=config.missing_eos, penalty=config.missing_eos_penalty
+    ))  # fmt: skip
+    rows["total"] = score_N - float(state.kl_coef) * rows["kl"]
+    named = {"score" if name == metric else name: values for name, values in rows.items()}
+    return [
+        {"completion": text} | {name: float(values[i]) for name, values in named.items()}
+        for i, text in enumerate(measured.texts)
+    ]
+
+
+def side_by_side(name, questions, first, last, beside, metric, task):
+    """Rows of samples.jsonl: each question's completion before and after, lists as `samples` makes them."""
+    if not task.same_prompt:
+        pairs = zip(questions, first, last, strict=True)
+        return [{"prompt": row["prompt"], "sft": before, name: after} for row, before, after in pairs]
+    rows = []
+    for more, before, after in zip(beside or [{}] * len(questions), first, last, strict=True):
+        texts = {"sft": before["completion"], "rl": after["completion"]}
+        rows.append(more | texts | {f"{metric}_sft": before["score"], f"{metric}_rl": after["score"]})
+    return rows
