@@ -1,5 +1,6 @@
 import dataclasses
 import functools
+import inspect
 import re
 import runpy
 from pathlib import Path
@@ -252,7 +253,7 @@ def test_every_field_is_read(field):
     paths = [path for path in (ROOT / "rlhf_jax").rglob("*.py") if path.name != "config.py"]
     source = "".join(path.read_text() for path in [*paths, ROOT / "experiments" / "launch.py"])
     source = source.replace('getattr(config, f"world_{kind}")', " ".join(f"config.world_{kind}" for kind in COLUMNS))
-    source = source.replace('"from_", ""', ".from_")
+    source += inspect.getsource(configs.place).replace('"from_", ""', ".from_")
     assert re.search(rf"\.{field}\b", source)
 
 

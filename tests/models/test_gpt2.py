@@ -209,7 +209,8 @@ def test_parallel_layers_read_the_same_sum(model, params, sequences):
         silent[f"h_{i}"]["attn"]["out"] = jax.tree.map(jnp.zeros_like, params[f"h_{i}"]["attn"]["out"])
     other = dataclasses.replace(model.config, parallel_residual=not model.config.parallel_residual)
     ours, theirs = (jax.jit(m.hidden) for m in (model, LanguageModel(other)))
-    np.testing.assert_array_equal(ours(silent, tokens_BT, mask_BT), theirs(silent, tokens_BT, mask_BT))
+    silent_BTD, other_BTD = ours(silent, tokens_BT, mask_BT), theirs(silent, tokens_BT, mask_BT)
+    np.testing.assert_allclose(silent_BTD, other_BTD, rtol=0, atol=1e-5)  # two programs: other bits
     assert jnp.abs(ours(params, tokens_BT, mask_BT) - theirs(params, tokens_BT, mask_BT))[mask_BT].max() > 0.1
 
 
