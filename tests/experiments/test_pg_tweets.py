@@ -99,7 +99,7 @@ def test_a_reward_that_is_none_is_named(name, words, forks, table, tmp_path):
     [
         (
             "both",
-            "mine.py:both is a function of rows and texts, and the samples of write have no rows; expected a function of",
+            "mine.py:both is a function of rows and texts, and the samples of write have no rows; ",
         ),
         ("gold", "reward.kind: expected learned, sentiment or path/to/file.py:function where no row has a record"),
     ],
