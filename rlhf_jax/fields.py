@@ -38,9 +38,11 @@ class Range:
         inside = self.least <= value <= self.most and self.above < value < self.below  # False for NaN
         return inside or (self.or_zero and value == 0)
 
-    def __str__(self) -> str:
+    def expected(self, value: float) -> str:
+        """The range in words. The upper limit that all numbers have is left out where the value is within it."""
         low = f"more than {self.above:g}" if self.above > self.least else f"at least {self.least:g}"
         high = f"less than {self.below:g}" if self.below <= self.most else f"at most {self.most:g}"
+        high = "" if self.most == LARGEST < self.below and value <= LARGEST else high
         low = low if max(self.least, self.above) > -math.inf else ""
         text = " and ".join(filter(None, (low, high)))
         return f"0, or {text}" if self.or_zero else text
@@ -71,7 +73,7 @@ def check(config: Any, path: str = "") -> None:
         if dataclasses.is_dataclass(value):
             check(value, f"{path}{field.name}.")
         elif "range" in field.metadata and value not in field.metadata["range"]:
-            _refuse(f"{path}{field.name}", field.metadata["range"], value)
+            _refuse(f"{path}{field.name}", field.metadata["range"].expected(value), value)
         elif "choices" in field.metadata and value not in field.metadata["choices"]:
             _refuse(f"{path}{field.name}", " or ".join(field.metadata["choices"]), value)
     for name, expected in getattr(config, "problems", tuple)():

@@ -85,7 +85,7 @@ def test_a_whole_number_does_for_a_float():
 
 
 NAN = float("nan")
-COUNT = "at least 1 and at most 1e+09"
+COUNT = "at least 1"
 WORLD = {"data.source": "world", "text.kind": "bpe", "data.prompt_length": 64, "data.response_length": 22}
 
 
@@ -132,7 +132,10 @@ def test_the_edge_of_what_is_possible(changes):
         ("model.head_size", -1, f"{COUNT}, got -1"),
         *(("model.rotary_share", share, f"at least 0 and at most 1, got {share}") for share in (-0.5, 1.1, NAN)),
         *(("model.rotary_share", share, "0, or a share of head_size = 64 that is ") for share in (0.02, 0.05)),
-        *(("model.rotary_base", value, f"more than 0 and at most 1e+09, got {value}") for value in (0.0, NAN)),
+        *(
+            ("model.rotary_base", 0.0, "more than 0, got 0.0"),
+            ("model.rotary_base", NAN, "more than 0 and at most 1e+09, got nan"),
+        ),
         *(("model.norm_eps", value, f"more than 0 and at most 1, got {value}") for value in (0.0, NAN)),
         ("model.dropout", 1.0, "at least 0 and less than 1, got 1.0"),
         ("model.dropout", -0.1, "at least 0 and less than 1, got -0.1"),
@@ -140,10 +143,10 @@ def test_the_edge_of_what_is_possible(changes):
         ("data.held_out", 0.0, "more than 0 and less than 1, got 0.0"),
         ("data.held_out", 1.0, "more than 0 and less than 1, got 1.0"),
         ("data.prompt_length", 0, f"{COUNT}, got 0"),
-        ("data.response_length", 1, "at least 2 and at most 1e+09, got 1"),
-        ("data.pair_length", 1, "0, or at least 2 and at most 1e+09, got 1"),
-        ("data.pair_length", -3, "0, or at least 2 and at most 1e+09, got -3"),
-        ("evaluation.prompts", 1, "at least 2 and at most 1e+09, got 1"),
+        ("data.response_length", 1, "at least 2, got 1"),
+        ("data.pair_length", 1, "0, or at least 2, got 1"),
+        ("data.pair_length", -3, "0, or at least 2, got -3"),
+        ("evaluation.prompts", 1, "at least 2, got 1"),
         ("evaluation.batch", 0, f"{COUNT}, got 0"),
         ("evaluation.temperature", -0.1, "at least 0 and at most 100, got -0.1"),
         ("evaluation.temperature", NAN, "at least 0 and at most 100, got nan"),
@@ -152,7 +155,7 @@ def test_the_edge_of_what_is_possible(changes):
             for stage in ("sft", "reward", "ppo")
             for name in ("batch", "microbatches")
         ),
-        ("sft.steps", -1, "at least 0 and at most 1e+09, got -1"),  # with 0 the stage is left out
+        ("sft.steps", -1, "at least 0, got -1"),  # with 0 the stage is left out
         ("reward.steps", 0, "more than 0 where the reward is learned, got 0"),
         ("pretrain.steps", 5, "0, as only task = write has plain texts to pretrain on, got 5"),
         ("ppo.steps", 0, f"{COUNT}, got 0"),
@@ -164,11 +167,11 @@ def test_the_edge_of_what_is_possible(changes):
         ("ppo.epochs", 0, f"{COUNT}, got 0"),
         ("ppo.minibatches", 0, f"{COUNT}, got 0"),
         ("ppo.temperature", 0.0, "more than 0 and at most 100, got 0.0"),
-        ("ppo.clip", 0.0, "more than 0 and at most 1e+09, got 0.0"),
-        ("ppo.value_clip", 0.0, "more than 0 and at most 1e+09, got 0.0"),
+        ("ppo.clip", 0.0, "more than 0, got 0.0"),
+        ("ppo.value_clip", 0.0, "more than 0, got 0.0"),
         ("ppo.gamma", 1.01, "at least 0 and at most 1, got 1.01"),
         ("ppo.lam", -0.01, "at least 0 and at most 1, got -0.01"),
-        ("ppo.kl_coef", -0.01, "at least 0 and at most 1e+09, got -0.01"),
+        ("ppo.kl_coef", -0.01, "at least 0, got -0.01"),
         *(
             (f"{name}.{field}", value, f"{off} in training (a rollout samples the distribution that the update ")
             for name in ("ppo", "policy_gradient")
@@ -201,7 +204,7 @@ def test_a_batch_that_cannot_be_divided_is_refused(changes, devices, message):
     ("lanes", "devices", "expected"),
     [
         (5, 1, "0, or a divisor of batch = 12"),
-        (-4, 1, "at least 0 and at most 1e+09"),
+        (-4, 1, "at least 0"),
         (8, 1, "0, or a divisor of batch = 12"),
         (2, 4, "0, or a divisor of ppo.batch = 12 and a multiple of the devices = 4"),
     ],
