@@ -238,7 +238,9 @@ def _reward(config, _):
     if config.reward.kind == "gold" and (config.task == "write" or config.data.source != "world"):
         yield "reward.kind", "learned, sentiment or path/to/file.py:function where no row has a record (data.source)"
     elif not config.learned:
-        function.load(config.reward.kind)  # its own InputError names what is wrong
+        reward = function.load(config.reward.kind)  # its own InputError names what is wrong
+        if reward.takes_rows and config.task == "write":
+            yield "reward.kind", "a function of texts alone where task is write, whose rows hold nothing"
     if config.algorithm == "ppo" and config.ppo.value_init == "reward" and not config.learned:
         yield "ppo.value_init", f"zero or auto where reward is {config.reward.kind}, as there is no reward model"
 

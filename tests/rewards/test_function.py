@@ -187,10 +187,10 @@ def test_files_with_the_name_of_another_module(name, tmp_path):
 
 def test_a_file_is_imported_once_as_long_as_it_stays_the_same(tmp_path):
     """A process pool needs the very function that the module has, and a file may load a model."""
-    path = tmp_path / "mine.py"
+    path = tmp_path / "imported_once.py"
     path.write_text("def f(texts):\n    return [0] * len(texts)\n")
     first, second = (function.load(f"{path}:f") for _ in range(2))
-    assert first._function is second._function is sys.modules["mine"].f
+    assert first._function is second._function is sys.modules["imported_once"].f
     path.write_text("def f(texts):\n    return [1, 1][: len(texts)]\n")
     assert function.load(f"{path}:f").scores((), ["a"])["reward"] == [1]
 
