@@ -16,6 +16,7 @@ from rlhf_jax.data import corpus, sources
 from rlhf_jax.errors import InputError
 from rlhf_jax.models import gpt2
 from rlhf_jax.rewards import function
+from rlhf_jax.tasks import TASKS
 from rlhf_jax.training import checkpoint
 from rlhf_jax.training import guard as guards
 
@@ -65,10 +66,10 @@ class Config:
 
     seed: int = fields.number(1, least=0, below=2**32, most=2**32)
     seeds: int = fields.number(1, least=1)  # runs of the last stage, one after another; curves show the 95% band
-    task: str = fields.choice("summarize", "summarize", "write", "prompts")
+    task: str = fields.choice("summarize", *TASKS)
     algorithm: str = fields.choice("ppo", *POLICY)  # the section that the last stage reads
     text: Text = Text()
-    data: Any = sources.Config()  # its type depends on the task: see DATA
+    data: Any = sources.Config()  # of the task: tasks.TASKS[task].Config
     model: gpt2.Config = gpt2.Config()
     pretrain: Supervised = Supervised(steps=0)
     sft: Supervised = Supervised()
@@ -92,7 +93,6 @@ class Config:
         return self.reward.kind == LEARNED
 
 
-DATA = {"summarize": sources.Config, "prompts": sources.Config, "write": corpus.Config}
 WRITE: dict[str, Any] = {  # defaults of the task `write` where they differ from Config's
     "task": "write",
     "algorithm": "policy_gradient",
@@ -132,7 +132,7 @@ def parse(values: Mapping, kind: type = Config, path: str = "") -> Any:
         value = values[name]
         wanted: Any = field.type
         if kind is Config and name == "data":
-            wanted = DATA.get(values.get("task", ""), sources.Config)
+            wanted = TASKS[values["task"]].Config if values.get("task") in TASKS else sources.Config
         if isinstance(wanted, type) and dataclasses.is_dataclass(wanted):
             if wanted is Reward and isinstance(value, str):
                 parsed[field.name] = Reward(kind=value)

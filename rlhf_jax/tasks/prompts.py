@@ -7,7 +7,9 @@ from typing import Any
 
 from rlhf_jax.data import batches, sources
 from rlhf_jax.errors import InputError
-from rlhf_jax.tasks import Encoded, Rows, Task, stamp
+from rlhf_jax.tasks.task import Encoded, Rows, Task, stamp
+
+Config = sources.Config  # of the section `data`
 
 
 @dataclasses.dataclass(frozen=True)

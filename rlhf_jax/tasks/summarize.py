@@ -5,8 +5,10 @@ import dataclasses
 import numpy as np
 
 from rlhf_jax.rewards import gold
-from rlhf_jax.tasks import Task
-from rlhf_jax.tasks.prompts import Prompts
+from rlhf_jax.tasks.prompts import Config, Prompts
+from rlhf_jax.tasks.task import Task
+
+__all__ = ["Config", "Summarize", "make"]
 
 
 @dataclasses.dataclass(frozen=True)

@@ -7,7 +7,9 @@ import random
 from rlhf_jax.data import corpus
 from rlhf_jax.errors import InputError
 from rlhf_jax.rewards import function
-from rlhf_jax.tasks import Encoded, Rows, Task, stamp
+from rlhf_jax.tasks.task import Encoded, Rows, Task, stamp
+
+Config = corpus.Config  # of the section `data`
 
 STARTS = 65_536  # prompts of EOS alone: more than any batch
 START = {"prompt": ""}
