@@ -210,9 +210,6 @@ class GPT2(nn.Module):
         """
         c = self.config
         B, T = tokens_BT.shape
-        longest = max(T, slots) if cache is None else cache.valid_BS.shape[1]
-        if longest > c.context:
-            raise InputError(f"model.context: expected at least {longest}, the tokens of a sequence, got {c.context}")
         mask_BT = mask_BT.astype(bool)
         seen = jnp.cumsum(mask_BT, axis=1, dtype=jnp.int32)
         attend_BTS = jnp.tril(jnp.ones((T, T), bool)) & mask_BT[:, None, :]
@@ -222,6 +219,8 @@ class GPT2(nn.Module):
             attend_BTS = jax.lax.dynamic_update_slice_in_dim(before_BTS, attend_BTS, cache.used, axis=2)
         x_BTD = _embed(c, c.vocab_size, "wte")(tokens_BT)
         positions_BT = jnp.maximum(seen - 1, 0)
+        if (T if cache is None else cache.valid_BS.shape[1]) > c.context:  # else no position can be too large
+            _check(positions_BT, c.context)
         if c.rotary_share:
             angles_BTJ = rotary.angles(positions_BT, c.rotary_planes, c.rotary_base)
         else:
@@ -245,6 +244,19 @@ class GPT2(nn.Module):
             return x_BTD, None
         keys, values = (tuple(_widen(x_BHTK, slots, axis=2) for x_BHTK in each) for each in (keys, values))
         return x_BTD, KVCache(keys, values, _widen(mask_BT, slots, axis=1), jnp.int32(T))
+
+
+def _check(positions_BT, context):
+    """Refuses a position beyond the context, where a table of positions would give NaN. Padding has no position."""
+
+    def check(largest):
+        if largest >= context:
+            raise InputError(f"model.context: expected at least {int(largest) + 1}, the tokens of a row, got {context}")
+
+    if isinstance(positions_BT, jax.core.Tracer):
+        jax.debug.callback(check, jnp.max(positions_BT))
+    else:
+        check(jnp.max(positions_BT))
 
 
 def _widen(x, size, axis):

@@ -83,14 +83,23 @@ def test_right_padding_changes_no_logits(logits, sequences):
     np.testing.assert_allclose(logits(*wide)[:, :7][mask_BT], logits(tokens_BT, mask_BT)[mask_BT], rtol=0, atol=1e-5)
 
 
-def test_no_position_beyond_the_context_is_computed(model, params, sequences):
-    """invariant 17. Padding counts: how many tokens are real is not known where it is compiled."""
-    tokens_BT, mask_BT = (left(x_BT, model.config.context - 6, 0) for x_BT in sequences)
-    message = f"model.context: expected at least {tokens_BT.shape[1]}, the tokens of a sequence, got "
+def test_columns_may_exceed_the_context_when_tokens_do_not(model, params, logits, sequences):
+    """invariant 1"""
+    tokens_BT, mask_BT = sequences
+    columns = model.config.context
+    actual = logits(left(tokens_BT, columns, PAD), left(mask_BT, columns, 0))[:, columns:][mask_BT]
+    np.testing.assert_allclose(actual, logits(tokens_BT, mask_BT)[mask_BT], rtol=0, atol=1e-5)
+
+
+def test_a_position_beyond_the_context_is_an_error(model, params):
+    """invariant 17: not NaN, compiled or not."""
+    tokens_BT = jnp.full((1, model.config.context + 1), 3)
+    message = f"model.context: expected at least {model.config.context + 1}, the tokens of a row, got "
     with pytest.raises(InputError, match=message):
-        jax.eval_shape(model.hidden, params, tokens_BT, mask_BT)
-    with pytest.raises(InputError, match="model.context: expected at least 41"):
-        jax.eval_shape(lambda *args: model.prefill(params, *args, 41), *(x_BT[:, :4] for x_BT in sequences))
+        model.hidden(params, tokens_BT, jnp.ones_like(tokens_BT))
+    with pytest.raises(Exception, match=message):
+        jax.block_until_ready(jax.jit(model.hidden)(params, tokens_BT, jnp.ones_like(tokens_BT)))
+        jax.effects_barrier()
 
 
 @pytest.mark.parametrize("place", range(1, 7))
