@@ -142,7 +142,7 @@ def test_the_library_does_not_print(file):
     assert "print" not in {ast.unparse(call.func) for call in calls}
 
 
-HEAVY = {"tensorflow_datasets", "grain", "pyarrow", "orbax", "huggingface_hub", "matplotlib", "scipy"}
+HEAVY = {"tensorflow_datasets", "pyarrow", "orbax", "huggingface_hub", "matplotlib", "scipy"}
 
 
 def loaded(statement):

@@ -23,7 +23,7 @@ from rlhf_jax.errors import InputError
 
 EVENTS_EVERY = 10.0  # seconds between flushes of the TensorBoard file: each one waits for the disk
 PACKAGES: tuple[str, ...] = ("rlhf_jax", "jax", "jaxlib", "flax", "optax", "orbax-checkpoint")
-PACKAGES += ("numpy", "grain", "tensorflow-datasets", "tokenizers")
+PACKAGES += ("numpy", "tensorflow-datasets", "tokenizers")
 
 
 class Writer:

@@ -183,7 +183,7 @@ def test_environment_names_versions_and_machine(tmp_path):
     environment = metrics.environment()
     versions, machine = environment["versions"], environment["machine"]
     assert {"python", "rlhf_jax", "jax", "jaxlib", "flax", "optax", "orbax-checkpoint"} <= versions.keys()
-    assert {"numpy", "grain", "tensorflow-datasets", "tokenizers"} <= versions.keys()
+    assert {"numpy", "tensorflow-datasets", "tokenizers"} <= versions.keys()
     assert versions["numpy"] == np.__version__
     assert machine["cpus"] >= 1 and machine["devices"] >= 1 and machine["device_kind"] and machine["platform"]
     metrics.summarize(tmp_path / "summary.json", environment)  # it is JSON
