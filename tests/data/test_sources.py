@@ -76,7 +76,9 @@ def test_prompts_are_those_of_the_sft_rows_or_a_set_of_their_own(config):
     assert sources.load("prompts", config, seed=1) == sources.load("sft", config, seed=1)
     own = dataclasses.replace(config, prompts="trl-lib/tldr-preference")
     (train, held_out), _ = sources.load("prompts", own, seed=1)
-    assert {tuple(row) for row in train + held_out} == {("prompt",)} and len(train + held_out) == 20
+    # They keep the other columns, for a reward that reads them.
+    assert {frozenset(row) for row in train + held_out} == {frozenset(("prompt", "chosen", "rejected"))}
+    assert len(train + held_out) == 20
 
 
 def test_a_split_can_be_what_is_held_out(config):
