@@ -115,7 +115,7 @@ def test_a_stage_that_is_unfinished_or_not_there_is_refused(unfinished, other, t
 @pytest.mark.parametrize(
     ("flags", "words"),
     [
-        (["--config.ppo.max_grad_norm=-1"], ["ppo.max_grad_norm: expected at least 0 and", "got -1.0"]),
+        (["--config.ppo.max_grad_norm=-1"], ["ppo.max_grad_norm: expected at least 0, got", "got -1.0"]),
         (
             ["--config.ppo.batch=48", "--config.ppo.kl_target=6", "--config.ppo.kl_horizon=5"],
             ["ppo.kl_horizon: expected more than 0.2 batch = 9.6, to keep kl_coef positive, got 5\n"],
