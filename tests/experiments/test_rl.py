@@ -120,7 +120,7 @@ def test_a_stage_that_is_unfinished_or_not_there_is_refused(unfinished, other, t
             ["--config.ppo.batch=48", "--config.ppo.kl_target=6", "--config.ppo.kl_horizon=5"],
             ["ppo.kl_horizon: expected more than 0.2 batch = 9.6, to keep kl_coef positive, got 5\n"],
         ),
-        (["--config.ppo.kl_horizon=-100"], ["ppo.kl_horizon: expected at least 1 ", "got -100"]),
+        (["--config.ppo.kl_horizon=-100"], ["ppo.kl_horizon: expected at least 1, ", "got -100"]),
         (["--config.ppo.lr=nan"], ["ppo.lr: expected more than 0 and at most 10, got nan"]),
         (["--config.ppo.kl_coef=inf"], ["ppo.kl_coef: expected at least 0 and at most 1e+09, got inf"]),
         (["--config.data.held_out=nan"], ["data.held_out: expected more than 0 and less than 1, got nan"]),
