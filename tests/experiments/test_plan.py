@@ -31,7 +31,7 @@ def test_a_table_for_each_task(config, flags, algorithm, plan):
     result = plan(f"--config=configs/{config}", *flags)
     assert result.code == 0, result.err
     title, *rows = result.out.splitlines()
-    assert title.split() == [f"{algorithm},", "a", "device", "GiB"]
+    assert title.split() == [f"{algorithm},", "per", "device", "GiB"]
     sizes = {name: float(size) for name, size in map(str.split, rows)}
     assert list(sizes) == ["state", "draw", "judge", "update"] and sizes["state"] > 0
     assert sizes["update"] == pytest.approx(1 + sizes["state"], rel=0.01)  # four digits
