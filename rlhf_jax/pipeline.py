@@ -52,6 +52,8 @@ class Stages:
         self._noted = set()  # kinds of rows whose notes were shown
         for name in self.names:  # a workdir of another config is refused before anything is read or written
             self.workdir.check(name, self.depends(name))
+        for folder, depends in self._of_seeds():
+            folder.check(self.names[-1], depends)
 
     # What a stage depends on, and where it is
 
@@ -235,15 +237,21 @@ class Stages:
         parts = {"keep": self.config.keep, "reporter": self.reporter, "stop": stop}
         return fit(stage, workdir, depends=depends, config=config, **parts).summary
 
+    def _of_seeds(self):
+        """(folder, what its numbers depend on) of each seed of the last stage, where there are several."""
+        for i in range(self.config.seeds if self.config.seeds > 1 else 0):
+            depends = self.depends(self.names[-1]) | {"seeds": 1, "index": i}
+            yield Workdir(self.workdir / "seeds" / str(i)), depends
+
     def _seeds(self, name, stop):
         """Trains the last stage for several seeds, each in seeds/<index>. The stage's own folder gets their means."""
-        folders = [Workdir(self.workdir / "seeds" / str(i)) for i in range(self.config.seeds)]
-        for i, folder in enumerate(folders):
+        folders = [folder for folder, _ in self._of_seeds()]
+        for i, (folder, depends) in enumerate(self._of_seeds()):
             if folder.finished(name, self.steps(name)):
                 self.reporter.note(f"{name}: seed {i} is finished, skipped")
                 continue
             self.reporter.note(f"{name}: seed {i + 1} of {len(folders)}")
-            self._fit(self.make(name, i), self.depends(name) | {"seeds": 1, "index": i}, folder, stop)
+            self._fit(self.make(name, i), depends, folder, stop)
         rows = seeds.rows([metrics.read(folder / name / "metrics.jsonl") for folder in folders])
         here = self.workdir.open(name, self.depends(name))
         shutil.copytree(folders[0] / name / "result", here / "result", dirs_exist_ok=True)

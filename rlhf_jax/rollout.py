@@ -166,12 +166,6 @@ def compare(apply, policy, reference, prompt_BP, prompt_mask_BP, drawn, sampling
     )
 
 
-def sample(apply, policy, reference, prompt_BP, prompt_mask_BP, keys_B, sampling):
-    """`draw`, then `compare`. Call them separately to decode and score text on the host while the device compares."""
-    drawn = draw(apply, policy, prompt_BP, prompt_mask_BP, keys_B, sampling)
-    return compare(apply, policy, reference, prompt_BP, prompt_mask_BP, drawn, sampling)
-
-
 def judge(apply, state, prompt_BP, prompt_mask_BP, drawn, sampling):
     """`compare`, and the values where the state has a value model: what an algorithm needs beside the score."""
 

@@ -20,7 +20,8 @@ def sampling(max_tokens=8, **changes):
 @partial(jax.jit, static_argnums=(0, 6))
 def sample(apply, policy, reference, prompt_BP, prompt_mask_BP, key, sampling):
     keys_B = jax.random.split(key, len(prompt_BP))
-    return rollout.sample(apply, policy, reference, prompt_BP, prompt_mask_BP, keys_B, sampling)
+    drawn = rollout.draw(apply, policy, prompt_BP, prompt_mask_BP, keys_B, sampling)
+    return rollout.compare(apply, policy, reference, prompt_BP, prompt_mask_BP, drawn, sampling)
 
 
 score = jax.jit(rollout.score, static_argnums=(0, 3))

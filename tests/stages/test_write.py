@@ -174,6 +174,8 @@ def test_a_seed_is_the_same_alone_and_among_others(whole, tmp_path):
     steps.reporter = StopsInTheSecond("rl", 3)
     with pytest.raises(loop.Stopped):
         steps.all()
+    other = changed(steps.config, policy_gradient={"kl_coef": 0.7})
+    assert "seeds/0/rl/config.json was made with policy_gradient.kl_coef = " in error(stages, other, tmp_path)
     steps.reporter = reporter = Recorder()
     summary = steps.all()
     assert reporter.stages == [("rl", 6, 4)] and "rl: seed 0 is finished, skipped" in reporter.notes
