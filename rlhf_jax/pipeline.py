@@ -136,7 +136,7 @@ class Stages:
         """The policy before training: random, or the Hugging Face weights of model.init."""
         model, init = self.setup.apply.policy, self.config.model.init
         if not init:
-            return jax.jit(model.init)(self.setup.key("policy init"))
+            return self._random()
         weights = _weights(init)
         try:
             return hf.load(weights, model.config)
@@ -148,10 +148,10 @@ class Stages:
         before = [stage for stage in self.names[: self.names.index(name)] if stage in ("pretrain", "sft")]
         if not before:
             return self._policy_init()
-        return self.parameters(before[-1], "policy", self._like())
+        return self.parameters(before[-1], "policy", like=self._random())
 
-    def _like(self):
-        return self.setup.apply.policy.init(self.setup.key("policy init"))
+    def _random(self):
+        return jax.jit(self.setup.apply.policy.init)(self.setup.key("policy init"))
 
     def make(self, name, seed=0):
         """The Stage of this name. `seed` is the index of the run where the last stage has several."""

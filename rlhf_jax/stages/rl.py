@@ -193,10 +193,11 @@ class _Parts:
             return Step(state.replace(step=state.step + 1), {"alarms": 1})
         prompts = (batch["prompt_BP"], batch["prompt_mask_BP"])
         rows = [self.rows[i] for i in np.asarray(batch["index_B"])]
+        # An iteration does not need these. With them it would be compiled again whenever their placement changes.
+        aside, state = {"best": state.best, "alarms": state.alarms}, state.replace(best=None, alarms=None)
         scored, completions, components = self.iteration.collect(state, prompts, self.reward, rows, self.setup.decode)
         watched = self.iteration.statistics(scored) if self.watch.active else None
-        aside = {"best": state.best, "alarms": state.alarms}  # the update does not need them
-        state, numbers = self.iteration.learn(state.replace(best=None, alarms=None), scored)
+        state, numbers = self.iteration.learn(state, scored)
         state = state.replace(**aside)
         # The device learns while the host reads the texts.
         numbers |= measure.means(measure.judge(self.setup.task, self.reward, rows, completions.texts))

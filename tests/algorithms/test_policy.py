@@ -10,7 +10,7 @@ import pytest
 from rlhf_jax.algorithms import POLICY, policy
 from rlhf_jax.rollout import Apply, Rollout
 from rlhf_jax.training import optim
-from tests.support import TablePolicy, assert_trees_equal
+from tests.support import OPTIMIZED, TablePolicy, assert_trees_equal
 
 IDS, B, R = 256, 6, 3
 BAD = 7  # a token at which `Broken` is not finite
@@ -53,10 +53,10 @@ def begin(name):
 
 @cache
 def learner(name, guard="off", apply=SOUND):
-    """The compiled step, donated as a stage does it."""
+    """The compiled step, donated as a stage does it, and optimized: two programs must round alike."""
     config, tx = made(name)
     step = partial(policy.step, POLICY[name], config=config, apply=apply, tx=tx, guard=guard)
-    return jax.jit(step, donate_argnums=0)
+    return jax.jit(step, donate_argnums=0, compiler_options=OPTIMIZED)
 
 
 @pytest.fixture(scope="module")

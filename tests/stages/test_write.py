@@ -129,7 +129,8 @@ def test_each_iteration_logs_reward_and_collapse(whole):
 def test_after_the_first_evaluation_nothing_is_compiled(whole):
     for stage, steady in (("pretrain", 3), ("sft", 3), ("rl", 3)):
         by = whole.reporter.compiled_by
-        assert by[stage, 5] == by[stage, steady], stage
+        names = set(whole.reporter.compiled[by[stage, steady] : by[stage, 5]])
+        assert names <= {"copy"}, stage  # of the first policy that is better than the one before it
 
 
 def test_the_table_compares_with_best_of_n(whole):
