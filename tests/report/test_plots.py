@@ -7,6 +7,7 @@ from matplotlib.image import imread
 
 from rlhf_jax.report import plots
 
+
 @pytest.fixture(scope="module", autouse=True)
 def drawn(pictures):
     """Here pictures are drawn."""
