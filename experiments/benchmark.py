@@ -41,13 +41,14 @@ def main(_):
         if PEER.value is not None:
             peer, rounds = benchmark.parse_peer(PEER.value), ROUNDS.value
             os.environ.setdefault("XLA_PYTHON_CLIENT_PREALLOCATE", "false")  # a GPU's memory is shared with the peer
-        if OUT.value and not Path(OUT.value).absolute().parent.is_dir():
+        out = Path(OUT.value).expanduser().absolute() if OUT.value else None
+        if out and (not out.parent.is_dir() or out.is_dir()):
             raise InputError(f"out: expected a file in a folder that exists, got {OUT.value}")
         with Reporter() as reporter:
             result = benchmark.measure(shape, iterations=ITERATIONS.value, rounds=rounds, peer=peer, reporter=reporter)
             benchmark.show(result, reporter)
-        if OUT.value:
-            metrics.summarize(OUT.value, result)
+        if out:
+            metrics.summarize(out, result)
     except InputError as error:
         leave(error)
     except guard.NonFinite as error:

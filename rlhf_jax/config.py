@@ -2,18 +2,17 @@
 
 import dataclasses
 import difflib
-import json
 from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
 from rlhf_jax import alarms as limits
-from rlhf_jax import fields, hub
+from rlhf_jax import fields, hub, jsonfile
 from rlhf_jax.algorithms import POLICY, preference, supervised
 from rlhf_jax.algorithms import policy_gradient as policy_gradients
 from rlhf_jax.algorithms import ppo as ppos
 from rlhf_jax.data import corpus, sources
-from rlhf_jax.errors import InputError
+from rlhf_jax.errors import InputError, listed
 from rlhf_jax.models import gpt2
 from rlhf_jax.rewards import function
 from rlhf_jax.tasks import TASKS
@@ -28,7 +27,7 @@ class Text:
     """The tokenizer."""
 
     kind: str = fields.choice("gpt2", "gpt2", "bpe", "char")  # gpt2: from `path`; bpe, char: trained on the texts
-    path: str = ""  # of gpt2: a folder with its files, or NAME or NAME@REVISION on the hub
+    path: str = fields.path()  # of gpt2: a folder with its files, or NAME or NAME@REVISION on the hub
     vocab_size: int = fields.number(800, least=1)  # tokens of bpe
 
 
@@ -48,7 +47,7 @@ class Evaluation:
 class Supervised(supervised.Config):
     """A stage of next-token training. A stage with 0 steps is left out."""
 
-    from_: str = fields.neutral("")  # another workdir whose finished stage is used; config and files must agree
+    from_: str = fields.path(neutral=True)  # another workdir whose finished stage is used; config and files must agree
 
 
 @dataclasses.dataclass(frozen=True)
@@ -56,8 +55,8 @@ class Reward(preference.Config):
     """The reward of reinforcement learning, and the training of the reward model where it is learned."""
 
     # learned | gold: the embedded world's truth | sentiment: VADER's | path/to/file.py:function (rewards/function.py)
-    kind: str = LEARNED
-    from_: str = fields.neutral("")  # another workdir whose finished reward model is used; config and files must agree
+    kind: str = fields.path(LEARNED)
+    from_: str = fields.path(neutral=True)  # another workdir whose finished reward model is used; both must agree
 
 
 @dataclasses.dataclass(frozen=True)
@@ -119,7 +118,10 @@ def tree(config) -> dict:
 
 
 def parse(values: Mapping, kind: type = Config, path: str = "") -> Any:
-    """Nested dicts (a ConfigDict's) as dataclasses. InputError names an unknown, missing or mistyped field."""
+    """Nested dicts (a ConfigDict's) as dataclasses, with ~ in paths as the home folder.
+
+    InputError names an unknown, missing or mistyped field.
+    """
     known = {field.name.rstrip("_"): field for field in dataclasses.fields(kind)}
     for name in values:
         if name not in known:
@@ -132,10 +134,10 @@ def parse(values: Mapping, kind: type = Config, path: str = "") -> Any:
         value = values[name]
         wanted: Any = field.type
         if kind is Config and name == "data":
-            wanted = TASKS[values["task"]].Config if values.get("task") in TASKS else sources.Config
+            wanted = TASKS[values["task"]].Config if values.get("task") in list(TASKS) else sources.Config
         if isinstance(wanted, type) and dataclasses.is_dataclass(wanted):
             if wanted is Reward and isinstance(value, str):
-                parsed[field.name] = Reward(kind=value)
+                parsed[field.name] = fields.expanded(Reward(kind=value))
                 continue
             if not isinstance(value, Mapping):
                 raise InputError(f"{path}{name}: expected a section of fields, got {value!r}")
@@ -146,7 +148,7 @@ def parse(values: Mapping, kind: type = Config, path: str = "") -> Any:
         if type(value) is not wanted:
             raise InputError(f"{path}{name}: expected {wanted.__name__}, got {value!r}")
         parsed[field.name] = value
-    return kind(**parsed)
+    return fields.expanded(kind(**parsed))
 
 
 def stages(config) -> list[str]:
@@ -168,7 +170,7 @@ def section(config, stage) -> str:
 def place(config, workdir, stage) -> Path:
     """The folder of the run that a stage is in: `workdir`, or that of the stage's `from`."""
     other = getattr(getattr(config, section(config, stage)), "from_", "")
-    return Path(other or workdir).expanduser()
+    return Path(other or workdir)
 
 
 def sections(config, stage) -> list[str]:
@@ -185,17 +187,17 @@ def sections(config, stage) -> list[str]:
 def read(workdir) -> Config:
     """The config of the run in a folder. InputError where there is none, or one of another version."""
     path = Path(workdir).expanduser() / "config.json"
+    again = "; the command that trains the run writes it again"
     try:
-        values = json.loads(path.read_text())
-    except (OSError, ValueError) as error:
-        reason = getattr(error, "strerror", None) or error
-        raise InputError(f"workdir: {path}: expected the config of a run ({reason})") from None
-    if not isinstance(values, Mapping):
-        raise InputError(f"workdir: {path}: expected the config of a run, got {type(values).__name__}")
-    try:
-        return parse(values)
+        values = jsonfile.read(path, "the config of a run", again)
     except InputError as error:
-        raise InputError(f"workdir: {path}: {error}") from None
+        raise InputError(f"workdir: {error}") from None
+    try:
+        config = parse(values)
+        fields.check(config)
+    except InputError as error:
+        raise InputError(f"workdir: {path}: {error}{again}") from None
+    return config
 
 
 def check(config, *, devices: int = 1, files: bool = True) -> None:
@@ -225,8 +227,18 @@ def _check_files(config):
     local = config.data.source != "hub"  # a file that is named but not read is as likely a mistake
     names = ("path",) if config.task == "write" else ("sft", "preferences", "prompts")
     paths |= {f"data.{name}": getattr(config.data, name) for name in names if local}
-    if missing := [f"{field} = {path!r}" for field, path in paths.items() if path and not Path(path).exists()]:
-        raise InputError(f"missing files: {', '.join(missing)}; give each as --config.FIELD=PATH")
+    if missing := [f"{field} = {path!r}" for field, path in paths.items() if path and not _exists(path)]:
+        raise InputError(f"missing files: {listed(missing)}; give each as --config.FIELD=PATH")
+    for field, path in (named | paths).items():
+        if path and _exists(path) and not Path(path).is_file() and not Path(path).is_dir():
+            raise InputError(f"{field}: {path}: expected a file or a folder, got a pipe or a device")
+
+
+def _exists(path):
+    try:
+        return Path(path).exists()
+    except OSError:  # too long for a path, or in a folder that may not be read
+        return False
 
 
 def _reward(config, _):

@@ -1,21 +1,24 @@
-"""Fields of config dataclasses that carry their own checks: the range of a number, the choices of a text.
+"""Fields of config dataclasses that carry their own checks: the range of a number, the choices of a text, a path.
 
     @dataclasses.dataclass(frozen=True)
     class Config:
         clip: float = number(0.2, above=0, most=10)
         schedule: str = choice("linear", "linear", "cosine", "constant")
         remat: bool = neutral(False)
+        init: str = path()
 
         def problems(self):
             if self.warmup > self.steps:
                 yield "warmup", f"at most steps = {self.steps}"
 
 `check` refuses a config by the first field that is wrong, in one line that names the field. A field declared
-`neutral=True` changes no number of a run: a workdir may be continued with another value of it.
+`neutral=True` changes no number of a run: a workdir may be continued with another value of it. `expanded` puts the home
+folder in the place of ~ in paths.
 """
 
 import dataclasses
 import math
+import os
 from collections.abc import Iterator
 from typing import Any
 
@@ -61,6 +64,23 @@ def choice(default: str, *choices: str, neutral: bool = False) -> Any:
 def neutral(default: Any) -> Any:
     """A field that changes no number of a run."""
     return dataclasses.field(default=default, metadata={"neutral": True})
+
+
+def path(default: str = "", *, neutral: bool = False) -> Any:
+    """A text field that is, or may be, a path on this machine; `expanded` reads ~ at its beginning."""
+    return dataclasses.field(default=default, metadata={"path": True, "neutral": neutral})
+
+
+def expanded(config: Any) -> Any:
+    """The dataclass, and the dataclasses in it, with the home folder in the place of ~ in every path field."""
+    changes = {}
+    for field in dataclasses.fields(config):
+        value = getattr(config, field.name)
+        if dataclasses.is_dataclass(value):
+            changes[field.name] = expanded(value)
+        elif field.metadata.get("path"):
+            changes[field.name] = os.path.expanduser(value)
+    return dataclasses.replace(config, **changes)
 
 
 def check(config: Any, path: str = "") -> None:

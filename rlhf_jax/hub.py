@@ -13,7 +13,7 @@ from collections.abc import Iterator
 from concurrent.futures import Future
 from pathlib import Path
 
-from rlhf_jax.errors import InputError
+from rlhf_jax.errors import InputError, listed
 
 PATIENCE = 4  # seconds to wait for the hub's answer; the client's downloads would retry for 25
 
@@ -21,13 +21,18 @@ Choice = tuple[str, ...]  # names or patterns of files: ("config.json", "model-*
 
 
 def folder(
-    name: str | os.PathLike, *choices: Choice, kind: str = "model", revisions: tuple[str, ...] = ("main",)
+    name: str | os.PathLike,
+    *choices: Choice,
+    kind: str = "model",
+    revisions: tuple[str, ...] = ("main",),
+    also: tuple[str, ...] = (),
 ) -> Path:
     """The folder with all files of one of the `choices`; the first choice that exists is used.
 
     A local folder comes first (a local file is returned as it is), then an earlier download, without using the network:
     a branch stays at its commit of that time. Otherwise the first of `revisions` that has a choice is downloaded; a
-    revision in the name replaces them. `kind` is model or dataset. Raises InputError within seconds. It names what is
+    revision in the name replaces them. `also` are files that are downloaded with a choice where they exist. `kind` is
+    model or dataset. Raises InputError within seconds. It names what is
     missing: the files, the repository, a permission or the network. Without network it lists the files to download.
     """
     path = Path(name)
@@ -43,10 +48,10 @@ def folder(
     revisions = (pinned,) if pinned else revisions
     for revision in revisions:
         for choice in choices:
-            if cached := _cached(repo, revision, kind, choice):
+            if cached := _cached(repo, revision, kind, choice, also):
                 return cached
     with _in_one_line(name, repo, revisions, kind, choices):
-        return _download(name, repo, revisions, kind, choices)
+        return _download(name, repo, revisions, kind, choices, also)
 
 
 def is_name(name: str | os.PathLike) -> bool:
@@ -61,19 +66,21 @@ def is_name(name: str | os.PathLike) -> bool:
     return not at or bool(revision)
 
 
-def _cached(repo: str, revision: str, kind: str, choice: Choice) -> Path | None:
+def _cached(repo: str, revision: str, kind: str, choice: Choice, also: tuple[str, ...]) -> Path | None:
     from huggingface_hub import errors, snapshot_download
 
     try:
         path = snapshot_download(
-            repo, repo_type=kind, revision=revision, allow_patterns=list(choice), local_files_only=True
+            repo, repo_type=kind, revision=revision, allow_patterns=[*choice, *also], local_files_only=True
         )
     except errors.LocalEntryNotFoundError:
         return None
     return Path(path) if _complete(Path(path), choice) else None
 
 
-def _download(name, repo: str, revisions: tuple[str, ...], kind: str, choices: tuple[Choice, ...]) -> Path:
+def _download(
+    name, repo: str, revisions: tuple[str, ...], kind: str, choices: tuple[Choice, ...], also: tuple[str, ...]
+) -> Path:
     from huggingface_hub import errors, snapshot_download
 
     files = None
@@ -86,12 +93,11 @@ def _download(name, repo: str, revisions: tuple[str, ...], kind: str, choices: t
         for choice in choices:
             matches = {pattern: [file for file in files if _matches(file, pattern)] for pattern in choice}
             if all(matches.values()):
-                names = sum(matches.values(), [])
+                names = sum(matches.values(), [file for file in files if file in also])
                 return Path(snapshot_download(repo, repo_type=kind, revision=revision, allow_patterns=names))
     if files is None:
         raise InputError(f"{name}: no revision {' or '.join(revisions)} on the hub")
-    listed = ", ".join(files[:8]) + (", ..." if len(files) > 8 else "")
-    raise InputError(f"{name}: expected {_names(choices)} on the hub, there is {listed or 'nothing'}")
+    raise InputError(f"{name}: expected {_names(choices)} on the hub, there is {listed(files) or 'nothing'}")
 
 
 def _info(repo: str, revision: str, kind: str):

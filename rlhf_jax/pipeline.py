@@ -1,5 +1,6 @@
 """Makes the values of a config and trains its stages in order. No combination of task and algorithm has code here."""
 
+import contextlib
 import dataclasses
 import functools
 import json
@@ -35,6 +36,7 @@ def run(config, workdir, reporter=None, stop=None, only=None) -> dict:
     Raises InputError, before anything is written, for an impossible config, data that cannot be read, or a workdir of
     another config. `stop` is a loop.Stop for the whole run.
     """
+    config = fields.expanded(config)
     configs.check(config, devices=jax.device_count())
     steps = Stages(config, Workdir(workdir), reporter or Silent())
     names = configs.stages(config)
@@ -49,7 +51,7 @@ class Stages:
     def __init__(self, config, workdir, reporter, jit=jax.jit):
         self.config, self.workdir, self.reporter, self._jit = config, workdir, reporter, jit
         self.names = configs.stages(config)
-        self._noted = set()  # kinds of rows whose notes were shown
+        self._noted = set()  # kinds of rows whose notes were shown, and the notes
         for name in self.names:  # a workdir of another config is refused before anything is read or written
             self.workdir.check(name, self.depends(name))
         for folder, depends in self._of_seeds():
@@ -115,20 +117,28 @@ class Stages:
         )
 
     def _tokenizer(self) -> text.Tokenizer:
-        """The config's tokenizer: the workdir's copy if that was made from the same config and files."""
-        config, folder, record = self.config, self.workdir / "text", "text/made_of.json"
+        """The config's tokenizer: the workdir's copy if that was made from the same config and files.
+
+        A copy that is missing or damaged is made again. Once a stage has been trained with it, it must be the same.
+        """
+        config, folder = self.config, self.workdir / "text"
         made_of = {"text": fields.significant(config.text), "data": fields.significant(config.data)}
         made_of |= {"seed": config.seed, "task": config.task, "sha256": provenance.fingerprints(config)}
-        there = self.workdir.read_json(record) if (self.workdir / record).exists() else {}
-        if there.get("made_of") == json.loads(json.dumps(made_of)):
-            tokenizer = text.load(folder)
-            if tokenizer.fingerprint() != there.get("fingerprint"):
+        there: dict = {}
+        saved = None
+        with contextlib.suppress(InputError):
+            there = self.workdir.read_json("text/made_of.json")
+        with contextlib.suppress(InputError):
+            saved = text.load(folder)
+        if saved and there.get("made_of") == json.loads(json.dumps(made_of)):
+            if saved.fingerprint() != there.get("fingerprint"):
                 raise InputError(f"workdir: {folder}: not the tokenizer that was saved there; remove the folder")
-            return tokenizer
+            return saved
         tokenizer = _make_tokenizer(config.text, self.task)
-        for name in self.names:
-            if self.workdir.started(name):
-                raise InputError(f"workdir: {folder}: the tokenizer of {name} is missing or different")
+        if tokenizer.fingerprint() not in (there.get("fingerprint"), saved and saved.fingerprint()):
+            for name in self.names:
+                if self.workdir.started(name):
+                    raise InputError(f"workdir: {folder}: the tokenizer of {name} is missing or different")
         self.workdir.save_tokenizer(tokenizer, made_of)
         return tokenizer
 
@@ -176,7 +186,9 @@ class Stages:
         key = jax.random.fold_in(setup.key("rl"), seed)  # not split: a seed samples the same alone and among others
         beside: tuple[dict, ...] = ()
         if "pretrain" in self.names:
-            beside = tuple({"pretrain": row["completion"]} for row in self.place("pretrain").samples("pretrain"))
+            beside = tuple(
+                {"pretrain": row.get("completion", "")} for row in self.place("pretrain").samples("pretrain")
+            )
         return rl(
             name, setup, section, algorithm, reward, policy,
             value=value, watch=config.alarms, keep_best=config.evaluation.result == "best", key=key,
@@ -215,9 +227,13 @@ class Stages:
                 place = self.place(name)
                 where = "finished with this config" if place is self.workdir else f"taken from {place.path}"
                 self.reporter.note(f"{name}: {where}, skipped")
-        there = self.workdir / "summary.json"
-        if not todo and there.exists() and f"{self.names[-1]}/steps" in (summary := self.workdir.read_json(there.name)):
-            return summary  # of this algorithm, not of another one
+        with contextlib.suppress(InputError):
+            if not todo and (self.workdir / "text").exists():
+                self._tokenizer()  # a damaged one is made again, and so is a summary
+        with contextlib.suppress(InputError):
+            summary = self.workdir.read_json("summary.json") if not todo else {}
+            if f"{self.names[-1]}/steps" in summary:  # of this algorithm, not of another one
+                return summary
         return self._conclude()
 
     def _check_data(self, name):
@@ -226,7 +242,9 @@ class Stages:
         if kind not in self._noted:
             self._noted.add(kind)
             for note in self.setup.arrays(kind).notes:
-                self.reporter.note(note)
+                if note not in self._noted:  # prompts can be those of the SFT rows
+                    self._noted.add(note)
+                    self.reporter.note(note)
         if name == "reward":
             check_references(self.setup)
         section = configs.section(self.config, name)
@@ -252,10 +270,17 @@ class Stages:
                 continue
             self.reporter.note(f"{name}: seed {i + 1} of {len(folders)}")
             self._fit(self.make(name, i), depends, folder, stop)
-        rows = seeds.rows([metrics.read(folder / name / "metrics.jsonl") for folder in folders])
+        runs = [metrics.read(folder / name / "metrics.jsonl") for folder in folders]
+        if len(set(map(len, runs))) > 1:
+            short = folders[min(range(len(runs)), key=lambda i: len(runs[i]))] / name
+            raise InputError(
+                f"workdir: {short / 'metrics.jsonl'}: expected {max(map(len, runs))} rows, as other seeds have, got "
+                f"{min(map(len, runs))}; remove {short} to train this seed again"
+            )
+        rows = seeds.rows(runs)
         here = self.workdir.open(name, self.depends(name))
         shutil.copytree(folders[0] / name / "result", here / "result", dirs_exist_ok=True)
-        shutil.copyfile(folders[0] / name / "samples.jsonl", here / "samples.jsonl")
+        self.workdir.write_lines(f"{name}/samples.jsonl", folders[0].samples(name))
         self.workdir.write_lines(f"{name}/metrics.jsonl", rows)
         plots.rl(rows, here / "plots", name)
         summaries = [folder.summary(name) for folder in folders]
@@ -270,7 +295,7 @@ class Stages:
         (self.workdir / "plots").mkdir(exist_ok=True)
         plots.pipeline(rows, self.workdir / "plots" / "pipeline.png", title=f"seed {self.config.seed}")
         last = self.names[-1]
-        shutil.copyfile(places[last] / last / "samples.jsonl", self.workdir / "samples.jsonl")
+        self.workdir.write_lines("samples.jsonl", places[last].samples(last))
         numbers: dict[str, Any] = {}
         seconds = 0
         for name, place in places.items():
@@ -287,7 +312,7 @@ def _make_tokenizer(config, task):
         if not config.path:
             raise InputError("text.path: expected a folder or a name on the hub, as gpt2, got none")
         try:
-            return gpt2.from_files(hub.folder(config.path, *gpt2.FILES))
+            return gpt2.from_files(hub.folder(config.path, *gpt2.FILES, also=gpt2.ALSO))
         except InputError as error:
             raise InputError(f"text.path: {error}") from None
     try:

@@ -13,7 +13,6 @@ text as it is, and EOS.
 import contextlib
 import dataclasses
 import functools
-import json
 import logging
 import os
 from collections.abc import Callable, Iterator, Sequence
@@ -24,7 +23,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
-from rlhf_jax import generate, hub, rollout, text
+from rlhf_jax import generate, hub, jsonfile, rollout, text
 from rlhf_jax.data import tldr
 from rlhf_jax.errors import InputError
 from rlhf_jax.models import gpt2, heads, hf, hf_config, hf_layout
@@ -260,6 +259,7 @@ def load(source: str | os.PathLike, stage: str = "") -> Pretrained:
 
     InputError says in one line what is missing or cannot be read.
     """
+    source = os.path.expanduser(source)
     path = Path(source)
     if path.is_file():
         raise InputError(f"{source}: expected a folder or a name on the hub, got a file")
@@ -267,16 +267,16 @@ def load(source: str | os.PathLike, stage: str = "") -> Pretrained:
         return _from_run(path, stage)
     if stage:
         raise InputError(f"stage: expected none, as {source} is not the folder of a run, got {stage!r}")
-    return _from_transformers(hub.folder(source, *FILES))
+    return _from_transformers(hub.folder(source, *FILES, also=text_gpt2.ALSO))
 
 
 def _is_run(folder: Path) -> bool:
     """Whether the folder has the config of a run, which has a section `model`; those of transformers have none."""
     try:
-        values = json.loads((folder / "config.json").read_text(encoding="utf-8"))
-    except (OSError, ValueError):
-        return False
-    return isinstance(values, dict) and isinstance(values.get("model"), dict)
+        section = jsonfile.read(folder / "config.json").get("model")
+    except InputError:
+        section = None
+    return isinstance(section, dict) or (folder / "lock").exists()  # a run's, also where its config is damaged
 
 
 def _from_run(folder: Path, stage: str) -> Pretrained:
@@ -325,7 +325,7 @@ def _from_transformers(folder: Path) -> Pretrained:
     config, tokenizer = hf_config.read(folder), text_gpt2.from_files(folder)
     config = dataclasses.replace(config, vocab_size=max(config.vocab_size, tokenizer.vocab_size))
     arrays = hf.read(folder)
-    if SCORE not in arrays:
+    if SCORE not in map(hf_layout.unwrapped, arrays):
         return _made(config, tokenizer, params=hf.load(folder, config), reward=None)
     try:
         return _made(config, tokenizer, params=None, reward=hf.scalar_from_hf(arrays, config))

@@ -30,13 +30,13 @@ def depends(config, stage) -> dict:
 def fingerprints(config) -> dict[str, str]:
     """{"data.sft = rows.jsonl": sha256} of the local files that a run reads: data, tokenizer and weights."""
     places = tasks.load(config).files() | {"model.init": config.model.init, "text.path": config.text.path}
-    digests = {f"{field} = {place}": _digest(Path(place).expanduser()) for field, place in places.items() if place}
+    digests = {f"{field} = {place}": _digest(Path(place)) for field, place in places.items() if place}
     return {name: digest for name, digest in digests.items() if digest}
 
 
 def _digest(path):
-    """sha256 (hex) of a file, or of the files of a folder; None where there is nothing."""
-    if not path.exists():
+    """sha256 (hex) of a file, or of the files of a folder; None where there is neither."""
+    if not path.is_file() and not path.is_dir():
         return None
     files = sorted(file for file in path.iterdir() if file.is_file()) if path.is_dir() else [path]
     stats = [file.stat() for file in files]

@@ -1,6 +1,8 @@
 import dataclasses
 import functools
 import inspect
+import json
+import os
 import re
 import runpy
 from pathlib import Path
@@ -8,6 +10,7 @@ from pathlib import Path
 import pytest
 
 from rlhf_jax import config as configs
+from rlhf_jax import provenance
 from rlhf_jax.data import corpus
 from rlhf_jax.data.sources import COLUMNS
 from tests.support import error
@@ -233,6 +236,57 @@ def test_all_files_that_are_missing_are_named_at_once(tmp_path):
     assert "data.sft" not in message
     named = "missing files: model.init = 'no/such/x', data.prompts = 'no.csv'; give each as --config.FIELD="
     assert message.startswith(named)
+
+
+def test_the_home_folder_in_every_path(tmp_path, monkeypatch):
+    monkeypatch.setenv("HOME", str(tmp_path))
+    (tmp_path / "a.jsonl").write_text('{"prompt": "a", "label": "b"}\n')
+    (tmp_path / "own.py").write_text("def x(texts): return texts\n")
+    (tmp_path / "folder").mkdir()
+    files = {f"data.{name}": "~/a.jsonl" for name in ("sft", "preferences", "prompts")}
+    files |= {"text.path": "~/folder", "model.init": "~/folder", "reward": "~/own.py:x", "data.source": "files"}
+    config = configs.parse(tree(**WORLD | files, **{"sft.from": "~/run", "data.cache": "~"}))
+    configs.check(config)
+    assert config.data.sft == f"{tmp_path}/a.jsonl" and config.reward.kind == f"{tmp_path}/own.py:x"
+    assert configs.place(config, "here", "sft") == tmp_path / "run" and config.data.cache == str(tmp_path)
+    assert provenance.fingerprints(config).keys() == {
+        f"{field} = {tmp_path}/a.jsonl" for field in files if field.startswith("data.") and field != "data.source"
+    } | {f"{field} = {tmp_path}/folder" for field in ("text.path", "model.init")}
+
+
+@pytest.mark.parametrize("field", ["data.sft", "text.path", "model.init"])
+def test_a_pipe_is_refused_rather_than_waited_for(field, tmp_path):
+    """As from <(command)."""
+    os.mkfifo(tmp_path / "pipe")
+    message = error(check, **{"data.source": "files", field: f"{tmp_path}/pipe"})
+    assert message == f"{field}: {tmp_path}/pipe: expected a file or a folder, got a pipe or a device"
+
+
+def test_a_path_that_is_too_long_is_missing():
+    assert error(check, **{"text.path": "a" * 5_000}).startswith("missing files: text.path = 'aaa")
+
+
+@pytest.mark.parametrize(
+    ("content", "told"),
+    [
+        ("", "expected the config of a run (Expecting value)"),
+        ("[]", "expected the config of a run (got list)"),
+        ("[" * 5_000, "expected the config of a run (more than 100 levels deep)"),
+        ("{}", "seed: missing, expected int"),
+        ('{"task": []}', "seed: missing, expected int"),
+    ],
+)
+def test_a_damaged_config_of_a_run_is_named_with_its_remedy(content, told, tmp_path):
+    (tmp_path / "config.json").write_text(content)
+    again = "; the command that trains the run writes it again"
+    assert error(configs.read, tmp_path) == f"workdir: {tmp_path}/config.json: {told}{again}"
+
+
+def test_a_config_of_a_run_is_in_its_ranges(tmp_path):
+    (tmp_path / "config.json").write_text(json.dumps(tree(algorithm="no")))
+    assert "config.json: algorithm: expected ppo or policy_gradient, got 'no';" in error(configs.read, tmp_path)
+    (tmp_path / "config.json").write_text(json.dumps(tree(task=[])))
+    assert "config.json: task: expected str, got []" in error(configs.read, tmp_path)
 
 
 def test_what_may_be_on_the_hub_is_not_missing():

@@ -95,6 +95,23 @@ def test_significant_is_all_but_the_neutral_fields():
     assert fields.significant(Outer()) == {"steps": 3, "start": 1, "inner": inner}
 
 
+def test_a_path_may_begin_with_the_home_folder(monkeypatch):
+    @dataclasses.dataclass(frozen=True)
+    class Place:
+        there: str = fields.path()
+        kind: str = fields.path("learned", neutral=True)
+        text: str = ""
+
+    @dataclasses.dataclass(frozen=True)
+    class Whole:
+        place: Place = Place(there="~/a/~b", kind="~/x.py:f", text="~/c")
+
+    monkeypatch.setenv("HOME", "/home/me")
+    assert fields.expanded(Whole()).place == Place(there="/home/me/a/~b", kind="/home/me/x.py:f", text="~/c")
+    assert fields.expanded(Place()) == Place()
+    assert fields.significant(Place()) == {"there": "", "text": ""}
+
+
 def test_numbers_are_the_numeric_fields_by_their_paths():
     found = dict(fields.numbers(Outer()))
     assert list(found) == ["steps", "inner.share", "inner.places", "inner.free", "start", "lanes"]
@@ -183,6 +200,13 @@ def test_which_fields_are_choices():
     }
     assert having("summarize", "choices") == both | {"data.source", "data.cut"}
     assert having("write", "choices") == both | {"data.kind", "data.source", "data.sentiment"}
+
+
+def test_which_fields_are_paths():
+    both = {"text.path", "model.init", "reward.kind", "data.cache"}
+    both |= {f"{name}.from_" for name in ("pretrain", "sft", "reward")}
+    assert having("summarize", "path") == both | {"data.sft", "data.preferences", "data.prompts"}
+    assert having("write", "path") == both | {"data.path"}
 
 
 def test_which_fields_are_neutral():

@@ -66,6 +66,15 @@ def test_only_the_first_choice_that_is_there_is_downloaded(hub_server):
     assert names(hub.folder("who/what@main", ("mod*",))) == ["merges.txt", "model.bin", "vocab.json"]
 
 
+def test_other_files_come_with_a_choice_where_they_exist(hub_server):
+    hub_server.add("who/what", FILES)
+    assert names(hub.folder("who/what", OLD, also=("model.bin", "none.json"))) == [
+        "merges.txt",
+        "model.bin",
+        "vocab.json",
+    ]
+
+
 def test_all_files_of_a_pattern_are_downloaded(hub_server):
     shards = {f"model-{i}.safetensors": str(i) for i in range(3)} | {"config.json": "{}", "model.bin": ""}
     hub_server.add("who/what", shards)

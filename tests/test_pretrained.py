@@ -92,12 +92,23 @@ def test_a_stage_that_is_not_there_is_named(workdir, tmp_path):
     assert error(rlhf_jax.load, tmp_path) == expected
 
 
+AGAIN = "the command that trains the run writes it again"
+
+
+def test_a_run_whose_config_is_damaged_is_named(tmp_path):
+    """It is not taken for a folder of transformers without weights: a run has a lock."""
+    (tmp_path / "lock").touch()
+    (tmp_path / "config.json").write_text("")
+    expected = f"workdir: {tmp_path}/config.json: expected the config of a run (Expecting value); {AGAIN}"
+    assert error(rlhf_jax.load, tmp_path) == expected
+
+
 def test_a_run_of_other_fields_is_named(workdir, tmp_path, finished, policy):
     write_config(tmp_path, workdir, model={"depth": 3})
     finished(tmp_path, "sft", policy=policy)
     assert (
         error(rlhf_jax.load, tmp_path)
-        == f"workdir: {tmp_path}/config.json: model.depth: no such field; did you mean width?"
+        == f"workdir: {tmp_path}/config.json: model.depth: no such field; did you mean width?; {AGAIN}"
     )
     write_config(tmp_path, workdir)
     assert error(rlhf_jax.load, tmp_path).startswith(f"{tmp_path}/text/tokenizer.json: ")

@@ -8,7 +8,6 @@ update, each awaited before the next. PPO has a learned reward, the article's po
 import contextlib
 import dataclasses
 import functools
-import json
 import math
 import resource
 import shlex
@@ -24,7 +23,7 @@ import jax
 import jax.numpy as jnp
 from jax.experimental.compilation_cache import compilation_cache
 
-from rlhf_jax import generate, rollout, text
+from rlhf_jax import generate, jsonfile, rollout, text
 from rlhf_jax.algorithms import policy_gradient, ppo
 from rlhf_jax.errors import InputError
 from rlhf_jax.models import cost, gpt2, heads
@@ -389,7 +388,7 @@ def peer_seconds(command):
     done = subprocess.run(command, capture_output=True, text=True, errors="replace")
     last = (done.stdout.strip().splitlines() or [""])[-1]
     try:
-        seconds = float(json.loads(last)["seconds_per_iteration"])
+        seconds = float(jsonfile.parse(last)["seconds_per_iteration"])
     except (ValueError, TypeError, KeyError):
         seconds = math.nan
     if done.returncode == 0 and 0 < seconds < math.inf:

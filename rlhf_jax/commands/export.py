@@ -1,10 +1,9 @@
 """Exports a finished stage as a folder that transformers loads: model, tokenizer, model card. Needs no torch."""
 
 import dataclasses
-import json
 from pathlib import Path
 
-from rlhf_jax import checkpoint, text
+from rlhf_jax import checkpoint, jsonfile, text
 from rlhf_jax import config as configs
 from rlhf_jax.commands import model_card
 from rlhf_jax.errors import InputError
@@ -20,11 +19,12 @@ def export(workdir, out, stage=""):
     first seed is exported. Raises InputError, before anything is written, if the workdir, stage, model or folder is
     not suitable.
     """
-    workdir = Path(workdir)
+    workdir, out = Path(workdir).expanduser(), Path(out).expanduser()
+    hf.check_folder(out)
     config = configs.read(workdir)
     stage = _stage(workdir, config, stage)
     place = configs.place(config, workdir, stage) / stage
-    summary = json.loads((place / "summary.json").read_text())
+    summary = _summary(place / "summary.json")
     tokenizer = text.load(workdir / "text")
     model = dataclasses.replace(config.model, vocab_size=config.model.vocab_size or tokenizer.vocab_size)
     params = checkpoint.load(place)["reward" if stage == "reward" else "policy"]
@@ -37,6 +37,15 @@ def export(workdir, out, stage=""):
     else:
         hf.save(out, params, model, **ids, generation=_generation(config, model, tokenizer), beside=beside)
     return stage
+
+
+def _summary(path):
+    """What the model card reads."""
+    again = f"; remove {path} and run the training command again, to make it again"
+    summary = jsonfile.read(path, "the summary of a stage", again)
+    if not all(isinstance(summary.get(name), kind) for name, kind in model_card.READS.items()):
+        raise InputError(f"{path}: expected {', '.join(model_card.READS)}{again}")
+    return summary
 
 
 def _stage(workdir, config, requested):

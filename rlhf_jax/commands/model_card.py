@@ -17,6 +17,8 @@ WHAT = {
 # Config fields left out: those that do not change a run's results, and those in the card's section `Data`.
 QUIET = ("eval_every", "save_every", "microbatches", "remat", "top_k", "top_p", "init", "path")
 
+READS = {"versions": dict, "machine": dict, "seconds": int | float}  # fields of the summary.json, and their types
+
 POLICY = """\
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
@@ -69,7 +71,7 @@ def card(config, stage, summary):
             "",
             *_table(("number", "value"), [row for row in measured if row[1]]),
             "",
-            f"{summary['seconds']} seconds on {machine['devices']} x {machine['device_kind']}; {versions}.",
+            f"{summary['seconds']} seconds on {machine.get('devices')} x {machine.get('device_kind')}; {versions}.",
             "",
         ]
     )

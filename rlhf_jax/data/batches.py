@@ -17,11 +17,13 @@ from rlhf_jax.text import Tokenizer
 
 Arrays = dict[str, np.ndarray]
 Counts = dict[str, int]
+Bad = dict[int, str]  # why a row, by its place, cannot be encoded
 
 # What happens to a prompt that is too long. left: its first tokens are dropped; right: its last tokens are dropped;
 # newline: the post of a TL;DR query is cut (tldr.fit), another prompt is an error; skip: its row is left out.
 CUTS = ("left", "right", "newline", "skip", "error")
 
+PERCENT = 95  # of the prompts: a prompt_length that holds these is suggested where more than half are too long
 CHUNK = 1_000  # texts tokenized at once: fast, and never the ids of a whole data set as Python objects
 
 
@@ -32,38 +34,20 @@ def encode_prompts(
     prompt_length: int,
     cut: str = "newline",
     source: str = "data.prompts",
+    skip_bad: bool = False,
+    notes: list[str] | None = None,
 ) -> tuple[Arrays, Counts]:
     """Each row's `prompt`: (prompt_NP, prompt_mask_NP, index_N) and the counts (rows, cut_prompts, skipped_prompts).
 
     `cut`, one of CUTS, decides what happens to a prompt of more than `prompt_length` tokens. index_N is the row's place
-    in `rows`, from 0. An InputError starts with `source` and the row, from 1.
+    in `rows`, from 0. An InputError starts with `source` and the row, from 1. With `skip_bad`, a row that cannot be
+    encoded is left out instead, and the list `notes` says how many were, and why the first. It also says what
+    prompt_length would do where more than half of the prompts are too long.
     """
-    if cut not in CUTS:
-        raise InputError(f"cut: expected one of {', '.join(CUTS)}; got {cut!r}")
-    if not rows:
-        raise InputError(f"{source}: expected at least one row, got none")
-    prompts = [row["prompt"] for row in rows]
-    prompt_NP = np.full((len(rows), prompt_length), tokenizer.pad_id, np.int32)
-    kept_N = np.ones(len(rows), bool)
-    cut_prompts = 0
-    for i, ids in enumerate(_encode(prompts, tokenizer, rows, source, "prompt")):
-        if len(ids) > prompt_length:
-            if cut == "skip":
-                kept_N[i] = False
-                continue
-            with _naming(rows, i, source, "prompt"):
-                ids = _shorten(ids, prompts[i], tokenizer, prompt_length, cut)
-            cut_prompts += 1
-        prompt_NP[i, prompt_length - len(ids) :] = ids
-    if not kept_N.any():
-        raise InputError(f"{source}: expected prompts of at most {prompt_length} tokens, but no row has that")
-    prompt_NP = prompt_NP[kept_N]
-    arrays = {
-        "prompt_NP": prompt_NP,
-        "prompt_mask_NP": prompt_NP != tokenizer.pad_id,
-        "index_N": np.flatnonzero(kept_N).astype(np.int32),
-    }
-    return arrays, {"rows": len(rows), "cut_prompts": cut_prompts, "skipped_prompts": int(np.sum(~kept_N))}
+    bad: Bad | None = {} if skip_bad else None
+    found = _prompts(rows, tokenizer, prompt_length, cut, source, bad, notes)
+    note(bad, source, notes)
+    return found
 
 
 def encode_sft(
@@ -74,13 +58,16 @@ def encode_sft(
     response_length: int,
     cut: str = "newline",
     source: str = "data.sft",
+    skip_bad: bool = False,
+    notes: list[str] | None = None,
 ) -> tuple[Arrays, Counts]:
     """`encode_prompts`, and each row's `label`: (response_NR, response_mask_NR) and the count skipped_labels.
 
     A row is skipped if its label is too long: cut, it would teach a summary that does not end. skipped_labels counts
     these among the rows whose prompt is kept.
     """
-    return _encode_answered(rows, {"label": "response"}, tokenizer, prompt_length, response_length, cut, source)
+    lengths = prompt_length, response_length
+    return _encode_answered(rows, {"label": "response"}, tokenizer, lengths, cut, source, skip_bad, notes)
 
 
 def encode_pairs(
@@ -91,13 +78,26 @@ def encode_pairs(
     response_length: int,
     cut: str = "newline",
     source: str = "data.preferences",
+    skip_bad: bool = False,
+    notes: list[str] | None = None,
 ) -> tuple[Arrays, Counts]:
     """As `encode_sft`, with two responses: (chosen_NR, chosen_mask_NR) and (rejected_NR, rejected_mask_NR).
 
-    A row is skipped if either is too long.
+    A row is skipped if either is too long, or if both are the same: the count skipped_identical_pairs.
     """
-    responses = {"chosen": "chosen", "rejected": "rejected"}
-    return _encode_answered(rows, responses, tokenizer, prompt_length, response_length, cut, source)
+    responses, lengths = {"chosen": "chosen", "rejected": "rejected"}, (prompt_length, response_length)
+    arrays, counts = _encode_answered(rows, responses, tokenizer, lengths, cut, source, skip_bad, notes)
+    differ_N = different(arrays["chosen_NR"], arrays["rejected_NR"], source)
+    arrays = {name: array[differ_N] for name, array in arrays.items()}
+    return arrays, counts | {"skipped_identical_pairs": int(np.sum(~differ_N))}
+
+
+def different(chosen_NR: np.ndarray, rejected_NR: np.ndarray, source: str) -> np.ndarray:
+    """[N] bool: which pairs teach something, as their ids differ. InputError, beginning with `source`, if none does."""
+    differ_N = (chosen_NR != rejected_NR).any(axis=1)
+    if not differ_N.any():
+        raise InputError(f"{source}: expected chosen and rejected that differ, got the same tokens in all rows")
+    return differ_N
 
 
 def batch_at(arrays: Arrays, *, batch: int, seed: int) -> Callable[[int], Arrays]:
@@ -136,35 +136,131 @@ def split(rows: list[dict], fraction: float, seed: int, column: str = "prompt") 
     return train, held_out
 
 
+def encode(
+    rows: list[dict],
+    column: str,
+    tokenizer: Tokenizer,
+    source: str,
+    bad: Bad | None = None,
+    form: Callable[[str], str] = str,
+) -> Iterator[list[int] | None]:
+    """The ids of form(text) for each row's text in the column.
+
+    A text that cannot be encoded is an InputError that names the row. With a dict `bad` its ids are None instead, and
+    the dict gets the message.
+    """
+    texts = [form(row[column]) for row in rows]
+    for start in range(0, len(texts), CHUNK):
+        chunk: list = texts[start : start + CHUNK]
+        try:
+            chunk = tokenizer.encode_batch(chunk)
+        except InputError:  # one by one, to name the row
+            for i, text in enumerate(chunk, start):
+                chunk[i - start] = None
+                try:
+                    with _naming(rows, i, source, column):
+                        chunk[i - start] = tokenizer.encode(text)
+                except InputError as error:
+                    if bad is None:
+                        raise
+                    bad.setdefault(i, str(error))
+        yield from chunk
+
+
+def note(bad: Bad | None, source: str, notes: list[str] | None) -> None:
+    """Adds to the notes how many rows could not be encoded, and why the first."""
+    if bad and notes is not None:
+        first = bad[min(bad)].removeprefix(f"{source}: ")
+        notes.append(f"{source}: {len(bad)} rows skipped; the first: {first}")
+
+
+def _prompts(
+    rows: list[dict],
+    tokenizer: Tokenizer,
+    prompt_length: int,
+    cut: str,
+    source: str,
+    bad: Bad | None,
+    notes: list[str] | None,
+) -> tuple[Arrays, Counts]:
+    """As `encode_prompts`; `bad` as in `encode`."""
+    if cut not in CUTS:
+        raise InputError(f"cut: expected one of {', '.join(CUTS)}; got {cut!r}")
+    if not rows:
+        raise InputError(f"{source}: expected at least one row, got none")
+    prompt_NP = np.full((len(rows), prompt_length), tokenizer.pad_id, np.int32)
+    kept_N = np.ones(len(rows), bool)
+    lengths, counts = [], {"rows": len(rows), "cut_prompts": 0, "skipped_prompts": 0}
+    for i, ids in enumerate(encode(rows, "prompt", tokenizer, source, bad)):
+        if ids is None:
+            kept_N[i] = False
+            continue
+        lengths.append(len(ids))
+        if len(ids) > prompt_length:
+            if cut == "skip":
+                kept_N[i] = False
+                counts["skipped_prompts"] += 1
+                continue
+            with _naming(rows, i, source, "prompt"):
+                ids = _shorten(ids, rows[i]["prompt"], tokenizer, prompt_length, cut)
+            counts["cut_prompts"] += 1
+        prompt_NP[i, prompt_length - len(ids) :] = ids
+    if bad and not lengths:
+        raise InputError(f"{bad[0]}; and no other of the {len(rows)} prompts can be encoded")
+    if not kept_N.any():
+        raise InputError(f"{source}: expected prompts of at most {prompt_length} tokens, but no row has that")
+    too_long = sum(length > prompt_length for length in lengths)
+    if notes is not None and 2 * too_long > len(lengths):
+        enough = sorted(lengths)[-(-PERCENT * len(lengths) // 100) - 1]
+        notes.append(
+            f"{source}: {too_long} of {len(lengths)} prompts have more than {prompt_length} tokens; "
+            f"a prompt_length of {enough} would hold {PERCENT}% of them"
+        )
+    prompt_NP = prompt_NP[kept_N]
+    arrays = {
+        "prompt_NP": prompt_NP,
+        "prompt_mask_NP": prompt_NP != tokenizer.pad_id,
+        "index_N": np.flatnonzero(kept_N).astype(np.int32),
+    }
+    return arrays, counts
+
+
 def _encode_answered(
     rows: list[dict],
     responses: dict[str, str],
     tokenizer: Tokenizer,
-    prompt_length: int,
-    response_length: int,
+    lengths: tuple[int, int],
     cut: str,
     source: str,
+    skip_bad: bool,
+    notes: list[str] | None,
 ) -> tuple[Arrays, Counts]:
     """`encode_prompts` and the columns that `responses` gives a name to; only the rows in which all of these fit."""
-    arrays, counts = encode_prompts(rows, tokenizer, prompt_length=prompt_length, cut=cut, source=source)
+    bad: Bad | None = {} if skip_bad else None
+    prompt_length, response_length = lengths
+    arrays, counts = _prompts(rows, tokenizer, prompt_length, cut, source, bad, notes)
     answers: Arrays = {}
     fits_N = np.ones(len(rows), bool)
     for column, name in responses.items():
-        texts = [tldr.completion(row[column]) for row in rows]
         response_NR = np.full((len(rows), response_length), tokenizer.pad_id, np.int32)
-        for i, ids in enumerate(_encode(texts, tokenizer, rows, source, column)):
-            if len(ids) < response_length:
+        for i, ids in enumerate(encode(rows, column, tokenizer, source, bad, tldr.completion)):
+            if ids is not None and len(ids) < response_length:
                 response_NR[i, : len(ids) + 1] = [*ids, tokenizer.eos_id]
             else:
                 fits_N[i] = False
         answers |= {f"{name}_NR": response_NR, f"{name}_mask_NR": response_NR != tokenizer.pad_id}
-    fits_N = fits_N[arrays["index_N"]]
+    note(bad, source, notes)
+    index_N = arrays["index_N"]
+    fits_N = fits_N[index_N]
     if not fits_N.any():
         columns, row = " and ".join(responses), "row whose prompt fits" if counts["skipped_prompts"] else "row"
-        raise InputError(f"{source}: expected {columns} of less than {response_length} tokens, but no {row} has that")
+        why = f"; the first of {len(bad)} that cannot be encoded: {bad[min(bad)]}" if bad else ""
+        expected = f"expected {columns} of less than {response_length} tokens, but no {row} has that"
+        raise InputError(f"{source}: {expected}{why}")
     arrays = {name: array[fits_N] for name, array in arrays.items()}
     arrays |= {name: array[arrays["index_N"]] for name, array in answers.items()}
-    return arrays, counts | {"skipped_labels": int(np.sum(~fits_N))}
+    too_long = [i for i in index_N[~fits_N] if i not in (bad or {})]
+    return arrays, counts | {"skipped_labels": len(too_long)}
 
 
 def _shorten(ids: list[int], text: str, tokenizer: Tokenizer, limit: int, cut: str) -> list[int]:
@@ -179,18 +275,6 @@ def _shorten(ids: list[int], text: str, tokenizer: Tokenizer, limit: int, cut: s
     raise InputError(f"expected at most {limit} tokens, got {len(ids)}")
 
 
-def _encode(texts: list[str], tokenizer: Tokenizer, rows: list[dict], source: str, column: str) -> Iterator[list[int]]:
-    for start in range(0, len(texts), CHUNK):
-        chunk = texts[start : start + CHUNK]
-        try:
-            yield from tokenizer.encode_batch(chunk)
-        except InputError:
-            for i, text in enumerate(chunk, start):  # one by one, to name the row
-                with _naming(rows, i, source, column):
-                    tokenizer.encode(text)
-            raise
-
-
 @contextlib.contextmanager
 def _naming(rows: list[dict], i: int, source: str, column: str) -> Iterator[None]:
     """Names the row in an InputError: by file and line where it was read from one (data/files.py), else by number."""
@@ -198,7 +282,7 @@ def _naming(rows: list[dict], i: int, source: str, column: str) -> Iterator[None
         yield
     except InputError as error:
         where = getattr(rows[i], "where", f"row {i + 1}")
-        raise InputError(f"{source} {where}: {column}: {error}") from None
+        raise InputError(f"{source}: {where}: {column}: {error}") from None
 
 
 def take(arrays: Arrays, index_B: np.ndarray) -> Arrays:

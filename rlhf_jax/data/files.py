@@ -1,14 +1,16 @@
 """Rows from a local file, JSONL, JSON, CSV or Parquet: its texts are checked before anything is computed with them."""
 
 import csv
-import json
 import os
 import sys
 from collections import Counter
 from collections.abc import Callable, Collection, Iterator
 from pathlib import Path
+from typing import Any
 
-from rlhf_jax.errors import InputError
+from rlhf_jax import jsonfile
+from rlhf_jax.errors import InputError, listed
+from rlhf_jax.text import SPECIAL
 
 csv.field_size_limit(sys.maxsize)  # for all of the process: the module has no other way; its default is 131,072
 
@@ -21,7 +23,8 @@ class Row(dict):
         self.where = where
 
 
-Cells = Iterator[tuple[str, dict]]  # ("pairs.jsonl:17", values by column), the values of any type yet
+# ("pairs.jsonl:17", values by column), the values of any type yet; or why there are none.
+Cells = Iterator[tuple[str, dict | InputError]]
 Choices = tuple[tuple[str, ...], ...]
 
 
@@ -51,6 +54,8 @@ def rows(
     kept = []
     for where, values in cells:
         try:
+            if isinstance(values, InputError):
+                raise values
             row = Row(convert(values), where)
             for column in row if texts is None else texts:
                 _check_text(column, row[column])
@@ -61,16 +66,41 @@ def rows(
         else:
             kept.append(row)
     if not kept:
-        raise InputError(f"{source}: expected at least one row, got none")
+        why = f"; the first of {len(skipped)} that were left out: {skipped[0]}" if skipped else ""
+        raise InputError(f"{source}: expected at least one row, got none{why}")
     return kept
+
+
+def without_special(text: str, found: list[str]) -> str:
+    """The text without the names of special tokens at its end, which a model would learn to write as characters.
+
+    The one that the text ended with is added to `found`.
+    """
+    first, rest = None, text.rstrip()
+    while name := next((name for name in SPECIAL if rest.endswith(name)), None):
+        first, rest = first or name, rest.removesuffix(name).rstrip()
+    if first is None:
+        return text
+    found.append(first)
+    return rest
+
+
+def notes(field: str, skipped: list[str], found: list[str]) -> list[str]:
+    """What is said of rows that were left out, and of the names that `without_special` took off."""
+    said = [f"{field}: {len(skipped)} rows skipped; the first: {skipped[0]}"] if skipped else []
+    if found:
+        names = listed(sorted(set(found)))
+        said.append(f"{field}: {len(found)} texts ended with the name of a special token ({names}); it was taken off")
+    return said
 
 
 def cells(path: str | os.PathLike, *choices: tuple[str, ...], extra: bool = False) -> Cells:
     """Each row of the file with its columns of one of the `choices`, the first that are all there, in that order.
 
     With `extra`, every other column of the row comes after them. Values are what the file has: text in CSV, any JSON
-    value in JSONL and JSON, what `as_py` makes of them in Parquet. An InputError starts with the path and, where one
-    row is at fault, its line (in Parquet and JSON its row) from 1.
+    value in JSONL and JSON, what `as_py` makes of them in Parquet. A row is where it is: the path and its line (in
+    Parquet and JSON its row) from 1; one without such values has an InputError in their place. Raises InputError,
+    beginning with the path, where the file cannot be read.
     """
     path = Path(path)
     reader = READERS.get(path.suffix.lower())
@@ -87,18 +117,18 @@ def cells(path: str | os.PathLike, *choices: tuple[str, ...], extra: bool = Fals
 def _jsonl(path: Path, choices: Choices, extra: bool) -> Cells:
     for number, line in enumerate(_lines(path), start=1):
         if line.strip():
-            where = f"{path}:{number}"
-            yield where, _of_json(_parsed(line.rstrip("\r\n"), where, "a JSON object"), choices, extra, where)
+            yield f"{path}:{number}", _tried(_of_line, line.rstrip("\r\n"), choices, extra)
 
 
 def _json(path: Path, choices: Choices, extra: bool) -> Cells:
     expected = "a list of JSON objects"
-    records = _parsed("".join(_lines(path)), str(path), expected)
+    records = _tried(_parsed, "".join(_lines(path)), expected)
+    if isinstance(records, InputError):
+        raise InputError(f"{path}: {records}")
     if not isinstance(records, list):
         raise InputError(f"{path}: expected {expected}, got {type(records).__name__}")
     for number, record in enumerate(records, start=1):
-        where = f"{path}: row {number}"
-        yield where, _of_json(record, choices, extra, where)
+        yield f"{path}: row {number}", _tried(_of_json, record, choices, extra)
 
 
 def _csv(path: Path, choices: Choices, extra: bool) -> Cells:
@@ -109,13 +139,15 @@ def _csv(path: Path, choices: Choices, extra: bool) -> Cells:
         if header is None:
             return
         _check_unique(header, f"{where}: expected one column")
-        columns = _chosen(choices, header, where)
+        columns = _tried(_chosen, choices, header)
+        if isinstance(columns, InputError):
+            raise InputError(f"{where}: {columns}")
         where = f"{path}:{reader.line_num + 1}"
         for cells in reader:
-            if cells:  # a blank line has none
-                if len(cells) != len(header):
-                    raise InputError(f"{where}: expected {len(header)} values, got {len(cells)}")
+            if len(cells) == len(header):
                 yield where, _selected(dict(zip(header, cells, strict=True)), columns, extra)
+            elif cells:  # a blank line has none
+                yield where, InputError(f"expected {len(header)} values, got {len(cells)}")
             where = f"{path}:{reader.line_num + 1}"  # a quoted value can span lines: name the row's first
     except csv.Error as error:
         raise InputError(f"{where}: expected CSV ({error})") from None
@@ -129,22 +161,28 @@ def _parquet(path: Path, choices: Choices, extra: bool) -> Cells:
             table = pyarrow.parquet.ParquetFile(file)
             names = table.schema_arrow.names
             _check_unique(names, f"{path}: expected one column")
-            columns = list(_selected(dict.fromkeys(names), _chosen(choices, names, path), extra))
+            chosen = _tried(_chosen, choices, names)
+            if isinstance(chosen, InputError):
+                raise InputError(f"{path}: {chosen}")
+            columns = list(_selected(dict.fromkeys(names), chosen, extra))
             batches = [batch.select(columns) for batch in table.iter_batches(columns=columns)]
         except (pyarrow.ArrowException, OSError) as error:
             raise InputError(f"{path}: expected Parquet ({error})") from None
     rows = (scalars for batch in batches for scalars in zip(*batch.columns, strict=True))
     for number, scalars in enumerate(rows, start=1):
-        where = f"{path}:{number}"
-        values = {}
-        for column, scalar in zip(columns, scalars, strict=True):
-            try:
-                values[column] = scalar.as_py()
-            except UnicodeDecodeError:
-                raise InputError(f"{where}: {column}: expected UTF-8") from None
-            except (ValueError, OverflowError):  # nanoseconds, or a year that Python's dates do not reach
-                raise InputError(f"{where}: {column}: expected a {scalar.type} that Python can hold") from None
-        yield where, values
+        yield f"{path}:{number}", _tried(_of_parquet, columns, scalars)
+
+
+def _of_parquet(columns: list[str], scalars: tuple) -> dict:
+    values = {}
+    for column, scalar in zip(columns, scalars, strict=True):
+        try:
+            values[column] = scalar.as_py()
+        except UnicodeDecodeError:
+            raise InputError(f"{column}: expected UTF-8") from None
+        except (ValueError, OverflowError):  # nanoseconds, or a year that Python's dates do not reach
+            raise InputError(f"{column}: expected a {scalar.type} that Python can hold") from None
+    return values
 
 
 READERS = {".jsonl": _jsonl, ".json": _json, ".csv": _csv, ".parquet": _parquet}
@@ -160,20 +198,32 @@ def _lines(path: Path) -> Iterator[str]:
                 raise InputError(f"{path}:{number}: expected UTF-8 (byte {error.start} of the line is not)") from None
 
 
-def _chosen(choices: Choices, there: Collection[str], where: str | Path) -> tuple[str, ...]:
+def _tried(function: Callable, *args) -> Any:
+    """function(*args), or the InputError that it raises."""
+    try:
+        return function(*args)
+    except InputError as error:
+        return error
+
+
+def _chosen(choices: Choices, there: Collection[str]) -> tuple[str, ...]:
     for columns in choices:
         if all(column in there for column in columns):
             return columns
     wanted = "columns " + ", or ".join(" and ".join(map(repr, columns)) for columns in choices)
     if len(choices) == 1:
         wanted = f"a column {next(column for column in choices[0] if column not in there)!r}"
-    raise InputError(f"{where}: expected {wanted}, there is {', '.join(map(repr, there)) or 'none'}")
+    raise InputError(f"expected {wanted}, there is {listed(map(repr, there)) or 'none'}")
 
 
-def _of_json(record, choices: Choices, extra: bool, where: str) -> dict:
+def _of_line(line: str, choices: Choices, extra: bool) -> dict:
+    return _of_json(_parsed(line, "a JSON object"), choices, extra)
+
+
+def _of_json(record, choices: Choices, extra: bool) -> dict:
     if not isinstance(record, dict):
-        raise InputError(f"{where}: expected a JSON object, got {type(record).__name__}")
-    return _selected(record, _chosen(choices, record, where), extra)
+        raise InputError(f"expected a JSON object, got {type(record).__name__}")
+    return _selected(record, _chosen(choices, record), extra)
 
 
 def _selected(values: dict, columns: tuple[str, ...], extra: bool) -> dict:
@@ -182,15 +232,13 @@ def _selected(values: dict, columns: tuple[str, ...], extra: bool) -> dict:
     return selected | values if extra else selected
 
 
-def _parsed(text: str, where: str, expected: str):
+def _parsed(text: str, expected: str) -> Any:
     try:
-        return json.loads(text, object_pairs_hook=_object)
-    except InputError as error:
-        raise InputError(f"{where}: {error}") from None
-    except (ValueError, RecursionError) as error:
-        number = getattr(error, "lineno", 1)
-        line = f", line {number}" if number > 1 else ""
-        raise InputError(f"{where}: expected {expected} ({getattr(error, 'msg', error)}{line})") from None
+        return jsonfile.parse(text, object_pairs_hook=_object)
+    except InputError:
+        raise
+    except ValueError as error:
+        raise InputError(f"expected {expected} ({jsonfile.why(error)})") from None
 
 
 def _object(pairs: list[tuple[str, object]]) -> dict:

@@ -42,7 +42,8 @@ def cells(name: str, split: str, *choices: tuple[str, ...], cache_folder: Path, 
         path = cache_folder / "hub" / f"{re.sub('[^A-Za-z0-9.-]+', '_', f'{name} {split}')}_{digest}.array_record"
         made = cache.records(path, lambda: _json(_cells(repo, subset, split, choices, extra), name, split, choices))
         for number, record in enumerate(made, start=1):
-            yield f"{name}/{split}:{number}", json.loads(record)
+            values = json.loads(record)
+            yield f"{name}/{split}:{number}", InputError(values) if isinstance(values, str) else values
 
 
 def _cells(repo: str, subset: str, split: str, choices: files.Choices, extra: bool) -> files.Cells:
@@ -56,9 +57,17 @@ def _cells(repo: str, subset: str, split: str, choices: files.Choices, extra: bo
 
 
 def _json(cells: files.Cells, name: str, split: str, choices: files.Choices) -> Iterator[bytes]:
-    """The values of each row as JSON. A date, or what else JSON does not have, is text in a column of no choice."""
-    chosen, where = set().union(*choices), None
+    """The values of each row as JSON. A date, or what else JSON does not have, is text in a column of no choice.
+
+    A row without values is the reason for that, a text. InputError if all rows are so.
+    """
+    chosen, first, good = set().union(*choices), None, False
     for where, values in cells:
+        if isinstance(values, InputError):
+            first = first or InputError(f"{where}: {values}")
+            yield json.dumps(str(values)).encode()
+            continue
+        good = True
         values = {
             column: value if column in chosen else json.loads(json.dumps(value, default=str))
             for column, value in values.items()
@@ -67,5 +76,5 @@ def _json(cells: files.Cells, name: str, split: str, choices: files.Choices) -> 
             yield json.dumps(values).encode()
         except TypeError as error:
             raise InputError(f"{where}: expected text, numbers, lists and objects ({error})") from None
-    if where is None:
-        raise InputError(f"{name}/{split}: expected at least one row, got none")
+    if not good:
+        raise first or InputError(f"{name}/{split}: expected at least one row, got none")

@@ -2,13 +2,15 @@
 
 import dataclasses
 import functools
+import itertools
 from pathlib import Path
 
 from rlhf_jax.data import batches, cache, comparisons, files, hub
 from rlhf_jax.errors import InputError
-from rlhf_jax.fields import choice, neutral, number
+from rlhf_jax.fields import choice, number, path
 
 COLUMNS = {"sft": ("prompt", "label"), "preferences": ("prompt", "chosen", "rejected"), "prompts": ("prompt",)}
+ANSWERS = ("label", "chosen", "rejected")  # texts that end with EOS, whose name must not be in them
 
 
 @dataclasses.dataclass(frozen=True)
@@ -20,6 +22,13 @@ class Columns:
     chosen: str = "chosen"
     rejected: str = "rejected"
 
+    def problems(self):
+        """Columns of the same rows are different ones."""
+        for columns in COLUMNS.values():
+            for one, other in itertools.combinations(columns, 2):
+                if getattr(self, one) == getattr(self, other):
+                    yield other, f"another column than that of data.columns.{one}"
+
 
 @dataclasses.dataclass(frozen=True)
 class Config:
@@ -27,20 +36,20 @@ class Config:
 
     # world: generated here; files: the paths below; hub: data sets, as OWNER/NAME/SUBSET@REVISION
     source: str = choice("world", "world", "files", "hub")
-    sft: str = ""  # rows {"prompt", "label"}: JSONL, CSV or Parquet, by suffix
-    preferences: str = ""  # rows {"prompt", "chosen", "rejected"}, or OpenAI's comparisons
-    prompts: str = ""  # rows {"prompt"}; empty: the prompts of the SFT rows
+    sft: str = path()  # rows {"prompt", "label"}: JSONL, CSV or Parquet, by suffix
+    preferences: str = path()  # rows {"prompt", "chosen", "rejected"}, or OpenAI's comparisons
+    prompts: str = path()  # rows {"prompt"}; empty: the prompts of the SFT rows
     columns: Columns = Columns()
     split: str = "train"  # of the sets on the hub
     held_out_split: str = ""  # the one kept for evaluation; empty: a share of the prompts, as of files
     held_out: float = number(0.1, above=0, below=1)  # share of a file's prompts held out for evaluation
-    skip_bad: bool = False  # leave out rows without text, and say how many
+    skip_bad: bool = False  # leave out rows without text, or without a known character, and say how many
     world_seed: int = number(0, least=0, most=2**32 - 1)
     world_sft: int = number(16_000, least=1)  # rows to generate
     world_preferences: int = number(8_000, least=1)  # rows to generate
     world_prompts: int = number(8_000, least=1)  # rows to generate
     world_held_out: int = number(512, least=1)  # rows to generate, of each kind
-    cache: str = neutral("")  # folder for generated and converted data; empty: the user's cache folder
+    cache: str = path(neutral=True)  # folder for generated and converted data; empty: the user's cache folder
     prompt_length: int = number(512, least=1)  # P, tokens
     # A longer prompt loses its beginning (left), its end (right) or the end of its post (newline: a TL;DR query); or
     # its row is skipped and counted (skip), or it is an error.
@@ -56,10 +65,10 @@ class Config:
 
 
 def load(kind, config, seed):
-    """((train rows, held-out rows), what was skipped) of a kind of COLUMNS. The world's rows have a hidden `record`.
+    """((train rows, held-out rows), notes) of a kind of COLUMNS. The world's rows have a hidden `record`.
 
-    Rows of prompts keep all columns of their file, for rewards that read them. Raises InputError naming the field of
-    the config, and the file and row, that is wrong.
+    Rows of prompts keep all columns of their file, for rewards that read them. The notes say what was left out or
+    changed. Raises InputError naming the field of the config, and the file and row, that is wrong.
     """
     if config.source == "world":
         from rlhf_jax.data import world  # imports TFDS: a third of a second
@@ -77,16 +86,20 @@ def load(kind, config, seed):
         wanted, value = ("data set", "NAME") if config.source == "hub" else (f"{', '.join(files.READERS)} file", "FILE")
         raise InputError(f"data.{kind}: expected a {wanted} (--config.data.{kind}={value}), got none")
     skipped: list[str] | None = [] if config.skip_bad else None
+    found: list[str] = []  # names of special tokens, each at the end of a text
+    read = functools.partial(_read, kind, config, skipped=skipped, found=found, extra=extra)
     try:
-        rows = _read(kind, config, config.split, skipped, extra)
+        rows = read(config.split)
         if config.source == "hub" and config.held_out_split:
-            return (rows, _read(kind, config, config.held_out_split, skipped, extra)), skipped or []
-        return batches.split(rows, config.held_out, seed), skipped or []
+            sides = rows, read(config.held_out_split)
+        else:
+            sides = batches.split(rows, config.held_out, seed)
     except InputError as error:
         raise InputError(f"data.{kind}: {error}") from None
+    return sides, files.notes(f"data.{kind}", skipped or [], found)
 
 
-def _read(kind, config, split, skipped, extra):
+def _read(kind, config, split, *, skipped, found, extra):
     """The rows of a file, or of a split of a data set; with `extra` they keep their other columns."""
     place = getattr(config, kind)
     theirs = {name: getattr(config.columns, name) for name in COLUMNS[kind]}
@@ -98,8 +111,16 @@ def _read(kind, config, split, skipped, extra):
 
     def convert(values):
         if tuple(values) == comparisons.COLUMNS:
-            return comparisons.pair(values)
-        ours = {name: values[column] for name, column in theirs.items()}
-        return {name: value for name, value in values.items() if name not in theirs.values()} | ours
+            ours = comparisons.pair(values)
+        else:
+            ours = {name: values[column] for name, column in theirs.items()}
+            ours = {name: value for name, value in values.items() if name not in theirs.values()} | ours
+        answers = {name: ours[name] for name in theirs if name in ANSWERS and isinstance(ours[name], str)}
+        return ours | {name: files.without_special(text, found) for name, text in answers.items()}
 
-    return files.rows(cells, place, skipped, convert=convert, texts=COLUMNS[kind])
+    rows = files.rows(cells, place, skipped, convert=convert, texts=COLUMNS[kind])
+    for one, other in itertools.combinations(COLUMNS[kind], 2):
+        if all(row[one].strip() == row[other].strip() for row in rows):
+            same = f"the same text in all {len(rows)} rows"
+            raise InputError(f"{place}: expected {one} and {other} that differ, got {same}")
+    return rows

@@ -8,6 +8,7 @@ from pathlib import Path
 from random import Random
 
 from rlhf_jax.data import files
+from rlhf_jax.errors import InputError
 from rlhf_jax.text import stored
 
 SEPARATOR = "<|endoftext|>"
@@ -52,6 +53,8 @@ def cells(path: str, columns) -> files.Cells:
         yield from files.cells(path, *choices(columns))
         return
     pieces = stored.read_text(Path(path)).split(SEPARATOR)
+    if len(pieces) == 1 and pieces[0].strip():
+        raise InputError(f"{path}: expected {SEPARATOR} between the stories, got one text without it")
     if not pieces[-1].strip():
         pieces.pop()
     for number, piece in enumerate(pieces, start=1):

@@ -29,7 +29,7 @@ def _row(together):
 def numbers(summaries, stage):
     """The numbers of K summaries as one: means, the interval of a gain over seeds, and each seed's under "seeds"."""
     names = [name for name in summaries[0] if name.startswith(f"{stage}/")]
-    plain = [name for name in names if isinstance(summaries[0][name], int | float)]
+    plain = [name for name in names if all(isinstance(summary.get(name), int | float) for summary in summaries)]
     values = {name: np.array([summary[name] for summary in summaries], np.float64) for name in plain}
     merged: dict[str, Any] = {name: float(values_K.mean()) for name, values_K in values.items()}
     for name in (name for name in plain if name.endswith("_gain")):

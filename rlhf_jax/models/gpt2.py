@@ -17,7 +17,7 @@ import jax
 import jax.numpy as jnp
 
 from rlhf_jax.errors import InputError
-from rlhf_jax.fields import choice, neutral, number
+from rlhf_jax.fields import choice, neutral, number, path
 from rlhf_jax.models import rotary
 from rlhf_jax.ops import attention
 
@@ -47,7 +47,7 @@ class Config:
     remat: bool = neutral(False)  # recompute layers in the backward pass: less memory (not on a CPU), a third more work
     # Weights to start from: a model.safetensors, a folder of transformers, or NAME or NAME@REVISION on the hub; empty:
     # random.
-    init: str = ""
+    init: str = path()
 
     def problems(self):
         """Checks that concern several fields."""

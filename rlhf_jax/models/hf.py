@@ -10,6 +10,7 @@ import json
 import math
 import os
 import shutil
+from collections.abc import Mapping
 from pathlib import Path
 
 import jax
@@ -18,7 +19,7 @@ from flax.traverse_util import flatten_dict, unflatten_dict
 from safetensors import SafetensorError
 from safetensors.numpy import save_file
 
-from rlhf_jax.errors import InputError
+from rlhf_jax.errors import InputError, listed
 from rlhf_jax.models import hf_config, hf_layout
 from rlhf_jax.models.heads import LanguageModel
 from rlhf_jax.models.weights import FILE, INDEX, read
@@ -49,10 +50,13 @@ def load(path, config):
 def from_hf(arrays, config):
     """A checkpoint's arrays by name -> parameters of a LanguageModel of the config: float32 copies.
 
+    What wrappers add to the names (`_orig_mod.`, `module.`: hf_layout.WRAPPERS) is ignored.
+
     The checkpoint may lack the rows of up to 255 ids, such as PAD: these start as the mean row. (A row of zeros would
     have logit 0, which is far above all others in GPT-2.)
 
-    Raises one InputError that lists all missing, unexpected and misshapen arrays by the checkpoint's names.
+    Raises one InputError that lists missing, unexpected and misshapen arrays by the checkpoint's names, or names one
+    with a number that is not finite.
     """
     return _import(arrays, jax.eval_shape(LanguageModel(config).init, jax.random.key(0)), config)
 
@@ -113,35 +117,68 @@ def save_scalar(folder, params, config, *, eos_id, pad_id, beside=None):
 
 def _import(arrays, shapes, config):
     shapes = {path: leaf.shape for path, leaf in flatten_dict(shapes).items()}
+    arrays = _Unwrapped(arrays)
     prefix = hf_layout.PREFIX[hf_layout.model_type(config)]
     bare = not any(name.startswith(prefix) for name in arrays)  # a trunk saved without a head
     names = {path: hf_layout.name(path, config).removeprefix(prefix if bare else "") for path in shapes}
-    if problems := list(_problems(arrays, names, shapes, "" if bare else prefix, config)):
-        raise InputError(f"{hf_layout.model_type(config)} checkpoint: {'; '.join(problems)}")
+    problems = _problems(arrays, names, shapes, "" if bare else prefix, config)
+    if any(problems):
+        told = "; ".join(listed(messages, "; ") for messages in problems if messages)
+        raise InputError(f"{hf_layout.model_type(config)} checkpoint: {told}")
     # Largest first: an array is in memory twice while it is copied.
     paths = sorted(shapes, key=lambda path: -math.prod(shapes[path]))
-    leaves = {path: _copy(hf_layout.to_ours(path, arrays[names[path]], config), shapes[path]) for path in paths}
+    leaves = {}
+    for path in paths:
+        leaves[path] = leaf = _copy(hf_layout.to_ours(path, arrays[names[path]], config), shapes[path])
+        with np.errstate(invalid="ignore"):
+            total = leaf.sum(dtype=np.float64)  # in float64 no sum of float32 numbers overflows
+        if not math.isfinite(total):
+            count = int(np.sum(~np.isfinite(leaf)))
+            expected = f"expected finite numbers (float32), got {count} of {leaf.size} that are not"
+            raise InputError(f"{hf_layout.model_type(config)} checkpoint: {names[path]}: {expected}")
     return unflatten_dict({path: leaves[path] for path in shapes})
 
 
+class _Unwrapped(Mapping):
+    """Arrays by their names without what wrappers have added. InputError if two have the same."""
+
+    def __init__(self, arrays):
+        self._arrays = arrays
+        self._names: dict[str, str] = {}  # as they are there, by what they are read as
+        for name in arrays:
+            first = self._names.setdefault(hf_layout.unwrapped(name), name)
+            if first != name:
+                raise InputError(f"{first} and {name}: expected one array of this name")
+
+    def __getitem__(self, name):
+        return self._arrays[self._names[name]]
+
+    def __iter__(self):
+        return iter(self._names)
+
+    def __len__(self):
+        return len(self._names)
+
+
 def _problems(arrays, names, shapes, prefix, config):
+    """What is missing, what is wrong and what is unexpected: three lists of messages."""
+    missing = [f"{name} is missing" for name in names.values() if name not in arrays]
+    wrong = []
     for path, name in names.items():
-        expected = hf_layout.shape(path, shapes[path], config)
         if name not in arrays:
-            yield f"{name} is missing"
             continue
-        array = arrays[name]
+        expected, array = hf_layout.shape(path, shapes[path], config), arrays[name]
         if not jax.numpy.issubdtype(array.dtype, np.floating):
-            yield f"{name} is of {array.dtype}, expected floating-point numbers"
+            wrong.append(f"{name} is of {array.dtype}, expected floating-point numbers")
         if array.shape != expected and not (path in VOCABULARY and _lacks_rows(array.shape, expected)):
-            yield f"{name} has shape {array.shape}, expected {expected}"
+            wrong.append(f"{name} has shape {array.shape}, expected {expected}")
     head, embedding = hf_layout.name(("unembed", "embedding"), config), names["wte", "embedding"]
-    tied = {head} if config.tied else set()
-    for name in sorted(arrays.keys() - names.values() - tied):
-        if not hf_layout.BUFFER.fullmatch(name.removeprefix(prefix)):
-            yield f"{name} is unexpected"
-    if tied & arrays.keys() and not np.array_equal(arrays[head], arrays.get(embedding)):
-        yield f"{head} is not tied: expected it absent or equal to {embedding}"
+    tied, table = {head} if config.tied else set(), arrays.get(embedding)
+    if tied & arrays.keys() and (table is None or not np.array_equal(arrays[head], table, equal_nan=True)):
+        wrong.append(f"{head} is not tied: expected it absent or equal to {embedding}")
+    others = sorted(arrays.keys() - names.values() - tied)
+    others = [name for name in others if not hf_layout.BUFFER.fullmatch(name.removeprefix(prefix))]
+    return missing, wrong, [f"{name} is unexpected" for name in others]
 
 
 def _lacks_rows(shape, expected):
@@ -155,16 +192,28 @@ def _copy(array, shape):
     memory = np.empty(size + 64, np.uint8)
     start = -memory.ctypes.data % 64
     copy = memory[start : start + size].view(np.float32).reshape(shape)
-    copy[: len(array)] = array
-    if len(array) < len(copy):
-        copy[len(array) :] = copy[: len(array)].mean(axis=0)
+    with np.errstate(over="ignore", invalid="ignore"):  # `_import` refuses inf, which a large float64 becomes, and NaN
+        copy[: len(array)] = array
+        if len(array) < len(copy):
+            copy[len(array) :] = copy[: len(array)].mean(axis=0)
     return copy
 
 
-def _write(folder, arrays, records):
+def check_folder(folder):
+    """Refuses a folder that `save` could not write: one with files in it, or one that cannot be made."""
     folder = Path(folder).absolute()
-    if folder.exists() and (not folder.is_dir() or any(folder.iterdir())):
+    there = next(path for path in (folder, *folder.parents) if path.exists())
+    if there == folder and (not folder.is_dir() or any(folder.iterdir())):
         raise InputError(f"{folder}: expected a new or an empty folder to write to")
+    parent = folder.parent if there == folder else there  # the folder is written beside its place, and then renamed
+    if not parent.is_dir() or not os.access(parent, os.W_OK | os.X_OK):
+        reason = "a folder that may not be written" if parent.is_dir() else "not a folder"
+        raise InputError(f"{folder}: cannot be written ({parent} is {reason})")
+
+
+def _write(folder, arrays, records):
+    check_folder(folder)
+    folder = Path(folder).absolute()
     unfinished = folder.with_name(f".{folder.name}.unfinished")
     try:
         shutil.rmtree(unfinished, ignore_errors=True)  # left by an export that was killed

@@ -7,7 +7,9 @@ of the embedding, the exported model is the same function, and the tokenizer use
 import json
 from pathlib import Path
 
-from rlhf_jax.errors import InputError
+from rlhf_jax import jsonfile
+from rlhf_jax.errors import InputError, listed
+from rlhf_jax.fields import LARGEST
 from rlhf_jax.models import gpt2
 from rlhf_jax.models.hf_layout import model_type
 
@@ -58,19 +60,11 @@ def read(folder):
     Dropout is not read: it belongs to the training, not to the model.
     """
     path = Path(folder, FILE)
-    try:
-        record = json.loads(path.read_text(encoding="utf-8"))
-    except OSError as error:
-        raise InputError(f"{path}: expected the config.json of transformers ({error.strerror})") from None
-    except ValueError:
-        record = None
-    if not isinstance(record, dict):
-        raise InputError(f"{path}: expected a JSON object")
-    fields = _Fields(record)
+    fields = _Fields(jsonfile.read(path, "the config.json of transformers"))
     kind = fields.one_of("model_type", *FIELDS)
     config = {"gpt2": _gpt2, "gpt_neox": _neox}[kind](fields) if not fields.problems else None
     if fields.problems:
-        raise InputError(f"{path}: {'; '.join(fields.problems)}")
+        raise InputError(f"{path}: {listed(fields.problems, '; ')}")
     return config
 
 
@@ -86,7 +80,7 @@ def compare(folder, config):
         wrong["vocab_size"] = f"{theirs.vocab_size} to {theirs.vocab_size + PADDING - 1}"
     if wrong:
         changes = (f"model.{name} = {expected} (not {getattr(config, name)!r})" for name, expected in wrong.items())
-        raise InputError(f"{Path(folder, FILE)}: expected {', '.join(changes)}")
+        raise InputError(f"{Path(folder, FILE)}: expected {listed(changes)}")
 
 
 def language_model(config, *, eos_id, pad_id):
@@ -207,8 +201,9 @@ class _Fields:
 
     def size(self, name):
         value = self.record.get(name)
-        return value if self.expect(type(value) is int and value > 0, name, "a whole number above 0") else 1
+        return value if self.expect(type(value) is int and 0 < value < LARGEST, name, "a whole number above 0") else 1
 
     def number(self, name, default=None):
         value = self.record.get(name, default)
-        return float(value) if self.expect(type(value) in (int, float) and value > 0, name, "a number above 0") else 1.0
+        fine = self.expect(type(value) in (int, float) and 0 < value < LARGEST, name, "a number above 0")
+        return float(value) if fine else 1.0

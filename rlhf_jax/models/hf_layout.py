@@ -26,6 +26,9 @@ NEOX = {
 WORDS = {"gpt2": GPT2, "gpt_neox": NEOX}
 PREFIX = {"gpt2": "transformer.", "gpt_neox": "gpt_neox."}  # of the trunk's names in a model with a head
 HEADS = ("unembed", "score")  # arrays outside the trunk
+# Parts that wrappers of a model add to its names: torch.compile, DistributedDataParallel and DataParallel, FSDP,
+# activation checkpointing, and trainers that keep the model in a field of their own.
+WRAPPERS = {"_orig_mod", "module", "_fsdp_wrapped_module", "_checkpoint_wrapped_module", "model"}
 
 # Constants in old checkpoints: the causal mask, and the frequencies of rotary positions.
 BUFFER = re.compile(r"(h|layers)\.\d+\.(attn|attention)\.((masked_)?bias|rotary_emb\.inv_freq)")
@@ -34,6 +37,11 @@ BUFFER = re.compile(r"(h|layers)\.\d+\.(attn|attention)\.((masked_)?bias|rotary_
 def model_type(config):
     """transformers' name of the architecture: gpt_neox if positions are rotary, else gpt2."""
     return "gpt_neox" if config.rotary_share else "gpt2"
+
+
+def unwrapped(name):
+    """transformers' name of an array, without what WRAPPERS have added."""
+    return ".".join(part for part in name.split(".") if part not in WRAPPERS)
 
 
 def name(path, config):

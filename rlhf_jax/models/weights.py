@@ -1,6 +1,5 @@
 """The arrays of a safetensors checkpoint: one file, or a folder with one file or with shards and their index."""
 
-import json
 from collections.abc import Mapping
 from pathlib import Path
 from typing import NamedTuple
@@ -9,7 +8,8 @@ import jax.numpy as jnp
 import numpy as np
 from safetensors import SafetensorError, safe_open
 
-from rlhf_jax.errors import InputError
+from rlhf_jax import jsonfile
+from rlhf_jax.errors import InputError, listed
 
 FILE = "model.safetensors"
 INDEX = "model.safetensors.index.json"
@@ -77,12 +77,12 @@ def _places(file):
             pass
         with open(file, "rb") as opened:
             length = int.from_bytes(opened.read(8), "little")
-            header = json.loads(opened.read(length))
-    except (OSError, SafetensorError) as error:
+            header = jsonfile.parse(opened.read(length).decode())
+    except (OSError, SafetensorError, ValueError) as error:
         raise InputError(f"{file}: expected a readable safetensors file: {error}") from error
     header.pop("__metadata__", None)
     if unknown := [f"{name} of {entry['dtype']}" for name, entry in header.items() if entry["dtype"] not in TYPES]:
-        raise InputError(f"{file}: expected arrays of {', '.join(TYPES)}, got {', '.join(unknown)}")
+        raise InputError(f"{file}: expected arrays of {', '.join(TYPES)}, got {listed(unknown)}")
     return {
         name: Place(file, np.dtype(TYPES[entry["dtype"]]), tuple(entry["shape"]), 8 + length + entry["data_offsets"][0])
         for name, entry in header.items()
@@ -92,12 +92,12 @@ def _places(file):
 def _shards(index):
     """{name: Place} of the shards in an index. Each shard must hold exactly the arrays that the index lists for it."""
     try:
-        file_of = json.loads(index.read_text(encoding="utf-8"))["weight_map"]
+        file_of = jsonfile.read(index)["weight_map"]
         files = {name: index.with_name(name) for name in sorted(set(file_of.values()))}
-    except (OSError, ValueError, KeyError, TypeError, AttributeError) as error:
+    except (ValueError, KeyError, TypeError, AttributeError) as error:
         raise InputError(f"{index}: expected JSON with weight_map, an object of array -> file name") from error
     if absent := [name for name, file in files.items() if not file.is_file()]:
-        raise InputError(f"{index}: expected these files beside it: {', '.join(absent)}")
+        raise InputError(f"{index}: expected these files beside it: {listed(absent)}")
     shards = {name: _places(file) for name, file in files.items()}
     problems = [f"{array} is not in {file}" for array, file in file_of.items() if array not in shards[file]]
     problems += [
@@ -107,5 +107,5 @@ def _shards(index):
         if file_of.get(array) != file
     ]
     if problems:
-        raise InputError(f"{index}: expected an index that matches the files: {'; '.join(problems)}")
+        raise InputError(f"{index}: expected an index that matches the files: {listed(problems, '; ')}")
     return {array: shards[file][array] for array, file in file_of.items()}

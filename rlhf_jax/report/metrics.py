@@ -19,6 +19,7 @@ from tensorboardX.event_file_writer import EventsWriter
 from tensorboardX.proto.event_pb2 import Event, SessionLog
 from tensorboardX.proto.summary_pb2 import Summary
 
+from rlhf_jax import jsonfile
 from rlhf_jax.errors import InputError
 
 EVENTS_EVERY = 10.0  # seconds between flushes of the TensorBoard file: each one waits for the disk
@@ -84,16 +85,19 @@ def read(path):
     Raises InputError if the file is missing, or damaged (naming the line).
     """
     path = Path(path)
-    if not path.exists():
-        raise InputError(f"{path}: expected a metrics file, found none")
+    if not path.is_file():
+        there = "something else; remove it" if path.exists() else "none"
+        raise InputError(f"{path}: expected a metrics file, found {there}")
     *lines, _unfinished = path.read_bytes().split(b"\n")
     rows = []
     for number, line in enumerate(lines, 1):
         try:
-            row = {name: math.nan if value is None else value for name, value in json.loads(line).items()}
-            row["step"], row["time"]
-        except (ValueError, AttributeError, KeyError) as error:
-            raise InputError(f'{path} line {number}: expected a JSON object with "step" and "time"') from error
+            row = {name: math.nan if value is None else value for name, value in jsonfile.parse(line.decode()).items()}
+            if not {"step", "time"} <= row.keys() or any(type(value) not in (int, float) for value in row.values()):
+                raise ValueError("not numbers, or not all")
+        except (ValueError, AttributeError) as error:
+            expected = 'expected a JSON object of numbers with "step" and "time"'
+            raise InputError(f"{path} line {number}: {expected}; remove the line") from error
         rows.append(row)
     return rows
 

@@ -5,7 +5,7 @@ import functools
 from collections.abc import Callable
 from typing import Any
 
-from rlhf_jax.data import batches, sources
+from rlhf_jax.data import batches, files, sources
 from rlhf_jax.errors import InputError
 from rlhf_jax.tasks.task import Encoded, Rows, Task, stamp
 
@@ -49,7 +49,9 @@ class Prompts:
 
     def arrays(self, kind, tokenizer):
         config, source = self.config, f"data.{kind}"
+        sides, notes = [], list(self.rows(kind).notes)
         lengths: dict[str, Any] = {"prompt_length": config.prompt_length, "cut": config.cut}
+        lengths |= {"skip_bad": config.skip_bad, "notes": notes}
         encode: Callable
         if kind == "sft":
             encode = functools.partial(batches.encode_sft, response_length=config.response_length, **lengths)
@@ -58,7 +60,6 @@ class Prompts:
             encode = functools.partial(batches.encode_pairs, response_length=longest, **lengths)
         else:
             encode = functools.partial(batches.encode_prompts, **lengths)
-        sides, notes = [], list(self.rows(kind).notes)
         for side, rows in (("train", self.rows(kind).train), ("held out", self.rows(kind).held_out)):
             arrays, counts = encode(rows, tokenizer, source=f"{source}, {side}")
             counted = ", ".join(f"{count} {what.replace('_', ' ')}" for what, count in counts.items() if count)
@@ -92,7 +93,10 @@ class Given:
         return [row["prompt"] for row in self.rows_by_kind["prompts"]]
 
     def rows(self, kind):
-        return Rows(*batches.split(list(self.rows_by_kind[kind]), self.held_out, self.seed))
+        rows = list(self.rows_by_kind[kind])
+        if kind == "sft":
+            rows = [row | {"label": files.without_special(row["label"], [])} for row in rows]
+        return Rows(*batches.split(rows, self.held_out, self.seed))
 
     def arrays(self, kind, tokenizer):
         lengths: dict[str, Any] = {"prompt_length": self.prompt_length, "cut": self.cut, "source": f"rows of {kind}"}
@@ -115,6 +119,5 @@ def make(config) -> Task:
 
 @functools.lru_cache(maxsize=8)
 def _rows(config, kind, seed, _):
-    (train, held_out), skipped = sources.load(kind, config, seed)
-    notes = (f"data.{kind}: {len(skipped)} rows skipped; the first: {skipped[0]}",) if skipped else ()
-    return Rows(train, held_out, notes)
+    (train, held_out), notes = sources.load(kind, config, seed)
+    return Rows(train, held_out, tuple(notes))

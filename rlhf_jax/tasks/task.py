@@ -28,7 +28,7 @@ class Encoded(NamedTuple):
 
 def stamp(files: dict[str, str]) -> tuple:
     """A key that changes with the files of `Task.files`, so that a long-lived process reads changed rows again."""
-    paths = sorted(Path(place).expanduser() for place in files.values())
+    paths = sorted(map(Path, files.values()))
     return tuple((path, stat.st_mtime_ns, stat.st_size) for path in paths if path.exists() and (stat := path.stat()))
 
 

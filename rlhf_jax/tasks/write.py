@@ -46,13 +46,13 @@ class Write:
             return Encoded(starts, starts)
         rows = self.rows(kind)
         make_arrays = {"pretrain": corpus.windows, "sft": corpus.openings, "preferences": corpus.pairs}[kind]
-        sides = [make_arrays(side, tokenizer, self.config.length) for side in (rows.train, rows.held_out)]
-        notes = [
-            f"{kind}, {side}: {len(texts)} texts, {len(arrays['index_N'])} rows"
-            for side, texts, arrays in zip(("train", "held out"), (rows.train, rows.held_out), sides, strict=True)
-        ]
+        sides, notes = [], list(rows.notes)
+        for side, texts in (("train", rows.train), ("held out", rows.held_out)):
+            arrays = make_arrays(texts, tokenizer, self.config.length, skip_bad=self.config.skip_bad, notes=notes)
+            notes.append(f"{kind}, {side}: {len(texts)} texts, {len(arrays['index_N'])} rows")
+            sides.append(arrays)
         train, held_out = sides
-        return Encoded(train, held_out, (*rows.notes, *notes))
+        return Encoded(train, held_out, tuple(notes))
 
     def judge(self, rows, texts):
         """{"reward": [N]} of the texts, and its components if it has several."""
@@ -74,9 +74,8 @@ def _rows(task, kind, _):
     if kind == "prompts":
         return Rows([START] * STARTS, [START] * STARTS)
     if kind == "pretrain":
-        (train, held_out), skipped = corpus.load(config, task.seed)
-        notes = (f"data: {len(skipped)} rows skipped; the first: {skipped[0]}",) if skipped else ()
-        return Rows(train, held_out, notes)
+        (train, held_out), notes = corpus.load(config, task.seed)
+        return Rows(train, held_out, tuple(notes))
     everything = task.rows("pretrain")
     split = [_by_mood(task, side) for side in (everything.train, everything.held_out)]
     if kind == "preferences":

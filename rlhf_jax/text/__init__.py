@@ -7,7 +7,9 @@ from typing import Protocol
 import numpy as np
 
 from rlhf_jax.errors import InputError
-from rlhf_jax.text import bpe, char, stored
+from rlhf_jax.text import bpe, char, hf, stored
+
+SPECIAL = (bpe.EOS, *hf.PADS)  # the names that EOS and PAD have in the tokenizers of files
 
 
 class Tokenizer(Protocol):
@@ -48,16 +50,21 @@ def responses(tokenizer: Tokenizer, response_BR, mask_BR) -> list[str]:
 
 
 def load(directory: str | os.PathLike) -> bpe.BPETokenizer | char.CharTokenizer:
-    """The tokenizer saved in `directory`. Raises InputError if it is missing or damaged."""
+    """The tokenizer saved in `directory`, a workdir's text/. Raises InputError if it is missing or damaged."""
     path = Path(directory, stored.FILE)
     kinds: dict[str, type[bpe.BPETokenizer | char.CharTokenizer]] = {
         "char": char.CharTokenizer,
         "bpe": bpe.BPETokenizer,
     }
-    record = stored.read_json(path)
+    again = "; the command that trains the run makes it again"
+    try:
+        record = stored.read_json(path)
+    except InputError as error:
+        raise InputError(f"{error}{again}") from None
     try:
         return kinds[record["kind"]].from_record(record)
     except InputError as error:
-        raise InputError(f"{path}: {error}") from None
+        raise InputError(f"{path}: {error}{again}") from None
     except (AttributeError, KeyError, TypeError):  # not an object, a field missing, a field of another type
-        raise InputError(f"{path}: expected the fields of a tokenizer of kind {' or '.join(kinds)}") from None
+        expected = f"expected the fields of a tokenizer of kind {' or '.join(kinds)}"
+        raise InputError(f"{path}: {expected}{again}") from None

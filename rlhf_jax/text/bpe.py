@@ -13,7 +13,7 @@ from typing import Any
 
 import tokenizers
 
-from rlhf_jax.errors import InputError
+from rlhf_jax.errors import InputError, listed
 from rlhf_jax.text import stored
 
 EOS = "<|endoftext|>"
@@ -45,7 +45,7 @@ class BPETokenizer:
             made.add(left + right)
         if not made.isdisjoint(self.special) or EOS not in self.special or self.pad not in ("", *self.special):
             raise InputError(
-                f"special: expected {EOS} and {self.pad or 'others'} that no merge makes, got {self.special}"
+                f"special: expected {EOS} and {self.pad or 'others'} that no merge makes, got ({listed(self.special)})"
             )
         if self.pad == EOS:
             raise InputError(f"pad: expected a token other than {EOS}")

@@ -5,6 +5,7 @@ import json
 import os
 from pathlib import Path
 
+from rlhf_jax import jsonfile
 from rlhf_jax.errors import InputError
 
 FILE = "tokenizer.json"
@@ -25,16 +26,17 @@ def fingerprint(record: dict) -> str:
 
 def read_json(path: Path):
     """The JSON value in the file. InputError names the file if it is missing or not JSON."""
+    text = read_text(path)
     try:
-        return json.loads(read_text(path))
-    except json.JSONDecodeError as error:
-        raise InputError(f"{path}:{error.lineno}: expected JSON ({error.msg})") from None
+        return jsonfile.parse(text)
+    except ValueError as error:
+        raise InputError(f"{path}:{getattr(error, 'lineno', 1)}: expected JSON ({jsonfile.why(error)})") from None
 
 
 def read_text(path: Path) -> str:
     """The text in the file. InputError names the file if it is missing or not UTF-8."""
     try:
-        return path.read_text(encoding="utf-8")
+        return jsonfile.text(path)
     except OSError as error:
         raise InputError(f"{path}: {error.strerror}") from None
     except UnicodeDecodeError as error:

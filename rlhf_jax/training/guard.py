@@ -5,13 +5,12 @@ in the count of skipped updates, and saves an `Incident`, which `python -m rlhf_
 """
 
 import dataclasses
-import json
 from pathlib import Path
 
 import jax
 import numpy as np
 
-from rlhf_jax import fields
+from rlhf_jax import fields, jsonfile
 from rlhf_jax.errors import InputError
 from rlhf_jax.report import metrics
 from rlhf_jax.training.checkpoint import Checkpoints
@@ -70,10 +69,10 @@ def read(folder):
     """The record in incident.json of the folder. InputError where there is none."""
     path = Path(folder, "incident.json")
     try:
-        record = json.loads(path.read_text())
+        record = jsonfile.read(path)
         record["stage"], record["step"], record["names"], record["config"]
         return record
-    except (OSError, ValueError, KeyError, TypeError) as error:
+    except (ValueError, KeyError) as error:
         raise InputError(f"{path}: expected the record of an incident, a folder in WORKDIR/{FOLDER}") from error
 
 

@@ -6,12 +6,14 @@ trained parameters. summary.json is written last and marks the stage as finished
 
 import contextlib
 import dataclasses
+import errno
 import fcntl
 import json
 import os
 from pathlib import Path
 from typing import Any
 
+from rlhf_jax import jsonfile
 from rlhf_jax.errors import InputError
 from rlhf_jax.report import metrics
 from rlhf_jax.training.checkpoint import Checkpoints
@@ -82,16 +84,9 @@ class Workdir:
         """The object in a JSON file of the run. `remove`: what the error says to remove (default: the file)."""
         path = self.path / name
         try:
-            value = json.loads(path.read_text())
-        except (OSError, ValueError) as error:
-            value, what = None, getattr(error, "strerror", None) or error
-        else:
-            what = f"got {type(value).__name__}"
-        if not isinstance(value, dict):
-            raise InputError(
-                f"workdir: {path}: expected an object in JSON ({what}); remove {remove or path} to make it again"
-            )
-        return value
+            return jsonfile.read(path, "an object in JSON", f"; remove {remove or path} to make it again")
+        except InputError as error:
+            raise InputError(f"workdir: {error}") from None
 
     def started(self, stage: str) -> bool:
         """True if the stage has been started."""
@@ -104,15 +99,25 @@ class Workdir:
 
     def summary(self, stage: str) -> dict:
         """The finished stage's summary.json."""
-        return self.read_json(f"{stage}/summary.json")
+        summary = self.read_json(f"{stage}/summary.json")
+        if f"{stage}/steps" in summary and type(summary.get("seconds")) not in (int, float):
+            path = self.path / stage / "summary.json"
+            raise InputError(f"workdir: {path}: seconds: expected a number; remove {path} to make it again")
+        return summary
 
     def samples(self, stage: str) -> list[dict]:
         """The rows of the finished stage's samples.jsonl."""
         path = self.path / stage / "samples.jsonl"
         try:
-            return [json.loads(line) for line in path.read_text(encoding="utf-8").splitlines()]
+            rows = [jsonfile.parse(line) for line in jsonfile.text(path).splitlines()]
+            if not all(isinstance(row, dict) and isinstance(row.get("completion", ""), str) for row in rows):
+                raise ValueError("not an object with a completion on each line")
         except (OSError, ValueError) as error:
-            raise InputError(f"workdir: {path}: expected the samples of the stage ({error})") from None
+            again = f"remove {self.path / stage / 'summary.json'} to make it again"
+            raise InputError(
+                f"workdir: {path}: expected the samples of the stage ({jsonfile.why(error)}); {again}"
+            ) from None
+        return rows
 
     def check(self, stage: str, depends: dict) -> None:
         """Refuses a stage's folder that was made with something else; the message has both values."""
@@ -122,6 +127,10 @@ class Workdir:
                 raise InputError(f"workdir: {folder}: expected config.json, what it was made with; remove {folder}")
             return
         there = flat(self.read_json(f"{stage}/config.json", remove=folder))
+        if "section" not in there:
+            raise InputError(
+                f"workdir: {path}: expected what the stage was made with; remove {folder} to make it again"
+            )
         here = flat(json.loads(json.dumps(depends)))
         section = depends["section"]
         free = {f"{section}.{field}" for field in MAY_CHANGE}
@@ -160,7 +169,8 @@ class Workdir:
         try:
             yield
         except OSError as error:
-            raise InputError(f"workdir: cannot write {path} ({error.strerror})") from error
+            remedy = "; remove it" if error.errno == errno.EISDIR else ""
+            raise InputError(f"workdir: cannot write {error.filename2 or path} ({error.strerror}){remedy}") from error
 
 
 def flat(tree: dict, prefix: str = "") -> dict:

@@ -191,6 +191,17 @@ def other_heads(folder):
         (nothing, "", "workdir: expected a finished stage in .*; there is none yet"),
         (lambda folder: shutil.rmtree(folder / "ppo" / "result"), "", "expected the folder of a run or a stage with"),
         (lambda folder: shutil.rmtree(folder / "text"), "", "tokenizer.json: No such file"),
+        *(
+            (lambda folder, text=text: (folder / "ppo" / "summary.json").write_text(text), "", f"summary.json: {told}")
+            for text, told in (
+                ("", "expected the summary of a stage .Expecting value.; remove .* again"),
+                ("[]", "expected the summary of a stage .got list.; remove .* again"),
+                (
+                    '{"versions": [], "machine": {}, "seconds": 1}',
+                    "expected versions, machine, seconds; remove .* again",
+                ),
+            )
+        ),
         (other_heads, "", "model.head_size: expected model.width / model.heads = 16 / 2"),
     ],
 )
@@ -208,6 +219,24 @@ def test_nothing_is_overwritten(made, tmp_path):
     assert error(export, made.workdir, tmp_path) == f"{tmp_path}: expected a new or an empty folder to write to"
     assert error(export, made.workdir, tmp_path / "mine").endswith("expected a new or an empty folder to write to")
     assert [(path.name, path.read_text()) for path in tmp_path.iterdir()] == [("mine", "mine")]
+
+
+@pytest.mark.parametrize("out", ["mine/out", "~/mine/out"])
+def test_the_place_to_write_to_is_checked_before_anything_is_read(out, tmp_path, monkeypatch):
+    """And ~ is the home folder. The workdir is not there, which would be said otherwise."""
+    monkeypatch.setenv("HOME", str(tmp_path))
+    (tmp_path / "mine").write_text("mine")
+    out = out if out.startswith("~") else tmp_path / out
+    expected = f"{tmp_path}/mine/out: cannot be written ({tmp_path}/mine is not a folder)"
+    assert error(export, tmp_path / "no", out) == expected
+
+
+def test_the_home_folder_is_read_and_written(made, tmp_path, monkeypatch):
+    monkeypatch.setenv("HOME", str(tmp_path))
+    (tmp_path / "run").symlink_to(made.workdir)
+    export("~/run", "~/new/out", "sft")
+    assert (tmp_path / "new" / "out" / "README.md").exists()
+    assert rlhf_jax.load("~/new/out").tokenizer == made.tokenizer
 
 
 def test_of_several_seeds_the_first_is_exported(tmp_path):

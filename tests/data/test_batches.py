@@ -9,6 +9,7 @@ HEADER = tldr.format_query("a", "b", "")
 TOKENIZER = char.train(["abc ", HEADER])  # one id a character
 A, B, C, SPACE = TOKENIZER.encode("abc ")
 EOS, PAD = TOKENIZER.eos_id, TOKENIZER.pad_id
+NO_IDENTICAL = {"skipped_identical_pairs": 0}
 
 
 def rows(*texts, columns=("prompt", "label")):
@@ -46,7 +47,7 @@ def test_pairs_by_hand():
         "rejected_mask_NR": [[1, 1, 1, 1]],
     }
     assert {name: array.tolist() for name, array in arrays.items()} == expected
-    assert counts == {"rows": 1, "cut_prompts": 0, "skipped_prompts": 0, "skipped_labels": 0}
+    assert counts == {"rows": 1, "cut_prompts": 0, "skipped_prompts": 0, "skipped_labels": 0} | NO_IDENTICAL
 
 
 def test_prompts_by_hand():
@@ -129,23 +130,23 @@ def test_an_answer_stays_with_its_prompt_where_rows_are_skipped():
         "chosen_NR": [[SPACE, B, EOS, PAD]],
         "rejected_NR": [[SPACE, C, EOS, PAD]],
     }
-    assert counts == {"rows": 2, "cut_prompts": 0, "skipped_prompts": 1, "skipped_labels": 0}
+    assert counts == {"rows": 2, "cut_prompts": 0, "skipped_prompts": 1, "skipped_labels": 0} | NO_IDENTICAL
 
 
-@pytest.mark.parametrize("encode", [batches.encode_sft, batches.encode_pairs])
+@pytest.mark.parametrize(("encode", "more"), [(batches.encode_sft, {}), (batches.encode_pairs, NO_IDENTICAL)])
 @pytest.mark.parametrize(("cut", "ids"), [("left", [C, A]), ("right", [A, B])])
-def test_prompts_with_answers_are_cut_the_same_way(encode, cut, ids):
+def test_prompts_with_answers_are_cut_the_same_way(encode, more, cut, ids):
     pairs = [{"prompt": "abca", "label": "a", "chosen": "a", "rejected": "b"}]
     arrays, counts = encode(pairs, TOKENIZER, prompt_length=2, response_length=3, cut=cut)
     assert arrays["prompt_NP"].tolist() == [ids]
-    assert counts == {"rows": 1, "cut_prompts": 1, "skipped_prompts": 0, "skipped_labels": 0}
+    assert counts == {"rows": 1, "cut_prompts": 1, "skipped_prompts": 0, "skipped_labels": 0} | more
 
 
 @pytest.mark.parametrize(
     ("cut", "message"),
     [
-        ("error", "data.sft row 3: prompt: expected at most 3 tokens, got 5"),
-        ("newline", "data.sft row 3: prompt: expected at most 3 tokens or a post to cut"),
+        ("error", "data.sft: row 3: prompt: expected at most 3 tokens, got 5"),
+        ("newline", "data.sft: row 3: prompt: expected at most 3 tokens or a post to cut"),
         ("middle", "cut: expected one of left, right, newline, skip, error; got 'middle'"),
     ],
 )
@@ -173,15 +174,83 @@ def test_every_row_keeps_its_place_when_they_are_tokenized_in_chunks(monkeypatch
     [
         ([], "data.sft: expected at least one row, got none"),
         ([("a", "abc"), ("b", "abcabc")], "data.sft: expected label of less than 4 tokens, but no row has that"),
-        ([("a", "a"), ("b", "a"), ("aaaa", "a")], "data.sft row 3: prompt: expected at most 3 tokens or a post to cut"),
-        ([("a", "a"), ("b", "a"), ("xyz", "a")], "data.sft row 3: prompt: text with no known characters"),
-        ([("a", "a"), ("b", "a"), ("c", "xyz")], "data.sft row 3: label: text with no known characters"),
+        (
+            [("a", "a"), ("b", "a"), ("aaaa", "a")],
+            "data.sft: row 3: prompt: expected at most 3 tokens or a post to cut",
+        ),
+        ([("a", "a"), ("b", "a"), ("xyz", "a")], "data.sft: row 3: prompt: text with no known characters"),
+        ([("a", "a"), ("b", "a"), ("c", "xyz")], "data.sft: row 3: label: text with no known characters"),
     ],
 )
 def test_an_error_names_the_source_and_the_row(texts, message, monkeypatch):
     monkeypatch.setattr(batches, "CHUNK", 2)
     with pytest.raises(InputError, match=f"^{message}"):
         batches.encode_sft(rows(*texts), TOKENIZER, prompt_length=3, response_length=4)
+
+
+PAIR = ("prompt", "chosen", "rejected")
+
+
+def test_pairs_of_the_same_tokens_teach_nothing():
+    """Also where they differ in space around them, or in characters that are all unknown."""
+    texts = [("a", "b", "b"), ("b", "b", " b\n"), ("c", "a", "b"), ("a", "bx", "by"), ("b", "abcabc", "abcabc")]
+    arrays, counts = batches.encode_pairs(rows(*texts, columns=PAIR), TOKENIZER, prompt_length=1, response_length=4)
+    assert (arrays["index_N"].tolist(), len(arrays["prompt_NP"]), len(arrays["rejected_mask_NR"])) == ([2], 1, 1)
+    assert counts["skipped_identical_pairs"] == 3 and counts["skipped_labels"] == 1
+    with pytest.raises(InputError, match="^here: expected chosen and rejected that differ, got the same tokens in all"):
+        batches.encode_pairs(
+            rows(*texts[:2], columns=PAIR), TOKENIZER, prompt_length=1, response_length=4, source="here"
+        )
+
+
+@pytest.mark.parametrize(
+    ("encode", "columns", "texts", "index", "first"),
+    [
+        (batches.encode_prompts, ("prompt",), [("a",), ("x",), ("b",), ("yy",)], [0, 2], "row 2: prompt"),
+        (batches.encode_sft, ("prompt", "label"), [("x", "y"), ("a", "x"), ("b", "c")], [2], "row 1: prompt"),
+        (batches.encode_pairs, PAIR, [("a", "b", "c"), ("a", "y", "x"), ("a", "b", "x")], [0], "row 2: chosen"),
+    ],
+)
+@pytest.mark.parametrize("chunk", [1, 9])
+def test_a_row_without_a_known_character_is_left_out_and_counted_once(
+    chunk, encode, columns, texts, index, first, monkeypatch
+):
+    monkeypatch.setattr(batches, "CHUNK", chunk)
+    lengths = {"prompt_length": 2} | ({} if len(columns) == 1 else {"response_length": 4})
+    notes = []
+    arrays, counts = encode(
+        rows(*texts, columns=columns), TOKENIZER, **lengths, source="here", skip_bad=True, notes=notes
+    )
+    assert arrays["index_N"].tolist() == index
+    assert all(len(array) == len(index) for array in arrays.values())
+    assert {name for name, count in counts.items() if count} == {"rows"}
+    assert len(notes) == 1 and notes[0].startswith(f"here: 2 rows skipped; the first: {first}: text with no known char")
+    with pytest.raises(InputError, match=f"^here: {first}: text with no known characters"):
+        encode(rows(*texts, columns=columns), TOKENIZER, **lengths, source="here")
+
+
+def test_rows_that_are_all_bad_are_an_error():
+    with pytest.raises(
+        InputError, match="^here: row 1: prompt: text with no known .*; and no other of the 2 prompts can"
+    ):
+        batches.encode_prompts(
+            [{"prompt": "x"}, {"prompt": "y"}], TOKENIZER, prompt_length=2, source="here", skip_bad=True
+        )
+    with pytest.raises(InputError, match="label of less than 4 tokens, but .* cannot be encoded: here: row 1: label: "):
+        batches.encode_sft(
+            rows(("a", "x")), TOKENIZER, prompt_length=2, response_length=4, source="here", skip_bad=True
+        )
+
+
+@pytest.mark.parametrize("cut", ["left", "right", "skip"])
+def test_prompts_that_are_mostly_too_long_are_noted_with_the_length_that_holds_most(cut):
+    """Of 20 prompts of 1 to 20 tokens, 95% have at most 19."""
+    texts = [{"prompt": "a" * (i + 1)} for i in range(20)]
+    for length, noted in ((10, False), (9, True)):
+        notes = []
+        batches.encode_prompts(texts, TOKENIZER, prompt_length=length, cut=cut, source="here", notes=notes)
+        expected = "here: 11 of 20 prompts have more than 9 tokens; a prompt_length of 19 would hold 95% of them"
+        assert notes == [expected] * noted
 
 
 def arrays_of(n):

@@ -7,7 +7,8 @@ import pyarrow
 import pyarrow.parquet
 import pytest
 
-from rlhf_jax.data import corpus
+from rlhf_jax import fields
+from rlhf_jax.data import corpus, files
 from rlhf_jax.errors import InputError
 from rlhf_jax.text import char
 
@@ -46,8 +47,8 @@ def test_a_stream_too_short_for_one_window_is_an_error():
 
 def test_both_kinds_are_split_by_text(tmp_path):
     for kind in corpus.KINDS:
-        (train, held_out), skipped = corpus.load(corpus.Config(kind=kind, made=400), seed=1)
-        assert skipped == [] and len(train) + len(held_out) == 400 and 15 < len(held_out) < 80
+        (train, held_out), notes = corpus.load(corpus.Config(kind=kind, made=400), seed=1)
+        assert notes == [] and len(train) + len(held_out) == 400 and 15 < len(held_out) < 80
         assert not {row["text"] for row in train} & {row["text"] for row in held_out}
 
 
@@ -57,8 +58,60 @@ def test_a_file_is_read_and_what_is_skipped_is_told(tmp_path):
     config = corpus.Config(source="file", path=str(path))
     with pytest.raises(InputError, match=r"data.path: .*t.csv:52: sentiment: expected positive"):
         corpus.load(config, seed=1)
-    (train, held_out), skipped = corpus.load(dataclasses.replace(config, skip_bad=True), seed=1)
-    assert len(train) + len(held_out) == 50 and len(skipped) == 1
+    (train, held_out), notes = corpus.load(dataclasses.replace(config, skip_bad=True), seed=1)
+    assert len(train) + len(held_out) == 50 and len(notes) == 1
+    assert notes[0].startswith(f"data.path: 1 rows skipped; the first: {path}:52: sentiment: expected positive")
+
+
+@pytest.mark.parametrize("kind", corpus.KINDS)
+def test_eos_is_not_written_as_text(kind, tmp_path):
+    """Nor told apart from a story that begins with it."""
+    rows = [{"text": f"<|endoftext|> {i} <|endoftext|>", "label": 1} for i in range(50)]
+    (tmp_path / "rows.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
+    (train, held_out), notes = corpus.load(
+        corpus.Config(kind=kind, source="file", path=str(tmp_path / "rows.jsonl")), 1
+    )
+    assert sorted(row["text"] for row in train + held_out) == sorted(f"<|endoftext|> {i}" for i in range(50))
+    assert notes == ["data.path: 50 texts ended with the name of a special token (<|endoftext|>); it was taken off"]
+
+
+def test_a_tweet_is_not_its_sentiment():
+    with pytest.raises(InputError, match="^columns.sentiment: expected another column than that of data.columns.text"):
+        fields.check(corpus.Config(columns=corpus.Columns(text="label", sentiment="label")))
+
+
+PLACED = [files.Row({"text": text}, f"t.csv:{i}") for i, text in enumerate(("abcd", "❤❤", "b", "cc"), start=2)]
+
+
+@pytest.mark.parametrize("make", [corpus.windows, corpus.openings])
+def test_a_text_without_known_characters_is_named_or_left_out_and_noted(make):
+    expected = "t.csv:3: text: text with no known characters: it begins with '❤'; all its characters are new"
+    with pytest.raises(InputError) as caught:
+        make(PLACED, TOKENIZER, 4)
+    assert str(caught.value) == f"data.path: {expected}"
+    notes = []
+    assert tokens(make(PLACED, TOKENIZER, 4, skip_bad=True, notes=notes)) == tokens(make(TEXTS, TOKENIZER, 4))
+    assert notes == [f"data.path: 1 rows skipped; the first: {expected}"]
+    with pytest.raises(InputError, match="^data.path: t.csv:3: .*; and no other of the 1 texts can be encoded$"):
+        make(PLACED[1:2], TOKENIZER, 4, skip_bad=True)
+
+
+def test_a_row_is_found_by_its_index_where_others_are_left_out():
+    assert corpus.openings(PLACED, TOKENIZER, 4, skip_bad=True)["index_N"].tolist() == [0, 2, 3]
+
+
+def test_pairs_that_are_cut_to_the_same_are_left_out_and_noted():
+    texts = [("abcd", "abcc"), ("b", "cc"), ("a", "❤"), ("cc", "cc")]
+    rows, notes = [{"chosen": chosen, "rejected": rejected} for chosen, rejected in texts], []
+    arrays = corpus.pairs(rows, TOKENIZER, 4, skip_bad=True, notes=notes)
+    assert arrays["index_N"].tolist() == [1]
+    assert (arrays["chosen_NR"].tolist(), arrays["rejected_NR"].tolist()) == ([[1, 5, 6]], [[2, 2, 5]])
+    assert [note.split(";")[0] for note in notes] == [
+        "data.path: 1 rows skipped",
+        "preferences: 2 pairs skipped, whose first 3 tokens are the same",
+    ]
+    with pytest.raises(InputError, match="^data.length: expected chosen and rejected that differ"):
+        corpus.pairs(rows[:1], TOKENIZER, 4)
 
 
 def test_too_few_texts_to_hold_any_out_are_an_error(tmp_path):
@@ -88,9 +141,9 @@ def published(hub_server, tmp_path):
 
 
 def test_the_published_tweets(published):
-    (train, held_out), skipped = corpus.load(published, seed=1)
+    (train, held_out), notes = corpus.load(published, seed=1)
     expected = [{"text": f"tweet {i}", "sentiment": MOODS[i % 3]} for i in range(60)]
-    assert sorted(train + held_out, key=str) == sorted(expected, key=str) and skipped == []
+    assert sorted(train + held_out, key=str) == sorted(expected, key=str) and notes == []
     numbers = dataclasses.replace(published, columns=corpus.Columns(sentiment="label"))
     assert corpus.load(numbers, seed=1) == ((train, held_out), [])
 
@@ -113,5 +166,7 @@ def test_another_set_is_named_in_the_path_and_its_errors_name_it(published, hub_
     config = dataclasses.replace(config, columns=corpus.Columns(text="tweet"))
     with pytest.raises(InputError, match=r"^data.path: who/what/train:4: label: expected positive, .*; got 3$"):
         corpus.load(config, seed=1)
-    (train, held_out), skipped = corpus.load(dataclasses.replace(config, skip_bad=True), seed=1)
-    assert (len(train + held_out), len(skipped)) == (45, 15)
+    (train, held_out), notes = corpus.load(dataclasses.replace(config, skip_bad=True), seed=1)
+    assert len(train + held_out) == 45 and notes[0].startswith(
+        "data.path: 15 rows skipped; the first: who/what/train:4"
+    )

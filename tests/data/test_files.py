@@ -221,6 +221,50 @@ def test_a_name_that_stands_twice_in_parquet(tmp_path):
     assert error(tmp_path / "a.parquet", ("prompt",)) == ": expected one column 'label', got 2"
 
 
+@pytest.mark.parametrize(("name", "content"), [("a.jsonl", "{}\n"), ("a.json", "[{}]")])
+@pytest.mark.parametrize("depth", [99, 101, 100_000])
+def test_json_has_levels_that_can_be_walked_through(depth, name, content, tmp_path):
+    """A parser that calls itself would end in a RecursionError, and so would what reads the value later."""
+    nested = "[" * (depth - 1 - name.endswith("json")) + "]" * (depth - 1 - name.endswith("json"))
+    (tmp_path / name).write_text(content.replace("{}", f'{{"prompt": "a", "x": {nested}}}'))
+    if depth == 99:
+        assert files.read(tmp_path / name, ("prompt",)) == [{"prompt": "a"}]
+    else:
+        assert error(tmp_path / name, ("prompt",)).endswith(" (more than 100 levels deep)")
+
+
+@pytest.mark.parametrize(
+    ("name", "content"),
+    [
+        (
+            "a.jsonl",
+            '{"prompt": "a"}\n{"label": "b"}\n{"prompt": \n[]\n{"prompt": "b", "prompt": "c"}\n{"prompt": "d"}\n',
+        ),
+        ("a.json", '[{"prompt": "a"}, {"label": "b"}, 3, [], null, {"prompt": "d"}]'),
+        ("a.csv", 'prompt,label\na,b\n1\n"1\n2",\n,\n1,2,3\nd,e\n'),
+    ],
+)
+def test_bad_rows_of_every_kind_can_be_skipped(name, content, tmp_path):
+    (tmp_path / name).write_text(content)
+    skipped = []
+    prompts = [row["prompt"] for row in files.read(tmp_path / name, ("prompt",), skipped)]
+    assert [prompt for prompt in prompts if prompt != "1\n2"] == ["a", "d"] and 3 <= len(skipped) <= 4
+    error(tmp_path / name, ("prompt",))
+
+
+def test_where_all_rows_are_skipped_the_first_reason_is_told(tmp_path):
+    (tmp_path / "a.jsonl").write_text('{"prompt": "a"}\n{"prompt": "b"}\n')
+    with pytest.raises(InputError) as caught:
+        files.read(tmp_path / "a.jsonl", ("label",), [])
+    why = f"the first of 2 that were left out: {tmp_path}/a.jsonl:1: expected a column 'label', there is 'prompt'"
+    assert str(caught.value) == f"{tmp_path}/a.jsonl: expected at least one row, got none; {why}"
+
+
+def test_of_many_columns_the_first_are_named(path):
+    write(path, [{f"c{i}": "a" for i in range(40)}])
+    assert error(path, ("prompt",)).endswith("there is 'id', 'c0', 'c1', 'c2', 'c3' and 36 more")
+
+
 def test_a_long_text_is_read(path):
     rows = [{"prompt": "x" * 200_000, "label": "y"}]
     assert files.read(write(path, rows), COLUMNS) == rows

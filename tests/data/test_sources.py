@@ -8,9 +8,11 @@ import pyarrow
 import pyarrow.parquet
 import pytest
 
+from rlhf_jax import fields
 from rlhf_jax.data import sources
 from rlhf_jax.data.tldr import format_query
 from rlhf_jax.errors import InputError
+from tests.support import write_rows
 
 
 def parquet(rows):
@@ -66,10 +68,10 @@ def error(kind, config):
 
 
 def test_columns_are_renamed_and_a_share_is_held_out(config):
-    (train, held_out), skipped = sources.load("sft", config, seed=1)
+    (train, held_out), notes = sources.load("sft", config, seed=1)
     wanted = [{"prompt": row["prompt"], "label": row["completion"]} for row in TLDR["train"]]
     assert sorted(train + held_out, key=str) == sorted(wanted, key=str)
-    assert train and held_out and skipped == []
+    assert train and held_out and notes == []
 
 
 def test_prompts_are_those_of_the_sft_rows_or_a_set_of_their_own(config):
@@ -113,9 +115,87 @@ def test_rows_without_text_are_named_or_skipped_and_told(config, hub_server):
     config = dataclasses.replace(config, sft="who/what")
     expected = "who/what/train:21: label: expected text, got an empty one"
     assert error("sft", config) == f"data.sft: {expected}"
-    sides, skipped = sources.load("sft", dataclasses.replace(config, skip_bad=True), seed=1)
-    assert skipped == [expected, "who/what/train:22: label: expected text, got NoneType"]
+    sides, notes = sources.load("sft", dataclasses.replace(config, skip_bad=True), seed=1)
+    assert notes == [f"data.sft: 2 rows skipped; the first: {expected}"]
     assert sum(map(len, sides)) == 20
+
+
+NAMED = ["two<|endoftext|>", " two <|endoftext|>\n", "two<|endoftext|>[PAD][PAD]", "two[PAD]"]
+
+
+@pytest.mark.parametrize("suffix", [".jsonl", ".json", ".csv", ".parquet", "hub"])
+def test_the_name_of_a_special_token_at_the_end_of_an_answer_is_taken_off_and_counted(
+    suffix, config, hub_server, tmp_path
+):
+    """The published rows of TL;DR that are preprocessed end so. In a prompt, and within a text, it is text."""
+    rows = [
+        {"query": f"one {i}<|endoftext|>", "a": f"{i} {text}", "b": f"{i} [PAD]?"} for i, text in enumerate(NAMED * 5)
+    ]
+    place = str(tmp_path / f"rows{suffix}")
+    if suffix == "hub":
+        place = "who/what"
+        hub_server.add(place, {"train.parquet": parquet(rows)}, kind="dataset")
+    elif suffix == ".json":
+        (tmp_path / "rows.json").write_text(json.dumps(rows))
+    else:
+        write_rows(tmp_path / f"rows{suffix}", rows)
+    columns = sources.Columns(prompt="query", label="a", chosen="a", rejected="b")
+    config = dataclasses.replace(
+        config, source="hub" if suffix == "hub" else "files", sft=place, preferences=place, columns=columns
+    )
+    for kind, answer in (("sft", "label"), ("preferences", "chosen"), ("prompts", "label")):
+        (train, held_out), notes = sources.load(kind, config, seed=1)
+        found = {row["prompt"]: row[answer].split() for row in train + held_out}
+        assert found == {f"one {i}<|endoftext|>": [str(i), "two"] for i in range(20)}
+        assert kind != "preferences" or all(row["rejected"].endswith(" [PAD]?") for row in train)
+        field = kind.replace("prompts", "sft")
+        names = "the name of a special token (<|endoftext|>, [PAD])"
+        assert notes == [f"data.{field}: 20 texts ended with {names}; it was taken off"]
+
+
+def test_an_answer_that_is_nothing_else_is_no_text(config, tmp_path):
+    rows = [{"prompt": f"{i}", "label": "a" if i else "<|endoftext|>"} for i in range(20)]
+    path = write_rows(tmp_path / "rows.jsonl", rows)
+    config = sources.Config(source="files", sft=path, held_out=0.3)
+    assert error("sft", config) == f"data.sft: {path}:1: label: expected text, got an empty one"
+    sides, _ = sources.load("sft", dataclasses.replace(config, skip_bad=True), seed=1)
+    assert sum(map(len, sides)) == 19
+
+
+@pytest.mark.parametrize(
+    ("kind", "row", "columns"),
+    [
+        ("sft", {"prompt": "a {}", "label": " a {}\n"}, "prompt and label"),
+        ("preferences", {"prompt": "a {}", "chosen": "{}", "rejected": "{}<|endoftext|>"}, "chosen and rejected"),
+        ("preferences", {"prompt": "{}", "chosen": "{}", "rejected": "b"}, "prompt and chosen"),
+    ],
+)
+def test_columns_that_hold_the_same_are_refused(kind, row, columns, tmp_path):
+    """If one row differs, they are not the same."""
+    rows = [{name: text.format(i) for name, text in row.items()} for i in range(9)]
+    path = write_rows(tmp_path / "rows.jsonl", rows)
+    config = sources.Config(source="files", held_out=0.3, **{kind: path})
+    expected = f"data.{kind}: {path}: expected {columns} that differ, got the same text in all 9 rows"
+    assert error(kind, config) == expected
+    write_rows(tmp_path / "rows.jsonl", [*rows, {name: name for name in row}])
+    sources.load(kind, config, seed=1)
+
+
+@pytest.mark.parametrize(
+    ("columns", "message"),
+    [
+        ({"label": "prompt"}, "label: expected another column than that of data.columns.prompt, got 'prompt'"),
+        ({"rejected": "text", "chosen": "text"}, "rejected: expected another column than that of data.columns.chosen"),
+        ({"chosen": "label"}, ""),  # of other rows: chosen texts can be learned from, too
+    ],
+)
+def test_a_column_is_not_named_twice(columns, message):
+    config = sources.Config(columns=sources.Columns(**columns))
+    if message:
+        with pytest.raises(InputError, match=f"^columns.{message}"):
+            fields.check(config)
+    else:
+        fields.check(config)
 
 
 def test_a_choice_out_of_range_is_named(config, hub_server):

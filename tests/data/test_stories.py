@@ -1,3 +1,4 @@
+import os
 import re
 
 import pytest
@@ -26,6 +27,23 @@ def test_stories_stand_between_separators(tmp_path):
     path = tmp_path / "s.txt"
     path.write_text("One day.\nIt rained.\n<|endoftext|>\nTwo.<|endoftext|>\n\n")
     assert read(path) == [{"text": "One day.\nIt rained."}, {"text": "Two."}]
+
+
+def test_a_text_without_separators_is_no_stories(tmp_path):
+    """One story could be neither learned from nor held out; a byte order mark is no part of the first."""
+    path = tmp_path / "s.txt"
+    path.write_text("One day it rained. " * 99)
+    with pytest.raises(InputError) as caught:
+        read(path)
+    assert str(caught.value) == f"{path}: expected <|endoftext|> between the stories, got one text without it"
+    path.write_text("\ufeffOne.<|endoftext|>")
+    assert read(path) == [{"text": "One."}]
+
+
+def test_a_pipe_is_refused_rather_than_waited_for(tmp_path):
+    os.mkfifo(tmp_path / "s.txt")
+    with pytest.raises(InputError, match="s.txt: expected a file, got a pipe or a device"):
+        read(tmp_path / "s.txt")
 
 
 def test_an_empty_story_is_named_or_skipped_and_counted(tmp_path):

@@ -216,6 +216,63 @@ def test_every_problem_is_in_one_line(gpt2_arrays):
     }
 
 
+@pytest.mark.parametrize(
+    "wrapped", ["_orig_mod.{}", "module.{}", "_orig_mod.module.{}", "model.{}", "module._orig_mod.model.{}"]
+)
+def test_names_of_wrappers_are_read_through(wrapped, arrays, params, config):
+    """As torch.compile, DistributedDataParallel and trainers write them; also around a layer, and without a head."""
+    assert_same_tree(hf.from_hf({wrapped.format(name): x for name, x in arrays.items()}, config), params)
+    layers = {name.replace(".0.", ".0._orig_mod.").replace(".mlp.", ".mlp.module."): x for name, x in arrays.items()}
+    assert layers.keys() != arrays.keys()
+    assert_same_tree(hf.from_hf(layers, config), params)
+    ours = scalar(config, bias=0)
+    scores = {wrapped.format(name): x for name, x in hf.scalar_to_hf(ours, config).items()}
+    assert_same_tree(hf.scalar_from_hf(scores, config), ours)
+
+
+def test_an_array_with_and_without_a_wrapper_is_refused(gpt2_arrays):
+    again = {"module.transformer.wte.weight": gpt2_arrays["transformer.wte.weight"]}
+    expected = "transformer.wte.weight and module.transformer.wte.weight: expected one array of this name"
+    assert error(hf.from_hf, gpt2_arrays | again, GPT2) == expected
+
+
+@pytest.mark.parametrize("value", [np.nan, np.inf, -np.inf, 1e300])
+def test_a_number_that_is_not_finite_is_named_by_its_array(value, arrays, config):
+    """A float64 too large for float32, too. Large numbers whose sum would overflow are fine."""
+    name = next(name for name in arrays if name.endswith(("c_fc.weight", "h_to_4h.weight")))
+    arrays[name] = np.array(arrays[name], np.float64)
+    arrays[name][2, 3] = value
+    model = "gpt_neox" if config is NEOX else "gpt2"
+    expected = "expected finite numbers (float32), got 1 of 100 that are not"
+    assert error(hf.from_hf, arrays, config) == f"{model} checkpoint: {name}: {expected}"
+    arrays[name][:] = 3e38
+    hf.from_hf(arrays, config)
+
+
+def test_a_tied_table_with_nan_is_not_called_untied(gpt2_arrays):
+    table = np.full_like(gpt2_arrays["transformer.wte.weight"], np.nan)
+    gpt2_arrays |= {"transformer.wte.weight": table[:-1], "lm_head.weight": table[:-1].copy()}
+    message = "gpt2 checkpoint: transformer.wte.weight: expected finite numbers (float32), got 55 of 55 that are not"
+    assert error(hf.from_hf, gpt2_arrays, GPT2) == message
+
+
+def test_of_many_problems_five_of_each_kind_are_listed(gpt2_arrays):
+    others = {f"other.{i}": np.zeros(1) for i in range(8)}
+    message = error(hf.from_hf, others, GPT2)
+    assert message.count(" is missing") == message.count(" is unexpected") == 5
+    assert " is missing and 11 more; other.0 is unexpected; " in message
+    assert message.endswith("other.4 is unexpected and 3 more")
+
+
+@pytest.mark.parametrize("place", ["file/model", "file/more/model"])
+def test_a_folder_that_cannot_be_made_is_refused(place, tmp_path):
+    (tmp_path / "file").touch()
+    message = error(hf.check_folder, tmp_path / place)
+    assert message == f"{tmp_path / place}: cannot be written ({tmp_path}/file is not a folder)"
+    hf.check_folder(tmp_path / "new" / "model")
+    assert [path.name for path in tmp_path.iterdir()] == ["file"]
+
+
 def test_another_architecture_is_refused(gpt2_arrays):
     message = error(hf.from_hf, gpt2_arrays, NEOX)
     assert "layers.0.attention.dense.bias is missing" in message

@@ -113,11 +113,16 @@ def test_a_reader_does_not_see_the_line_being_written(tmp_path):
     assert metrics.read(path) == [{"step": 1, "time": 0.1}]
 
 
-@pytest.mark.parametrize("bad", ["{", "[1]", '{"step": 1}', "\0\0"])
+@pytest.mark.parametrize(
+    "bad",
+    ["{", "[1]", '{"step": 1}', "\0\0", "[" * 9_999, '{"step": "1", "time": 1}', '{"step": 1, "time": 1, "x": []}'],
+)
 def test_a_damaged_line_is_named(tmp_path, bad):
     path = tmp_path / "metrics.jsonl"
     path.write_text('{"step": 1, "time": 0.1}\n' + bad + "\n")
-    with pytest.raises(InputError, match=r"metrics\.jsonl line 2: expected a JSON object"):
+    with pytest.raises(
+        InputError, match=r"metrics\.jsonl line 2: expected a JSON object of numbers .*; remove the line$"
+    ):
         metrics.read(path)
     with pytest.raises(InputError, match="line 2"):
         metrics.Writer(tmp_path, resume_step=1)
@@ -126,6 +131,8 @@ def test_a_damaged_line_is_named(tmp_path, bad):
 def test_a_missing_file_is_named(tmp_path):
     with pytest.raises(InputError, match="nothing.jsonl: expected a metrics file"):
         metrics.read(tmp_path / "nothing.jsonl")
+    with pytest.raises(InputError, match=": expected a metrics file, found something else; remove it$"):
+        metrics.read(tmp_path)
 
 
 def test_a_workdir_that_cannot_be_written_is_named(tmp_path):

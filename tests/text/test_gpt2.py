@@ -57,7 +57,7 @@ def test_missing_files_are_named(tmp_path):
         ("[]", "encoder.json: expected a JSON object of token -> id"),
         ('{"a": "0"}', "encoder.json: expected a JSON object of token -> id"),
         ('{"a": 0, "b": 2}', "encoder.json: expected each of the ids 0 to 1 once"),
-        ('{"a": 0, "b": 1}', "encoder.json does not fit vocab.bpe: tokens: expected the 260"),
+        ('{"a": 0, "b": 1}', "encoder.json does not fit vocab.bpe: special: expected <|endoftext|>"),
     ],
 )
 def test_a_bad_vocabulary_is_named(tmp_path, vocabulary, message):
@@ -85,6 +85,96 @@ def test_a_tokenizer_json_comes_first_and_may_be_named_itself(folder):
     wanted = bpe.train(["ab ab"], 300)
     hf.export(wanted, folder)
     assert gpt2.from_files(folder) == gpt2.from_files(folder / "tokenizer.json") == wanted
+
+
+# What transformers writes beside a vocabulary
+
+
+def beside(folder, **files):
+    for name, record in files.items():
+        (folder / f"{name}.json").write_text(json.dumps(record))
+    return folder
+
+
+SPECIAL = {"pad_token": "[PAD]", "eos_token": {"content": "<|endoftext|>", "lstrip": False}}
+
+
+@pytest.mark.parametrize(
+    "files",
+    [
+        {"added_tokens": {"[PAD]": 260, "<user>": 261}, "special_tokens_map": SPECIAL},
+        {"added_tokens": {"[PAD]": 260, "<user>": 261}, "tokenizer_config": SPECIAL},
+        {
+            "tokenizer_config": {
+                "add_prefix_space": False,
+                "added_tokens_decoder": {
+                    "257": {"content": "<|endoftext|>", "special": True},
+                    "260": {"content": "[PAD]", "special": True, "lstrip": True},
+                    "261": {"content": "<user>", "special": False, "lstrip": False},
+                },
+            }
+        },
+    ],
+)
+def test_added_tokens_are_read(files, folder):
+    """A special one is no text; another one is found whole."""
+    tokenizer = gpt2.from_files(beside(folder, **files))
+    assert (tokenizer.eos_id, tokenizer.pad_id, tokenizer.vocab_size) == (257, 260, 262)
+    assert tokenizer.encode("hel<user> hel") == [258, 261, 259] and tokenizer.decode([258, 261, 259]) == "hel<user> hel"
+    assert not {257, 260} & set(tokenizer.encode("[PAD]<|endoftext|>"))
+    hf.export(tokenizer, folder / "again")
+    assert gpt2.from_files(folder / "again") == tokenizer
+
+
+def test_an_added_token_is_plain_text_unless_it_is_said_to_be_special(folder):
+    tokenizer = gpt2.from_files(beside(folder, added_tokens={"[PAD]": 260}))
+    assert tokenizer.encode("[PAD]") == [260] and tokenizer.pad_id == 261
+
+
+def test_a_special_token_may_be_in_the_vocabulary(tmp_path):
+    ids = {token: i for i, token in enumerate([*TOKENS, "[PAD]"])}
+    (tmp_path / "vocab.json").write_text(json.dumps(ids))
+    (tmp_path / "merges.txt").write_text(MERGES, encoding="utf-8")
+    tokenizer = gpt2.from_files(beside(tmp_path, special_tokens_map={"pad_token": "[PAD]"}))
+    assert tokenizer.pad_id == 260 == tokenizer.vocab_size - 1
+
+
+@pytest.mark.parametrize(
+    ("files", "message"),
+    [
+        (
+            {"tokenizer_config": {"add_prefix_space": True}},
+            "/tokenizer_config.json: add_prefix_space: expected false, got True",
+        ),
+        ({"added_tokens": {"<a>": 270}}, "model.vocab and added_tokens: expected each of the ids 0 to 260 once"),
+        ({"added_tokens": {"he": 3}}, "model.vocab and added_tokens: expected each of the ids"),
+        ({"added_tokens": {"<a>": "260"}}, "model.vocab and added_tokens: expected each of the ids"),
+        ({"added_tokens": ["<a>"]}, "/added_tokens.json: expected a JSON object (got list)"),
+        ({"tokenizer_config": {"added_tokens_decoder": ["<a>"]}}, "/tokenizer_config.json: added_tokens_decoder: "),
+        ({"tokenizer_config": {"added_tokens_decoder": {"x": {"content": "<a>"}}}}, "added_tokens_decoder: expected"),
+        (
+            {"tokenizer_config": {"added_tokens_decoder": {"260": {"content": "<a>", "lstrip": True}}}},
+            "added_tokens: '<a>': lstrip: expected none or false",
+        ),
+    ],
+)
+def test_what_is_not_read_right_is_refused_in_one_short_line(files, message, folder):
+    told = support.error(gpt2.from_files, beside(folder, **files))
+    assert message in told and len(told) < 250
+
+
+def test_a_tokenizer_json_must_have_the_added_tokens(tmp_path):
+    hf.export(bpe.train(["ab ab"], 300), tmp_path)
+    tokenizer = gpt2.from_files(tmp_path)
+    gpt2.from_files(beside(tmp_path, added_tokens={"<|pad|>": tokenizer.pad_id}))
+    beside(tmp_path, added_tokens={"<|pad|>": tokenizer.pad_id} | {f"<{i}>": 900 + i for i in range(7)})
+    expected = (
+        "expected the added tokens of added_tokens.json with their ids: '<0>', '<1>', '<2>', '<3>', '<4>' and 2 more"
+    )
+    told = support.error(gpt2.from_files, tmp_path)
+    assert told.startswith(
+        f"{tmp_path}/tokenizer.json: expected the added tokens of added_tokens.json"
+    ) and told.endswith(expected.split(" with ")[1])
 
 
 def check(tokenizer, rows):
