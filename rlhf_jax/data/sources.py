@@ -6,7 +6,7 @@ from pathlib import Path
 
 from rlhf_jax.data import batches, cache, comparisons, files, hub
 from rlhf_jax.errors import InputError
-from rlhf_jax.fields import choice, neutral, number
+from rlhf_jax.fields import choice, neutral, number, path
 
 COLUMNS = {"sft": ("prompt", "label"), "preferences": ("prompt", "chosen", "rejected"), "prompts": ("prompt",)}
 
@@ -15,10 +15,10 @@ COLUMNS = {"sft": ("prompt", "label"), "preferences": ("prompt", "chosen", "reje
 class Columns:
     """What our columns are called in the files or on the hub."""
 
-    prompt: str = "prompt"
-    label: str = "label"
-    chosen: str = "chosen"
-    rejected: str = "rejected"
+    prompt: str = "prompt"  # the column of the prompts
+    label: str = "label"  # the column of the reference completions, for fine-tuning
+    chosen: str = "chosen"  # the column of the better completions
+    rejected: str = "rejected"  # the column of the worse completions
 
 
 @dataclasses.dataclass(frozen=True)
@@ -27,15 +27,15 @@ class Config:
 
     # world: generated here; files: the paths below; hub: data sets, as OWNER/NAME/SUBSET@REVISION
     source: str = choice("world", "world", "files", "hub")
-    sft: str = ""  # rows {"prompt", "label"}: JSONL, CSV or Parquet, by suffix
-    preferences: str = ""  # rows {"prompt", "chosen", "rejected"}, or OpenAI's comparisons
-    prompts: str = ""  # rows {"prompt"}; empty: the prompts of the SFT rows
+    sft: str = path()  # rows {"prompt", "label"}: JSONL, CSV or Parquet, by suffix
+    preferences: str = path()  # rows {"prompt", "chosen", "rejected"}, or OpenAI's comparisons
+    prompts: str = path()  # rows {"prompt"}; empty: the prompts of the SFT rows
     columns: Columns = Columns()
     split: str = "train"  # of the sets on the hub
     held_out_split: str = ""  # the one kept for evaluation; empty: a share of the prompts, as of files
     held_out: float = number(0.1, above=0, below=1)  # share of a file's prompts held out for evaluation
     skip_bad: bool = False  # leave out rows without text, and say how many
-    world_seed: int = number(0, least=0, most=2**32 - 1)
+    world_seed: int = number(0, least=0, most=2**32 - 1)  # of the rows that are generated
     world_sft: int = number(16_000, least=1)  # rows to generate
     world_preferences: int = number(8_000, least=1)  # rows to generate
     world_prompts: int = number(8_000, least=1)  # rows to generate
@@ -53,6 +53,25 @@ class Config:
         """Checks beyond ranges."""
         if not self.split:
             yield "split", "the name of one"
+
+    def unused(self):
+        """Fields without effect, and why."""
+        why = f"source is {self.source}"
+        if self.source == "world":
+            for name in ("sft", "preferences", "prompts"):
+                yield name, f"{why} (--config=...:files or --config.data.source=files reads files)"
+            for name in ("columns", "skip_bad", "held_out"):
+                yield name, why
+        else:
+            for name in ("world_seed", "world_sft", "world_preferences", "world_prompts", "world_held_out"):
+                yield name, why
+        if self.source != "hub":
+            yield "split", why
+            yield "held_out_split", why
+        elif self.held_out_split:
+            yield "held_out", "held_out_split is given"
+        if self.source == "files":
+            yield "cache", why
 
 
 def load(kind, config, seed):

@@ -17,7 +17,7 @@ import jax
 import jax.numpy as jnp
 
 from rlhf_jax.errors import InputError
-from rlhf_jax.fields import choice, neutral, number
+from rlhf_jax.fields import choice, neutral, number, path
 from rlhf_jax.models import rotary
 from rlhf_jax.ops import attention
 
@@ -26,8 +26,8 @@ from rlhf_jax.ops import attention
 class Config:
     """Sizes of a GPT-2, and the choices in which a GPT-NeoX differs. heads * head_size need not equal the width."""
 
-    layers: int = number(12, least=1)
-    heads: int = number(12, least=1)
+    layers: int = number(12, least=1)  # blocks of attention and feed-forward
+    heads: int = number(12, least=1)  # of attention, a block
     head_size: int = number(64, least=1)  # entries
     width: int = number(768, least=1)  # entries of the residual stream
     context: int = number(1024, least=1)  # most tokens of a sequence, prompt and response together
@@ -47,13 +47,22 @@ class Config:
     remat: bool = neutral(False)  # recompute layers in the backward pass: less memory (not on a CPU), a third more work
     # Weights to start from: a model.safetensors, a folder of transformers, or NAME or NAME@REVISION on the hub; empty:
     # random.
-    init: str = ""
+    init: str = path()
 
     def problems(self):
         """Checks that concern several fields."""
         entries = int(self.head_size * self.rotary_share)
         if self.rotary_share and (entries < 2 or entries % 2):
             yield "rotary_share", f"0, or a share of head_size = {self.head_size} that is an even number of entries"
+
+    def unused(self):
+        """Fields without effect, and why."""
+        if not self.rotary_share:
+            yield "rotary_base", "rotary_share is 0, and positions are learned"
+        if self.init:
+            yield "init_std", "init is given, and no weight is random"
+        if self.fused and self.dtype != "bfloat16":
+            yield "fused", "it needs dtype bfloat16"
 
     @property
     def rotary_planes(self):
