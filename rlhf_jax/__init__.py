@@ -35,8 +35,7 @@ always the last R columns. Entry i of a `_BR` array belongs to response token i;
 *before* it. `mask_BR` is 1 on response tokens, EOS included, and 0 after.
 """
 
-import importlib
-from typing import TYPE_CHECKING
+TYPE_CHECKING = False  # type checkers take it as True; importing the name would cost a command milliseconds
 
 if TYPE_CHECKING:
     from rlhf_jax.pretrained import load
@@ -57,6 +56,8 @@ def __getattr__(name: str):
         except metadata.PackageNotFoundError:
             return "0+unknown"  # a clone on the path that is not installed
     if name in _HOME:
+        import importlib
+
         return getattr(importlib.import_module(_HOME[name]), name)
     raise AttributeError(f"module {__name__!r} has no attribute {name!r}")
 

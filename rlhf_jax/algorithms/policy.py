@@ -39,7 +39,7 @@ class Config(optim.Config):
     gamma: float = number(1.0, least=0, most=1)  # discount of rewards, per token
     missing_eos: str = choice("replace", "replace", "subtract")  # for a response without EOS; see missing_eos_penalty
     missing_eos_penalty: float = number(1.0, least=0)  # replace: the score becomes -penalty; subtract: score - penalty
-    whiten_advantages: bool = True
+    whiten_advantages: bool = True  # scale the advantages of a rollout to mean 0, variance 1
     trace_epochs: bool = neutral(False)  # log approx KL and clip fraction after each epoch too
     eval_every: int = number(50, least=0)  # rollouts between evaluations; 0: only at the end
     save_every: int = number(100, least=0, neutral=True)  # rollouts between checkpoints; 0: only at the end
@@ -57,6 +57,15 @@ class Config(optim.Config):
         limit = kl.LARGEST_ERROR * self.batch
         if self.kl_target and self.kl_horizon <= limit:
             yield "kl_horizon", f"more than {kl.LARGEST_ERROR:g} batch = {limit:g}, to keep kl_coef positive"
+
+    def unused(self):
+        """Fields without effect, and why."""
+        yield from super().unused()
+        if not self.kl_target:
+            yield "kl_horizon", "kl_target is 0"
+        elif not self.kl_coef:
+            yield "kl_target", "kl_coef is 0, and only scaled by this"
+            yield "kl_horizon", "kl_coef is 0"
 
     @property
     def updates(self):

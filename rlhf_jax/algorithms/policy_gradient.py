@@ -38,9 +38,17 @@ class Config(policy.Config):
     reward_to_go: bool = True
     # Subtracted from the returns. mean: the batch's mean return; leave_one_out: the mean return of the other rows.
     baseline: str = choice("leave_one_out", "none", "mean", "leave_one_out")
-    whiten_advantages: bool = False
+    whiten_advantages: bool = False  # scale the advantages of a rollout to mean 0, variance 1
     eval_every: int = number(10, least=0)  # rollouts between evaluations; 0: only at the end
     save_every: int = number(50, least=0, neutral=True)  # rollouts between checkpoints; 0: only at the end
+
+    def unused(self):
+        """Fields without effect, and why."""
+        yield from super().unused()
+        if self.epochs == 1:
+            yield "importance", "epochs is 1"
+        if not self.reward_to_go:
+            yield "gamma", "reward_to_go is False"
 
 
 def baseline(returns_B, kind):

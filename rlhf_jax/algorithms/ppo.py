@@ -28,7 +28,15 @@ class Config(policy.Config):
     # auto: reward where there is a reward model, else zero; reward: trunk and head of the reward model;
     # zero: the policy's trunk under a zero head
     value_init: str = choice("auto", "auto", "reward", "zero")
-    whiten_rewards: bool = False
+    whiten_rewards: bool = False  # scale the token rewards of a rollout to variance 1; their mean stays
+
+    def unused(self):
+        """Fields without effect, and why."""
+        yield from super().unused()
+        if self.epochs * self.minibatches == 1:
+            why = "a rollout has one optimizer step (epochs x minibatches), before which nothing has moved"
+            yield "clip", why
+            yield "value_clip", why
 
 
 def estimate(rollout, kl_coef, *, config):

@@ -40,6 +40,7 @@ def fit(stage, workdir, *, depends=None, config=None, keep=KEEP, reporter=None, 
     workdir.open(stage.name, depends)
     with contextlib.ExitStack() as stack:
         stop = stop or stack.enter_context(loop.stop_signal())
+        stack.enter_context(stop.at_once())  # but the loop takes a signal after its step (stop.later)
         state, evaluation, numbers = _train(stage, workdir, config or depends, keep, reporter, stop)
     summary = _finish(stage, workdir, state, evaluation, numbers, began, reporter, depends.get("seed"))
     return Fitted(state, summary)
@@ -129,7 +130,10 @@ class _Incidents:
             self._reporter.note(f"{what}; skipped, {skipped} of at most {limits.limit}; kept in {folder}")
             return
         why = f"; guard.limit: expected at most {limits.limit} such updates" if self.waits else ""
-        raise guard.NonFinite(f"{what}{why}; python -m rlhf_jax.replay {folder} shows where it begins")
+        again = f"python -m rlhf_jax.replay {folder}"
+        if "task" not in self._config:  # a stage that was made in Python
+            again = f"rlhf_jax.replay.replay({str(folder)!r}, stage=...)"
+        raise guard.NonFinite(f"{what}{why}; {again} shows where it begins")
 
 
 def _began(workdir, name):

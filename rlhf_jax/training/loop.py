@@ -7,6 +7,8 @@ from typing import Any
 
 import numpy as np
 
+from rlhf_jax import command
+from rlhf_jax.errors import STOPPED
 from rlhf_jax.training.guard import NonFinite
 
 AGAIN = "the same command goes on from there"
@@ -17,6 +19,8 @@ class Stopped(BaseException):
 
     Like KeyboardInterrupt it is no Exception: a signal may come anywhere, and no `except Exception` may catch it.
     """
+
+    exit_code = STOPPED
 
 
 def run(stage, state, *, checkpoints, log, reporter, stop, incident, row=None):
@@ -156,9 +160,13 @@ def not_finite(numbers):
 
 
 class Stop:
-    """Whether SIGTERM or SIGINT has come. A second signal ends the program at once; no file is ever incomplete."""
+    """Whether SIGTERM or SIGINT has come. A second one goes to the handler of `before`, and ends the program at once.
 
-    def __init__(self):
+    No file is ever incomplete. before: {signal: its handler}.
+    """
+
+    def __init__(self, before=()):
+        self.before = dict(before)
         self._requested = self._raises = False
 
     def __call__(self):
@@ -166,9 +174,10 @@ class Stop:
 
     def request(self, number, _=None):
         """The handler of the signals."""
+        if self._requested:
+            signal.signal(number, self.before[number])
+            signal.raise_signal(number)
         self._requested = True
-        for each in (signal.SIGTERM, signal.SIGINT):
-            signal.signal(each, signal.SIG_DFL)
         self._check(f"stopped by {signal.Signals(number).name}; {AGAIN}")
 
     def at_once(self):
@@ -197,10 +206,13 @@ class Stop:
 @contextlib.contextmanager
 def stop_signal():
     """Yields a Stop that notes SIGTERM and SIGINT. Restores the previous handlers at the end."""
-    stop = Stop()
-    before = {number: signal.signal(number, stop.request) for number in (signal.SIGTERM, signal.SIGINT)}
+    stop = Stop({number: signal.getsignal(number) for number in command.SIGNALS})
+    command.taken_over = True
     try:
+        for number in stop.before:
+            signal.signal(number, stop.request)
         yield stop
     finally:
-        for number, handler in before.items():
+        for number, handler in stop.before.items():
             signal.signal(number, handler)
+        command.taken_over = stop()  # who has taken a signal ends the program

@@ -26,6 +26,11 @@ class Config:
     adam_eps: float = number(1e-5, above=0, most=1)  # added to the root of the mean squared gradient
     max_grad_norm: float = number(1.0, least=0)  # larger gradients are scaled down to this global norm; 0: never
 
+    def unused(self):
+        """Fields without effect, and why."""
+        if self.schedule == "constant":
+            yield "end_lr", "schedule is constant"
+
 
 def problems(config, *, minibatches=1):
     """(field, what was expected) of the config of a stage."""

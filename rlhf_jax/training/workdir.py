@@ -30,6 +30,8 @@ class Workdir:
 
     def __post_init__(self):
         self.path = Path(self.path).expanduser().absolute()
+        if self.path.exists() and not self.path.is_dir():
+            raise InputError(f"workdir: {self.path}: expected a folder, got a file")
 
     def __truediv__(self, name: str) -> Path:
         return self.path / name
@@ -131,7 +133,7 @@ class Workdir:
             raise InputError(
                 f"workdir: {path}: expected what the stage was made with; remove {folder} to make it again"
             )
-        here = flat(json.loads(json.dumps(depends)))
+        here = flat(json.loads(json.dumps(depends), parse_constant=lambda _: None))  # as NaN is written
         section = depends["section"]
         free = {f"{section}.{field}" for field in MAY_CHANGE}
         # Contents come last: a place that is another one has other contents, too.

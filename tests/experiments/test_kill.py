@@ -65,9 +65,11 @@ for line in sys.stdin:
         with open(log, "ab") as file:
             os.dup2(file.fileno(), 1)
             os.dup2(file.fileno(), 2)
-        sys.argv = argv
-        runpy.run_path(argv[0], run_name="__main__")
-        sys.exit()
+        sys.argv, code = argv, 0
+        try: runpy.run_path(argv[0], run_name="__main__")
+        except SystemExit as error: code = error.code or 0
+        sys.stdout.flush(), sys.stderr.flush()
+        os._exit(code)
     while not (done := os.waitpid(child, os.WNOHANG))[0]:
         now = seen(pattern, kind)
         count -= sum(known.get(path) != size for path, size in now.items())
