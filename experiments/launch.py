@@ -83,11 +83,15 @@ def _message(error, argv):
     return text.replace(f"{InputError.__module__}.{InputError.__name__}: ", "")
 
 
-def _run(task, only, job):
-    # Compiled programs are kept, so a second start takes seconds.
+def keep_compiled():
+    """Keeps compiled programs, so that a second start takes seconds."""
     cache = Path(os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache", "rlhf_jax", "xla")
     jax.config.update("jax_compilation_cache_dir", str(cache))
     jax.config.update("jax_persistent_cache_min_compile_time_secs", 0)
+
+
+def _run(task, only, job):
+    keep_compiled()
     logging.set_verbosity(logging.FATAL)  # Orbax logs every file it touches; its errors are raised as well
     try:
         with loop.stop_signal() as stop, stop.at_once(), Reporter() as reporter:

@@ -1,0 +1,61 @@
+"""Shows a run in the browser: its page, and a playground where the run has weights. Prints one URL on 127.0.0.1.
+
+    python experiments/serve.py --workdir=runs/demo
+    python experiments/serve.py                      # the small run that is in the package
+
+The URL has the token of this launch. Programs send it as a key to the completions API of OpenAI that is under /v1.
+"""
+
+import os
+import secrets
+import sys
+from pathlib import Path
+
+from absl import app, flags, logging
+from launch import WORKDIR, keep_compiled, leave, parser
+
+from rlhf_jax.errors import InputError
+from rlhf_jax.report.console import Reporter
+from rlhf_jax.viz import playground, server
+
+PORT = flags.DEFINE_integer("port", 8000, "Port on 127.0.0.1; 0: any that is free.")
+
+
+def main(_):
+    keep_compiled()
+    logging.set_verbosity(logging.FATAL)  # Orbax logs every file it reads; its errors are raised as well
+    try:
+        with Reporter() as reporter:
+            _serve(reporter)
+    except InputError as error:
+        leave(error)
+    except KeyboardInterrupt:
+        pass
+    sys.stdout.flush()
+    os._exit(0)  # at once: nothing is being written, and the text in progress has no reader
+
+
+def _serve(reporter):
+    run, trace = _open(WORKDIR.value)
+    listener, token = server.listen(PORT.value), secrets.token_urlsafe(16)
+    address = f"http://{server.HOST}:{listener.getsockname()[1]}"
+    reporter.note(f"{address}/?token={token}")
+    if run and run.missing:
+        reporter.note(f"no playground: {run.missing}")
+    elif run:
+        reporter.note(f"OpenAI's clients: base_url={address}/v1 api_key={token}")
+    server.serve(server.app(run, token=token, trace=trace, warm=True), listener)
+
+
+def _open(workdir):
+    """(the run, the folder of its trace); a trace alone has no run. The default is the package's trace."""
+    if not workdir:
+        return None, server.DEMO
+    folder = Path(workdir).expanduser()
+    trace = folder / "trace"
+    alone = (trace / "manifest.json").exists() and not (folder / "config.json").exists()
+    return None if alone else playground.Run(folder), trace
+
+
+if __name__ == "__main__":
+    app.run(main, flags_parser=parser())
