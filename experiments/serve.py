@@ -2,6 +2,8 @@
 
     python experiments/serve.py --workdir=runs/demo
     python experiments/serve.py                      # the small run that is in the package
+    python experiments/serve.py --workdir=runs/demo --export=site            # static files, for any web host
+    python experiments/serve.py --workdir=runs/demo --export-unipo=run.json  # the run in UNIPO's JSON
 
 The URL has the token of this launch. Programs send it as a key to the completions API of OpenAI that is under /v1.
 """
@@ -19,6 +21,10 @@ from rlhf_jax.report.console import Reporter
 from rlhf_jax.viz import playground, server
 
 PORT = flags.DEFINE_integer("port", 8000, "Port on 127.0.0.1; 0: any that is free.")
+EXPORT = flags.DEFINE_string("export", None, "Folder to write the page to as static files, instead of serving it.")
+UNIPO = flags.DEFINE_string(
+    "export-unipo", None, "JSON file to write the run to in UNIPO's schema, instead of serving it."
+)
 
 
 def main(_):
@@ -26,6 +32,9 @@ def main(_):
     logging.set_verbosity(logging.FATAL)  # Orbax logs every file it reads; its errors are raised as well
     try:
         with Reporter() as reporter:
+            if EXPORT.value or UNIPO.value:
+                _export(reporter)
+                return
             _serve(reporter)
     except InputError as error:
         leave(error)
@@ -45,6 +54,15 @@ def _serve(reporter):
     elif run:
         reporter.note(f"OpenAI's clients: base_url={address}/v1 api_key={token}")
     server.serve(server.app(run, token=token, trace=trace, warm=True), listener)
+
+
+def _export(reporter):
+    from rlhf_jax.viz import export
+
+    source = WORKDIR.value or export.demo_folder()
+    for write, out in ((export.static, EXPORT.value), (export.unipo, UNIPO.value)):
+        if out:
+            reporter.note(f"written to {write(source, out)}")
 
 
 def _open(workdir):

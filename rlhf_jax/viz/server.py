@@ -8,10 +8,12 @@ ends its own. Every response forbids scripts, styles and connections that are no
 import asyncio
 import contextlib
 import json
+import logging
 import re
 import secrets
 import socket
 import threading
+import weakref
 from collections.abc import AsyncIterator, Callable, Iterator
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
@@ -102,12 +104,14 @@ class Jobs:
 
     def __init__(self, waiting: int = WAITING):
         self._thread, self._places = ThreadPoolExecutor(1, "job"), threading.BoundedSemaphore(1 + waiting)
+        self._jobs: weakref.WeakSet[Job] = weakref.WeakSet()
 
     def start(self, items: Callable[[], Iterator]) -> Job:
         """Queues the job that yields items()."""
         if not self._places.acquire(blocking=False):
             raise Busy
         job = Job()
+        self._jobs.add(job)
 
         def work():
             try:
@@ -117,6 +121,11 @@ class Jobs:
 
         self._thread.submit(work)
         return job
+
+    def stop(self) -> None:
+        """Ends all jobs, each at its next item."""
+        for job in list(self._jobs):
+            job.stop()
 
 
 class Events(StreamingResponse):
@@ -136,8 +145,8 @@ class Events(StreamingResponse):
 class Guard:
     """Refuses what is not for this server before any route sees it, and adds the headers to every response."""
 
-    def __init__(self, app, token: str):
-        self.app, self.token = app, token
+    def __init__(self, app, token: str, jobs: Jobs):
+        self.app, self.token, self.jobs = app, token, jobs
 
     async def __call__(self, scope, receive, send):
         if scope["type"] != "http":
@@ -238,7 +247,7 @@ def _checked(values: dict, fields: dict[str, type]) -> dict:
     return values
 
 
-def app(run: Run | None, *, token: str, trace: Path | None = None, static: Path = STATIC, warm: bool = False):
+def app(run: Run | None, *, token: str, trace: Path | None = None, static: Path = STATIC, warm: bool = False) -> Guard:
     """The ASGI application. run: the playground's, if there is one; trace: the folder that /trace/ has the files of.
 
     warm: compiles what the first texts need when the server starts.
@@ -357,7 +366,7 @@ def app(run: Run | None, *, token: str, trace: Path | None = None, static: Path 
     handlers: Any = dict.fromkeys((InputError, Busy, ApiError, HTTPException, Exception), _handle)
     inner = Starlette(routes=routes, exception_handlers=handlers, lifespan=lifespan)
     inner.router.redirect_slashes = False
-    return Guard(inner, token)
+    return Guard(inner, token, jobs)
 
 
 async def _lines(job: Job) -> AsyncIterator[str]:
@@ -408,10 +417,23 @@ def listen(port: int) -> socket.socket:
     return listener
 
 
-def serve(application, listener: socket.socket) -> None:
+class _Server(uvicorn.Server):
+    """Stops the jobs when it ends, so that no response waits for the end of a text."""
+
+    def __init__(self, config: uvicorn.Config, jobs: Jobs):
+        super().__init__(config)
+        self._jobs = jobs
+
+    def handle_exit(self, sig, frame):
+        self._jobs.stop()
+        logging.getLogger("uvicorn.error").disabled = True  # a request that is cut short now is no error
+        super().handle_exit(sig, frame)
+
+
+def serve(application: Guard, listener: socket.socket) -> None:
     """Answers requests until SIGINT or SIGTERM, which end it at once."""
     config = uvicorn.Config(
-        application, log_level="error", access_log=False, timeout_graceful_shutdown=0, server_header=False,
+        application, log_level="error", access_log=False, timeout_graceful_shutdown=1, server_header=False,
         h11_max_incomplete_event_size=BODY, lifespan="on",
     )  # fmt: skip
-    uvicorn.Server(config).run(sockets=[listener])
+    _Server(config, application.jobs).run(sockets=[listener])

@@ -1,5 +1,5 @@
-// The playground: both policies of a run write side by side with the same noise. Renders into <section id="playground">
-// where the server has a run; on a static host there is none, and the section stays hidden.
+// The playground: both policies of a run write side by side with the same noise. Fills <section id="playground"> where
+// the server has a run; elsewhere, as on a static host, the section stays hidden.
 
 const LETTERS = ["A", "B"];
 
@@ -259,7 +259,7 @@ class Comparison {
       const cells = [String(i + 1), button, probability(candidate.logp), minus(candidate.logp)];
       return element("tr", {}, ...cells.map((cell) => element("td", {}, cell)));
     });
-    const head = ["", "token", "probability", "log-prob"].map((name) => element("th", { scope: "col" }, name));
+    const head = ["rank", "token", "probability", "log-prob"].map((name) => element("th", { scope: "col" }, name));
     const caption = element("caption", {}, `likeliest, ${side.name}`);
     return element("table", {}, caption, element("thead", {}, element("tr", {}, ...head)), element("tbody", {}, ...rows));
   }
@@ -457,6 +457,9 @@ async function start(section) {
   }
   const info = state.run;
   if (!info) return;
+  if (!document.querySelector('link[href="playground.css"]')) {
+    document.head.append(element("link", { rel: "stylesheet", href: "playground.css" }));
+  }
   section.hidden = false;
   const title = element("h2", {}, "Playground ", element("small", {}, "generate.stream"));
   if (info.missing) {
