@@ -45,10 +45,6 @@ def launch(task, only=None, job=pipeline.run):
             script = f"experiments/{SCRIPTS[theirs]} runs this one"
             raise InputError(f"--config: expected a config whose task is {task}, got one for {theirs}; {script}")
         config, given = read_config()
-        # Compiled programs are kept, so a second start takes seconds.
-        cache = Path(os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache", "rlhf_jax", "xla")
-        jax.config.update("jax_compilation_cache_dir", str(cache))
-        jax.config.update("jax_persistent_cache_min_compile_time_secs", 0)
         if config.deterministic:  # JAX reads it with the first device, in the next line
             os.environ["XLA_FLAGS"] = f"{os.environ.get('XLA_FLAGS', '')} --xla_gpu_deterministic_ops=true"
         sharding.devices()
@@ -58,16 +54,27 @@ def launch(task, only=None, job=pipeline.run):
     start(main, "config", "workdir")
 
 
-def start(main, *required):
-    """Parses the flags, refuses to start without the required ones, and calls main(). Errors are one line."""
+def start(main, *required, optional=()):
+    """Parses the flags, refuses to start without the required ones, and calls main(). Errors are one line.
+
+    required, optional: which of --config and --workdir the command has.
+    """
     command.begin()
 
     def run(_):
         logging.set_verbosity(logging.FATAL)  # Orbax logs every file it touches; its errors are raised as well
+        _keep_compiled()
         with command.errors(f"workdir: {WORKDIR.value}" if "workdir" in required else ""):
             main()
 
-    app.run(run, flags_parser=lambda argv: _parse(argv, required))
+    app.run(run, flags_parser=lambda argv: _parse(argv, required, (*required, *optional)))
+
+
+def _keep_compiled():
+    """Compiled programs are kept, so a second start takes seconds."""
+    cache = Path(os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache", "rlhf_jax", "xla")
+    jax.config.update("jax_compilation_cache_dir", str(cache))
+    jax.config.update("jax_persistent_cache_min_compile_time_secs", 0)
 
 
 def read_config():
@@ -77,7 +84,7 @@ def read_config():
     return config, {name for name, *_ in fields.leaves(config) if f"{name}.".startswith(tuple(f"{g}." for g in given))}
 
 
-def _parse(argv, required):
+def _parse(argv, required, allowed):
     """The parser of flags for app.run."""
     flags.FLAGS["config"].parser = _ConfigFile()
     try:
@@ -85,13 +92,13 @@ def _parse(argv, required):
         sys.argv[:] = [arg for arg in argv if arg not in HELP]  # ml_collections reads sys.argv
         rest = flags.FLAGS(sys.argv)
         if len(sys.argv) < len(argv):
-            print("\n".join(_help(required)))
+            print("\n".join(_help(allowed)))
             sys.exit()
         for name in required:
             if not flags.FLAGS[name].value:
                 raise InputError(f"--{name}: expected, got none")
         for name in ("config", "workdir"):
-            if name not in required and flags.FLAGS[name].present:
+            if name not in allowed and flags.FLAGS[name].present:
                 raise InputError(f"--{name}: not a flag of this command")
             if len(values := _values(name)) > 1:
                 raise InputError(f"--{name}: expected once, got {' and '.join(values)}")
@@ -196,7 +203,7 @@ def _message(error):
     return text
 
 
-def _help(required):
+def _help(allowed):
     """The lines of --help: what the script does, its flags, and the fields of the config where one is given."""
     yield (sys.modules["__main__"].__doc__ or "").strip()
     yield "\nFlags:"
@@ -204,13 +211,13 @@ def _help(required):
     for flag in [*own.get("launch", ()), *own.get(sys.argv[0], ())]:
         if flag.name.startswith("config."):
             continue
-        if flag.name in ("config", "workdir") and flag.name not in required:
+        if flag.name in ("config", "workdir") and flag.name not in allowed:
             continue
         default = "" if flag.default in (None, "") else f" Default: {flag.default}."
         yield from _entry(f"--{flag.name}", f"{' '.join(flag.help.split())}{default}")
-    if "config" in required and not CONFIG.value:
+    if "config" in allowed and not CONFIG.value:
         yield "\nWith --config=FILE, --help lists every field of the config, with its value in that file."
-    elif "config" in required:
+    elif "config" in allowed:
         yield f"\nFields of {flags.FLAGS['config'].config_filename}: flag and value, type, meaning"
         yield from _fields(read_config()[0])
 

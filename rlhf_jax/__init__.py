@@ -13,6 +13,7 @@ Array names end in one letter an axis (Shazeer suffixes); a scalar or a pytree h
 size:
 
     B  rows of a batch
+    C  candidates: the ids that a model finds most likely
     D  width of the model
     E  epochs over a rollout
     F  width of the feed-forward layer
@@ -20,6 +21,7 @@ size:
     H  attention heads
     J  planes in which a rotary position turns a head
     K  entries of a head
+    M  models that read the same tokens
     N  rows of a data set or a table, prompts of a queue
     P  columns of the prompts
     R  columns of the responses

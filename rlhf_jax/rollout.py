@@ -29,6 +29,9 @@ class Policy(Protocol):
     def insert(self, cache, new, rows_G) -> Any:
         """The cache with each row rows_G[g] replaced by row g of the cache `new`."""
 
+    def repeat(self, cache, rows, padding) -> Any:
+        """The cache of one prompt for `rows` rows, without the slots of its `padding` left columns."""
+
     def hidden(self, params, tokens_BT, mask_BT, count=None, dropout_key=None) -> jax.Array:
         """The hidden states before each of the last `count` tokens, [B, count, D]."""
 

@@ -74,6 +74,16 @@ class Workdir:
         with self._writing(self.path / name), open(self.path / name, "w", encoding="utf-8") as file:
             file.writelines(json.dumps(row) + "\n" for row in rows)
 
+    def append_line(self, name: str, row: dict) -> None:
+        """Adds a row to a JSONL file of the run, whole and on disk when this returns; needs no lock."""
+        line = json.dumps(row).encode() + b"\n"
+        with self._writing(self.path / name), open(self.path / name, "ab+", buffering=0) as file:
+            if file.tell():
+                file.seek(-1, os.SEEK_END)
+                line = line if file.read(1) == b"\n" else b"\n" + line  # another process died while it wrote
+            file.write(line)
+            os.fsync(file.fileno())
+
     def save_tokenizer(self, tokenizer: Any, made_of: dict) -> None:
         """Writes the tokenizer and what it was made of to text/."""
         self.lock()
