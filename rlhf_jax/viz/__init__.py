@@ -1,0 +1,10 @@
+"""A trace of a run, the proof of its numbers, and the page that shows them. docs/trace.md describes the files.
+
+recorder.py   writes WORKDIR/trace while a run trains: the arrays that each loss was given and computed
+trace.py      the format: reads and writes its files
+verify.py     recomputes every identity in float64
+rescore.py    loads a checkpoint and scores recorded tokens again
+export.py     the page and a trace as static files; UNIPO's JSON
+static/       the page: ES modules and SVG, no build step, no request to another machine
+demo/         a small trace of the demo's own run
+"""
