@@ -250,7 +250,15 @@ def test_which_fields_are_neutral():
         *(f"{name}.{field}" for name in STAGES for field in ("microbatches", "save_every")),
         *(f"{name}.{field}" for name in ("ppo", "policy_gradient") for field in ("lanes", "widths", "trace_epochs")),
         *(f"{name}.from_" for name in ("pretrain", "sft", "reward")),
-        *("model.remat", "data.cache", "evaluation.batch", "evaluation.samples", "keep.last", "keep.best"),
+        *(
+            "model.remat",
+            "data.cache",
+            "evaluation.batch",
+            "evaluation.samples",
+            "keep.last",
+            "keep.best",
+            "trace.every",
+        ),
     }
     assert having("summarize", "neutral") == having("write", "neutral") == both
 
@@ -415,7 +423,7 @@ ALWAYS = {
     *(f"model.{name}" for name in ("parallel_residual", "exact_gelu", "tied", "norm_eps", "dtype", "remat", "init")),
     *(f"alarms.{name}" for name in ("distinct2", "repeat_rate", "entropy", "length", "kl_exact")),
     *(f"evaluation.{name}" for name in ("prompts", "batch", "temperature", "samples", "result")),
-    *("keep.last", "keep.best", "guard.action"),
+    *("keep.last", "keep.best", "guard.action", "trace.every"),
 }
 
 
