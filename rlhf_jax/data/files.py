@@ -71,11 +71,13 @@ def rows(
     return kept
 
 
-def without_special(text: str, found: list[str]) -> str:
+def without_special(text: Any, found: list[str]) -> Any:
     """The text without the names of special tokens at its end, which a model would learn to write as characters.
 
-    The one that the text ended with is added to `found`.
+    The one that the text ended with is added to `found`. What is no text is returned as it is.
     """
+    if not isinstance(text, str):
+        return text
     first, rest = None, text.rstrip()
     while name := next((name for name in SPECIAL if rest.endswith(name)), None):
         first, rest = first or name, rest.removesuffix(name).rstrip()
@@ -128,7 +130,7 @@ def _json(path: Path, choices: Choices, extra: bool) -> Cells:
     if not isinstance(records, list):
         raise InputError(f"{path}: expected {expected}, got {type(records).__name__}")
     for number, record in enumerate(records, start=1):
-        yield f"{path}: row {number}", _tried(_of_json, record, choices, extra)
+        yield f"{path}: row {number}", _tried(of_record, record, choices, extra)
 
 
 def _csv(path: Path, choices: Choices, extra: bool) -> Cells:
@@ -217,10 +219,11 @@ def _chosen(choices: Choices, there: Collection[str]) -> tuple[str, ...]:
 
 
 def _of_line(line: str, choices: Choices, extra: bool) -> dict:
-    return _of_json(_parsed(line, "a JSON object"), choices, extra)
+    return of_record(_parsed(line, "a JSON object"), choices, extra)
 
 
-def _of_json(record, choices: Choices, extra: bool) -> dict:
+def of_record(record, choices: Choices, extra: bool) -> dict:
+    """The values of a parsed record, as in `cells`."""
     if not isinstance(record, dict):
         raise InputError(f"expected a JSON object, got {type(record).__name__}")
     return _selected(record, _chosen(choices, record), extra)

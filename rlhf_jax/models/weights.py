@@ -72,6 +72,8 @@ def _places(file):
             f"{file}: expected safetensors; loading a pickle can run any code, so it is refused: "
             "if you trust the file, convert it (save_pretrained of transformers writes safetensors)"
         )
+    if file.exists() and not file.is_file():
+        raise InputError(f"{file}: expected a readable safetensors file, got something else")
     try:
         with safe_open(file, framework="np"):  # checks the header, and that the arrays do not overlap
             pass

@@ -14,7 +14,7 @@ from pathlib import Path
 from typing import Any
 
 from rlhf_jax import jsonfile
-from rlhf_jax.errors import InputError
+from rlhf_jax.errors import InputError, short
 from rlhf_jax.report import metrics
 from rlhf_jax.training.checkpoint import Checkpoints
 
@@ -169,8 +169,10 @@ class Workdir:
         try:
             yield
         except OSError as error:
-            remedy = "; remove it" if error.errno == errno.EISDIR else ""
-            raise InputError(f"workdir: cannot write {error.filename2 or path} ({error.strerror}){remedy}") from error
+            remedy = ""
+            if error.errno == errno.EISDIR:  # a folder where a file should be
+                path, remedy = error.filename2 or error.filename, "; remove it"
+            raise InputError(f"workdir: cannot write {path} ({error.strerror}){remedy}") from error
 
 
 def flat(tree: dict, prefix: str = "") -> dict:
@@ -187,4 +189,5 @@ def _differing(name, there, here):
         place = name.removeprefix("sha256.")
         was, now = (str(values.get(name))[:12] for values in (there, here))
         return f"other contents of {place} (sha256 {was}..., now {now}...); restore them, or choose another --workdir"
-    return f"{name} = {there.get(name)!r}, not {here.get(name)!r}; choose another --workdir"
+    was, now = (short(repr(values.get(name))) for values in (there, here))
+    return f"{name} = {was}, not {now}; choose another --workdir"
