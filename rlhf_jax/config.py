@@ -126,7 +126,7 @@ def parse(values: Mapping, kind: type = Config, path: str = "") -> Any:
     for name in values:
         if name not in known:
             near = difflib.get_close_matches(name, known, n=1)
-            raise InputError(f"{path}{name}: no such field{f'; did you mean {near[0]}?' if near else ''}")
+            raise InputError(f"{path}{short(name)}: no such field{f'; did you mean {near[0]}?' if near else ''}")
     parsed: dict[str, Any] = {}
     for name, field in known.items():
         if name not in values:

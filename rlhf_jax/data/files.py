@@ -9,7 +9,7 @@ from pathlib import Path
 from typing import Any
 
 from rlhf_jax import jsonfile
-from rlhf_jax.errors import InputError, listed
+from rlhf_jax.errors import InputError, listed, short
 from rlhf_jax.text import SPECIAL
 
 csv.field_size_limit(sys.maxsize)  # for all of the process: the module has no other way; its default is 131,072
@@ -168,8 +168,10 @@ def _parquet(path: Path, choices: Choices, extra: bool) -> Cells:
                 raise InputError(f"{path}: {chosen}")
             columns = list(_selected(dict.fromkeys(names), chosen, extra))
             batches = [batch.select(columns) for batch in table.iter_batches(columns=columns)]
-        except (pyarrow.ArrowException, OSError) as error:
-            raise InputError(f"{path}: expected Parquet ({error})") from None
+        except InputError:
+            raise
+        except (pyarrow.ArrowException, OSError, ValueError) as error:
+            raise InputError(f"{path}: expected Parquet ({short(' '.join(str(error).split()))})") from None
     rows = (scalars for batch in batches for scalars in zip(*batch.columns, strict=True))
     for number, scalars in enumerate(rows, start=1):
         yield f"{path}:{number}", _tried(_of_parquet, columns, scalars)
@@ -215,7 +217,7 @@ def _chosen(choices: Choices, there: Collection[str]) -> tuple[str, ...]:
     wanted = "columns " + ", or ".join(" and ".join(map(repr, columns)) for columns in choices)
     if len(choices) == 1:
         wanted = f"a column {next(column for column in choices[0] if column not in there)!r}"
-    raise InputError(f"expected {wanted}, there is {listed(map(repr, there)) or 'none'}")
+    raise InputError(f"expected {wanted}, there is {listed(short(repr(name)) for name in there) or 'none'}")
 
 
 def _of_line(line: str, choices: Choices, extra: bool) -> dict:
@@ -254,7 +256,7 @@ def _object(pairs: list[tuple[str, object]]) -> dict:
 def _check_unique(names: list[str], expected: str) -> None:
     for name, count in Counter(names).items():
         if count > 1:
-            raise InputError(f"{expected} {name!r}, got {count}")
+            raise InputError(f"{expected} {short(repr(name))}, got {count}")
 
 
 def _check_text(column: str, value) -> None:

@@ -68,9 +68,9 @@ class Workdir:
             metrics.summarize(self.path / name, value)
 
     def write_lines(self, name: str, rows: list[dict]) -> None:
-        """Writes a JSONL file of the run."""
-        with self._writing(self.path / name), open(self.path / name, "w", encoding="utf-8") as file:
-            file.writelines(json.dumps(row) + "\n" for row in rows)
+        """Writes a JSONL file of the run, completely or not at all."""
+        with self._writing(self.path / name):
+            metrics.replace(self.path / name, "".join(json.dumps(row) + "\n" for row in rows))
 
     def save_tokenizer(self, tokenizer: Any, made_of: dict) -> None:
         """Writes the tokenizer and what it was made of to text/."""
@@ -190,4 +190,4 @@ def _differing(name, there, here):
         was, now = (str(values.get(name))[:12] for values in (there, here))
         return f"other contents of {place} (sha256 {was}..., now {now}...); restore them, or choose another --workdir"
     was, now = (short(repr(values.get(name))) for values in (there, here))
-    return f"{name} = {was}, not {now}; choose another --workdir"
+    return f"{short(name)} = {was}, not {now}; choose another --workdir"
