@@ -12,7 +12,7 @@ from rlhf_jax.algorithms import POLICY, preference, supervised
 from rlhf_jax.algorithms import policy_gradient as policy_gradients
 from rlhf_jax.algorithms import ppo as ppos
 from rlhf_jax.data import corpus, sources
-from rlhf_jax.errors import InputError, listed
+from rlhf_jax.errors import InputError, listed, short
 from rlhf_jax.models import gpt2
 from rlhf_jax.rewards import function
 from rlhf_jax.tasks import TASKS
@@ -166,7 +166,7 @@ def parse(values: Mapping, kind: type = Config, path: str = "") -> Any:
     for name in values:
         if name not in known:
             near = difflib.get_close_matches(name, known, n=1)
-            raise InputError(f"{path}{name}: no such field{f'; did you mean {near[0]}?' if near else ''}")
+            raise InputError(f"{path}{short(name)}: no such field{f'; did you mean {near[0]}?' if near else ''}")
     parsed: dict[str, Any] = {}
     for name, field in known.items():
         if name not in values:
@@ -180,13 +180,13 @@ def parse(values: Mapping, kind: type = Config, path: str = "") -> Any:
                 parsed[field.name] = fields.expanded(Reward(kind=value))
                 continue
             if not isinstance(value, Mapping):
-                raise InputError(f"{path}{name}: expected a section of fields, got {value!r}")
+                raise InputError(f"{path}{name}: expected a section of fields, got {short(repr(value))}")
             parsed[field.name] = parse(value, wanted, f"{path}{name}.")
             continue
         if wanted is float and type(value) is int:
             value = float(value)
         if type(value) is not wanted:
-            raise InputError(f"{path}{name}: expected {wanted.__name__}, got {value!r}")
+            raise InputError(f"{path}{name}: expected {wanted.__name__}, got {short(repr(value))}")
         parsed[field.name] = value
     return fields.expanded(kind(**parsed))
 

@@ -20,6 +20,11 @@ class OutOfMemory(MemoryError):
     exit_code = OUT_OF_MEMORY
 
 
+def short(text: str, most: int = 80) -> str:
+    """The text, or the beginning of a long one: a value that is not the expected one can be of any size."""
+    return text if len(text) <= most else f"{text[: most - 3]}..."
+
+
 def listed(names: Iterable[str], separator: str = ", ", most: int = 5) -> str:
     """The names in one line. Those after the first `most` are only counted: "a, b, c, d, e and 7 more"."""
     names = list(names)

@@ -33,7 +33,7 @@ import tokenize
 from collections.abc import Iterator
 from typing import Any
 
-from rlhf_jax.errors import InputError
+from rlhf_jax.errors import InputError, short
 
 LARGEST = 1e9  # default upper limit: a larger number is a typing error, and float32 would overflow
 
@@ -183,4 +183,4 @@ def significant(config: Any) -> dict[str, Any]:
 
 
 def _refuse(name: str, expected: Any, value: Any) -> None:
-    raise InputError(f"{name}: expected {expected}, got {value!r}")
+    raise InputError(f"{name}: expected {expected}, got {short(repr(value))}")

@@ -132,7 +132,9 @@ def split(rows: list[dict], fraction: float, seed: int, column: str = "prompt") 
         digest = hashlib.sha256(f"{seed} {row[column]}".encode()).digest()
         (held_out if int.from_bytes(digest[:8]) < fraction * 2**64 else train).append(row)
     if not train or not held_out:
-        raise InputError(f"{fraction} of {len(rows)} rows held out: expected at least one row on each side")
+        kinds = len({row[column] for row in rows})
+        expected = f"expected at least one row on each side, got {kinds} different {column}{'s' * (kinds > 1)}"
+        raise InputError(f"{fraction} of {len(rows)} rows held out: {expected}")
     return train, held_out
 
 

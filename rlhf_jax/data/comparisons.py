@@ -3,7 +3,7 @@
 from typing import Any
 
 from rlhf_jax.data import tldr
-from rlhf_jax.errors import InputError
+from rlhf_jax.errors import InputError, short
 
 COLUMNS = ("info", "summaries", "choice")
 QUERY = ("subreddit", "title", "post")  # a news article has none of these
@@ -18,6 +18,6 @@ def pair(row: dict) -> dict[str, str]:
     if not isinstance(summaries, list) or not all(isinstance(summary, dict) for summary in summaries):
         raise InputError("summaries: expected a list of objects with a text")
     if len(summaries) != 2 or type(choice) is not int or choice not in (0, 1):
-        raise InputError(f"choice: expected 0 or 1 and two summaries, got {choice!r} and {len(summaries)}")
+        raise InputError(f"choice: expected 0 or 1 and two summaries, got {short(repr(choice))} and {len(summaries)}")
     texts = [summary.get("text") for summary in summaries]
     return {"prompt": tldr.format_query(*parts), "chosen": texts[choice], "rejected": texts[1 - choice]}

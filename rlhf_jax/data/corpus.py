@@ -116,7 +116,7 @@ def _read(kind, config, split, skipped, found):
 
     def convert(values):
         row = kind.row(values)
-        return row | {"text": files.without_special(row["text"], found)} if isinstance(row["text"], str) else row
+        return row | {"text": files.without_special(row["text"], found)}
 
     if config.source == "file":
         return files.rows(kind.cells(config.path, config.columns), config.path, skipped, convert=convert)

@@ -9,7 +9,7 @@ from pathlib import Path
 from typing import Any
 
 from rlhf_jax import jsonfile
-from rlhf_jax.errors import InputError, listed
+from rlhf_jax.errors import InputError, listed, short
 from rlhf_jax.text import SPECIAL
 
 csv.field_size_limit(sys.maxsize)  # for all of the process: the module has no other way; its default is 131,072
@@ -71,11 +71,13 @@ def rows(
     return kept
 
 
-def without_special(text: str, found: list[str]) -> str:
+def without_special(text: Any, found: list[str]) -> Any:
     """The text without the names of special tokens at its end, which a model would learn to write as characters.
 
-    The one that the text ended with is added to `found`.
+    The one that the text ended with is added to `found`. What is no text is returned as it is.
     """
+    if not isinstance(text, str):
+        return text
     first, rest = None, text.rstrip()
     while name := next((name for name in SPECIAL if rest.endswith(name)), None):
         first, rest = first or name, rest.removesuffix(name).rstrip()
@@ -128,7 +130,7 @@ def _json(path: Path, choices: Choices, extra: bool) -> Cells:
     if not isinstance(records, list):
         raise InputError(f"{path}: expected {expected}, got {type(records).__name__}")
     for number, record in enumerate(records, start=1):
-        yield f"{path}: row {number}", _tried(_of_json, record, choices, extra)
+        yield f"{path}: row {number}", _tried(of_record, record, choices, extra)
 
 
 def _csv(path: Path, choices: Choices, extra: bool) -> Cells:
@@ -166,8 +168,10 @@ def _parquet(path: Path, choices: Choices, extra: bool) -> Cells:
                 raise InputError(f"{path}: {chosen}")
             columns = list(_selected(dict.fromkeys(names), chosen, extra))
             batches = [batch.select(columns) for batch in table.iter_batches(columns=columns)]
-        except (pyarrow.ArrowException, OSError) as error:
-            raise InputError(f"{path}: expected Parquet ({error})") from None
+        except InputError:
+            raise
+        except (pyarrow.ArrowException, OSError, ValueError) as error:
+            raise InputError(f"{path}: expected Parquet ({short(' '.join(str(error).split()))})") from None
     rows = (scalars for batch in batches for scalars in zip(*batch.columns, strict=True))
     for number, scalars in enumerate(rows, start=1):
         yield f"{path}:{number}", _tried(_of_parquet, columns, scalars)
@@ -213,14 +217,15 @@ def _chosen(choices: Choices, there: Collection[str]) -> tuple[str, ...]:
     wanted = "columns " + ", or ".join(" and ".join(map(repr, columns)) for columns in choices)
     if len(choices) == 1:
         wanted = f"a column {next(column for column in choices[0] if column not in there)!r}"
-    raise InputError(f"expected {wanted}, there is {listed(map(repr, there)) or 'none'}")
+    raise InputError(f"expected {wanted}, there is {listed(short(repr(name)) for name in there) or 'none'}")
 
 
 def _of_line(line: str, choices: Choices, extra: bool) -> dict:
-    return _of_json(_parsed(line, "a JSON object"), choices, extra)
+    return of_record(_parsed(line, "a JSON object"), choices, extra)
 
 
-def _of_json(record, choices: Choices, extra: bool) -> dict:
+def of_record(record, choices: Choices, extra: bool) -> dict:
+    """The values of a parsed record, as in `cells`."""
     if not isinstance(record, dict):
         raise InputError(f"expected a JSON object, got {type(record).__name__}")
     return _selected(record, _chosen(choices, record), extra)
@@ -251,7 +256,7 @@ def _object(pairs: list[tuple[str, object]]) -> dict:
 def _check_unique(names: list[str], expected: str) -> None:
     for name, count in Counter(names).items():
         if count > 1:
-            raise InputError(f"{expected} {name!r}, got {count}")
+            raise InputError(f"{expected} {short(repr(name))}, got {count}")
 
 
 def _check_text(column: str, value) -> None:

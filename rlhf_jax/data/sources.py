@@ -134,8 +134,7 @@ def _read(kind, config, split, *, skipped, found, extra):
         else:
             ours = {name: values[column] for name, column in theirs.items()}
             ours = {name: value for name, value in values.items() if name not in theirs.values()} | ours
-        answers = {name: ours[name] for name in theirs if name in ANSWERS and isinstance(ours[name], str)}
-        return ours | {name: files.without_special(text, found) for name, text in answers.items()}
+        return ours | {name: files.without_special(ours[name], found) for name in theirs if name in ANSWERS}
 
     rows = files.rows(cells, place, skipped, convert=convert, texts=COLUMNS[kind])
     for one, other in itertools.combinations(COLUMNS[kind], 2):

@@ -7,7 +7,7 @@ of them. No text is copied from anywhere.
 from random import Random
 
 from rlhf_jax.data import files
-from rlhf_jax.errors import InputError
+from rlhf_jax.errors import InputError, short
 
 SENTIMENTS = ("positive", "neutral", "negative")
 NUMBERS = ("negative", "neutral", "positive")  # the meaning of the labels 0, 1 and 2 in data sets with numbers
@@ -61,7 +61,7 @@ def row(values: dict) -> dict[str, str]:
     known = {name: name for name in SENTIMENTS} | {str(number): name for number, name in enumerate(NUMBERS)}
     if str(label) not in known:
         numbers = ", ".join(f"{number} {name}" for number, name in enumerate(NUMBERS))
-        raise InputError(f"{column}: expected {', '.join(SENTIMENTS)} ({numbers}); got {label!r}")
+        raise InputError(f"{column}: expected {', '.join(SENTIMENTS)} ({numbers}); got {short(repr(label))}")
     return {"text": text, "sentiment": known[str(label)]}
 
 

@@ -8,7 +8,7 @@ import json
 from pathlib import Path
 
 from rlhf_jax import jsonfile
-from rlhf_jax.errors import InputError, listed
+from rlhf_jax.errors import InputError, listed, short
 from rlhf_jax.fields import LARGEST
 from rlhf_jax.models import gpt2
 from rlhf_jax.models.hf_layout import model_type
@@ -181,18 +181,18 @@ class _Fields:
 
     def expect(self, fine, name, expected):
         if not fine:
-            self.problems.append(f"{name}: expected {expected}, got {json.dumps(self.record.get(name))}")
+            self.problems.append(f"{name}: expected {expected}, got {short(json.dumps(self.record.get(name)))}")
         return fine
 
     def fixed(self, name, *values):
         """Expects the field to be absent or one of the values."""
-        expected = " or ".join(json.dumps(value) for value in values)
+        expected = short(" or ".join(json.dumps(value) for value in values), most=200)
         self.expect(name not in self.record or self.record[name] in values, name, expected)
 
     def one_of(self, name, *choices, default=None):
         value = self.record.get(name, default)
-        self.expect(isinstance(value, str) and value in choices, name, " or ".join(choices))
-        return value
+        fine = self.expect(isinstance(value, str) and value in choices, name, " or ".join(choices))
+        return value if fine else choices[0]
 
     def flag(self, name, default):
         value = self.record.get(name, default)

@@ -9,7 +9,7 @@ import numpy as np
 from safetensors import SafetensorError, safe_open
 
 from rlhf_jax import jsonfile
-from rlhf_jax.errors import InputError, listed
+from rlhf_jax.errors import InputError, listed, short
 
 FILE = "model.safetensors"
 INDEX = "model.safetensors.index.json"
@@ -72,6 +72,8 @@ def _places(file):
             f"{file}: expected safetensors; loading a pickle can run any code, so it is refused: "
             "if you trust the file, convert it (save_pretrained of transformers writes safetensors)"
         )
+    if file.exists() and not file.is_file():
+        raise InputError(f"{file}: expected a readable safetensors file, got something else")
     try:
         with safe_open(file, framework="np"):  # checks the header, and that the arrays do not overlap
             pass
@@ -79,7 +81,8 @@ def _places(file):
             length = int.from_bytes(opened.read(8), "little")
             header = jsonfile.parse(opened.read(length).decode())
     except (OSError, SafetensorError, ValueError) as error:
-        raise InputError(f"{file}: expected a readable safetensors file: {error}") from error
+        reason = short(" ".join(str(error).split()))
+        raise InputError(f"{file}: expected a readable safetensors file: {reason}") from error
     header.pop("__metadata__", None)
     if unknown := [f"{name} of {entry['dtype']}" for name, entry in header.items() if entry["dtype"] not in TYPES]:
         raise InputError(f"{file}: expected arrays of {', '.join(TYPES)}, got {listed(unknown)}")
@@ -94,9 +97,10 @@ def _shards(index):
     try:
         file_of = jsonfile.read(index)["weight_map"]
         files = {name: index.with_name(name) for name in sorted(set(file_of.values()))}
-    except (ValueError, KeyError, TypeError, AttributeError) as error:
+        absent = [short(name) for name, file in files.items() if not file.is_file()]
+    except (OSError, ValueError, KeyError, TypeError, AttributeError) as error:
         raise InputError(f"{index}: expected JSON with weight_map, an object of array -> file name") from error
-    if absent := [name for name, file in files.items() if not file.is_file()]:
+    if absent:
         raise InputError(f"{index}: expected these files beside it: {listed(absent)}")
     shards = {name: _places(file) for name, file in files.items()}
     problems = [f"{array} is not in {file}" for array, file in file_of.items() if array not in shards[file]]

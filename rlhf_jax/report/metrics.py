@@ -46,7 +46,7 @@ class Writer:
             resumed = resume_step is not None and self._path.exists()
             kept = [row for row in read(self._path) if row["step"] < first_step] if resumed else []
             (workdir / "tensorboard").mkdir(parents=True, exist_ok=True)
-            _replace(self._path, "".join(_line(row) for row in kept))
+            replace(self._path, "".join(_line(row) for row in kept))
             # The step in the name keeps a run that resumes within a second from overwriting the earlier file.
             self._events = EventsWriter(str(workdir / "tensorboard" / "events"), f".{first_step}")
         except OSError as error:
@@ -110,7 +110,7 @@ def series(rows, name):
 
 def summarize(path, summary):
     """Writes a nested dict of results as sorted JSON, whole or not at all; a value that is not finite is null."""
-    _replace(Path(path), json.dumps(_plain(summary), indent=2, sort_keys=True, allow_nan=False) + "\n")
+    replace(Path(path), json.dumps(_plain(summary), indent=2, sort_keys=True, allow_nan=False) + "\n")
 
 
 def environment():
@@ -152,7 +152,7 @@ def _plain(value):
     return value
 
 
-def _replace(path, text):
+def replace(path, text):
     """Writes `text` to `path` whole or not at all: a reader or a crash finds the old file or the new one."""
     temporary = path.with_name(path.name + ".tmp")
     with open(temporary, "w", encoding="utf-8") as file:

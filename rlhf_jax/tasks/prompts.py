@@ -93,9 +93,14 @@ class Given:
         return [row["prompt"] for row in self.rows_by_kind["prompts"]]
 
     def rows(self, kind):
-        rows = list(self.rows_by_kind[kind])
-        if kind == "sft":
-            rows = [row | {"label": files.without_special(row["label"], [])} for row in rows]
+        columns = sources.COLUMNS[kind]
+
+        def convert(row):
+            row = files.of_record(row, (columns,), extra=True)
+            return row | {name: files.without_special(row[name], []) for name in columns if name in sources.ANSWERS}
+
+        cells = ((f"rows[{i}]", row) for i, row in enumerate(self.rows_by_kind[kind]))
+        rows: list[dict] = list(files.rows(cells, "rows", convert=convert, texts=columns))
         return Rows(*batches.split(rows, self.held_out, self.seed))
 
     def arrays(self, kind, tokenizer):

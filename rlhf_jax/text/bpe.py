@@ -13,7 +13,7 @@ from typing import Any
 
 import tokenizers
 
-from rlhf_jax.errors import InputError, listed
+from rlhf_jax.errors import InputError, listed, short
 from rlhf_jax.text import stored
 
 EOS = "<|endoftext|>"
@@ -45,16 +45,17 @@ class BPETokenizer:
         for rank, merge in enumerate(self.merges):
             left, _, right = merge.partition(" ")
             if left not in made or right not in made:
-                raise InputError(f"merges: expected two earlier tokens at rank {rank}, got {merge!r}")
+                raise InputError(f"merges: expected two earlier tokens at rank {rank}, got {short(repr(merge))}")
             made.add(left + right)
         if not made.isdisjoint(self.special) or EOS not in self.special or self.pad not in ("", *self.special):
             raise InputError(
-                f"special: expected {EOS} and {self.pad or 'others'} that no merge makes, got ({listed(self.special)})"
+                f"special: expected {EOS} and {short(str(self.pad)) or 'others'} that no merge makes, "
+                f"got ({listed(map(short, self.special))})"
             )
         if self.pad == EOS:
             raise InputError(f"pad: expected a token other than {EOS}")
         if self.normalizer not in NORMALIZERS:
-            raise InputError(f"normalizer: expected none or NFC, got {self.normalizer!r}")
+            raise InputError(f"normalizer: expected none or NFC, got {short(repr(self.normalizer))}")
         made |= {*self.special, *self.added}
         if len(set(self.tokens)) < len(self.tokens) or made != set(self.tokens):
             raise InputError(

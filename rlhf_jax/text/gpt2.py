@@ -8,7 +8,7 @@ from pathlib import Path
 from typing import Any
 
 from rlhf_jax import jsonfile
-from rlhf_jax.errors import InputError, listed
+from rlhf_jax.errors import InputError, listed, short
 from rlhf_jax.text import bpe, char, hf, stored
 
 NAMES = (("encoder.json", "vocab.bpe"), ("vocab.json", "merges.txt"))  # as OpenAI and as Hugging Face name them
@@ -56,7 +56,9 @@ def _settings(folder: Path) -> tuple[dict, list[dict]]:
     there = {name: jsonfile.read(folder / name) for name in ALSO if (folder / name).exists()}
     config = there.get(SPECIAL, {}) | there.get(CONFIG, {})
     if config.get("add_prefix_space"):
-        raise InputError(f"{folder / CONFIG}: add_prefix_space: expected false, got {config['add_prefix_space']!r}")
+        raise InputError(
+            f"{folder / CONFIG}: add_prefix_space: expected false, got {short(repr(config['add_prefix_space']))}"
+        )
     special, ids = _special(config), there.get(ADDED, {})
     added = {name: {"content": name, "id": id, "special": name in special} for name, id in ids.items()}
     decoder = config.get("added_tokens_decoder") or {}

@@ -9,7 +9,7 @@ from pathlib import Path
 
 import tokenizers
 
-from rlhf_jax.errors import InputError
+from rlhf_jax.errors import InputError, short
 from rlhf_jax.text import bpe, char, stored
 
 FILE = "tokenizer.json"
@@ -55,8 +55,8 @@ def from_hf(record: dict) -> bpe.BPETokenizer | char.CharTokenizer:
         return _of_characters(record)
     _expect(EXPECTED, record)
     steps = _get(record, "post_processor.single") or []
-    if any("Sequence" not in step for step in steps):
-        raise InputError(f"post_processor.single: expected the text alone, got {json.dumps(steps)}")
+    if not isinstance(steps, list) or any("Sequence" not in step for step in steps):
+        raise InputError(f"post_processor.single: expected the text alone, got {short(json.dumps(steps))}")
     added = _added(record)
     ids = _ids(record, added)
     tokens = sorted(ids, key=ids.get)
@@ -128,7 +128,8 @@ def _expect(fields, record, where=""):
     for field, values in fields.items():
         if (value := _get(record, field)) not in values:
             expected = " or ".join("none" if value is None else json.dumps(value) for value in values)
-            raise InputError(f"{where}{field}: expected {expected}, as in byte-level BPE, got {json.dumps(value)}")
+            got = short(json.dumps(value))
+            raise InputError(f"{where}{field}: expected {expected}, as in byte-level BPE, got {got}")
 
 
 def _get(record, field):
@@ -157,6 +158,6 @@ def _ids(record, added):
 
 def _merges(record):
     merges = _get(record, "model.merges")
-    if not isinstance(merges, list):
-        raise InputError("model.merges: expected a list")
+    if not isinstance(merges, list) or not all(isinstance(merge, str | list) for merge in merges):
+        raise InputError("model.merges: expected a list of pairs of tokens")
     return tuple(merge if isinstance(merge, str) else " ".join(map(str, merge)) for merge in merges)

@@ -14,7 +14,7 @@ from pathlib import Path
 from typing import Any
 
 from rlhf_jax import jsonfile
-from rlhf_jax.errors import InputError
+from rlhf_jax.errors import InputError, short
 from rlhf_jax.report import metrics
 from rlhf_jax.training.checkpoint import Checkpoints
 
@@ -70,9 +70,9 @@ class Workdir:
             metrics.summarize(self.path / name, value)
 
     def write_lines(self, name: str, rows: list[dict]) -> None:
-        """Writes a JSONL file of the run."""
-        with self._writing(self.path / name), open(self.path / name, "w", encoding="utf-8") as file:
-            file.writelines(json.dumps(row) + "\n" for row in rows)
+        """Writes a JSONL file of the run, completely or not at all."""
+        with self._writing(self.path / name):
+            metrics.replace(self.path / name, "".join(json.dumps(row) + "\n" for row in rows))
 
     def append_line(self, name: str, row: dict) -> None:
         """Adds a row to a JSONL file of the run, whole and on disk when this returns; needs no lock."""
@@ -181,8 +181,10 @@ class Workdir:
         try:
             yield
         except OSError as error:
-            remedy = "; remove it" if error.errno == errno.EISDIR else ""
-            raise InputError(f"workdir: cannot write {error.filename2 or path} ({error.strerror}){remedy}") from error
+            remedy = ""
+            if error.errno == errno.EISDIR:  # a folder where a file should be
+                path, remedy = error.filename2 or error.filename, "; remove it"
+            raise InputError(f"workdir: cannot write {path} ({error.strerror}){remedy}") from error
 
 
 def flat(tree: dict, prefix: str = "") -> dict:
@@ -199,4 +201,5 @@ def _differing(name, there, here):
         place = name.removeprefix("sha256.")
         was, now = (str(values.get(name))[:12] for values in (there, here))
         return f"other contents of {place} (sha256 {was}..., now {now}...); restore them, or choose another --workdir"
-    return f"{name} = {there.get(name)!r}, not {here.get(name)!r}; choose another --workdir"
+    was, now = (short(repr(values.get(name))) for values in (there, here))
+    return f"{short(name)} = {was}, not {now}; choose another --workdir"

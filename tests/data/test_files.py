@@ -186,6 +186,10 @@ def test_bad_utf8_in_parquet(tmp_path):
 def test_bad_parquet(tmp_path):
     (tmp_path / "a.parquet").write_text("prompt\n")
     assert error(tmp_path / "a.parquet").startswith(": expected Parquet (")
+    pyarrow.parquet.write_table(pyarrow.table({"prompt": ["a"], "label": ["b"]}), tmp_path / "a.parquet")
+    content = (tmp_path / "a.parquet").read_bytes()
+    (tmp_path / "a.parquet").write_bytes(content[:4] + b"\xff" * 8 + content[12:])  # Arrow says what in several lines
+    assert error(tmp_path / "a.parquet").startswith(": expected Parquet (")
 
 
 @pytest.mark.parametrize(
@@ -263,6 +267,12 @@ def test_where_all_rows_are_skipped_the_first_reason_is_told(tmp_path):
 def test_of_many_columns_the_first_are_named(path):
     write(path, [{f"c{i}": "a" for i in range(40)}])
     assert error(path, ("prompt",)).endswith("there is 'id', 'c0', 'c1', 'c2', 'c3' and 36 more")
+
+
+def test_a_file_without_a_header_is_not_printed(tmp_path):
+    """Its first row is a text."""
+    (tmp_path / "a.csv").write_text(f"{'a word ' * 500},positive\n")
+    assert error(tmp_path / "a.csv").endswith(f"there is '{'a word ' * 10}a word..., 'positive'")
 
 
 def test_a_long_text_is_read(path):

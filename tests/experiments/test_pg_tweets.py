@@ -114,7 +114,7 @@ def test_a_whole_run_on_a_file_with_a_reward_of_ones_own(forks, table, tmp_path)
     flags += [f"--config.reward={table}/mine.py:good", f"--workdir={tmp_path}"]
     result = forks(TWEETS, *SMALL, *flags)
     assert (result.code, result.err) == (0, "")
-    assert "data: 1 rows skipped; the first: " in result.out and "best-of-n reward at this KL" in result.out
+    assert "data.path: 1 rows skipped; the first: " in result.out and "best-of-n reward at this KL" in result.out
     summary = json.loads((tmp_path / "summary.json").read_text())
     assert {"pretrain/seconds", "sft/loss", "rl/reward_after", "rl/distinct2_before"} <= summary.keys()
     again = forks(TWEETS, *SMALL, *flags)

@@ -112,6 +112,9 @@ def test_tokens_and_the_single_score():
         ({"n_positions": "1k"}, 'n_positions: expected a whole number above 0, got "1k"'),
         ({"layer_norm_epsilon": 0}, "layer_norm_epsilon: expected a number above 0, got 0"),
         ({"tie_word_embeddings": 1}, "tie_word_embeddings: expected true or false, got 1"),
+        ({"activation_function": []}, "activation_function: expected gelu_new or gelu_pytorch_tanh or gelu, got []"),
+        ({"n_layer": 10**400}, f"n_layer: expected a whole number above 0, got 1{'0' * 76}..."),
+        ({"layer_norm_epsilon": 10**400}, f"layer_norm_epsilon: expected a number above 0, got 1{'0' * 76}..."),
     ],
 )
 def test_what_we_compute_differently_is_refused(change, expected, tmp_path):

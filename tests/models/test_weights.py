@@ -123,8 +123,25 @@ def test_an_index_that_does_not_match_its_files(tmp_path):
     )
 
 
+def test_a_folder_in_the_place_of_the_file_is_named(tmp_path):
+    (tmp_path / "model.safetensors").mkdir()
+    assert error(tmp_path).endswith("model.safetensors: expected a readable safetensors file, got something else")
+
+
 @pytest.mark.parametrize(
-    "content", ["{", "[]", "{}", '{"weight_map": []}', '{"weight_map": {"a": 1}}', '{"weight_map": {"a": "../b"}}']
+    "content",
+    [
+        *(
+            "{",
+            "[]",
+            "{}",
+            '{"weight_map": []}',
+            '{"weight_map": {"a": 1}}',
+            '{"weight_map": {"a": "../b"}}',
+            "[" * 5_000,
+        ),
+        '{"weight_map": {"a": "' + 5_000 * "b" + '"}}',
+    ],
 )
 def test_a_damaged_index_is_named(content, tmp_path):
     """Its files must be in the same folder."""

@@ -431,6 +431,8 @@ def test_a_stage_that_was_killed_before_its_summary_ends_with_the_same(stage, wh
 def test_a_run_concludes_with_its_own_algorithm(whole, tmp_path):
     """Several algorithms leave their summary in one workdir, one after the other."""
     steps = branch(whole.steps, tmp_path, *STAGES)
+    (tmp_path / "summary.json").write_text('{"ppo/steps": 6, ')  # damaged: it is made again
+    assert numbers(steps.all()) == numbers(whole.summary)
     (tmp_path / "summary.json").write_text(json.dumps({"policy_gradient/steps": 6, "policy_gradient/score": 5.0}))
     assert numbers(steps.all()) == numbers(whole.summary)
     assert numbers(json.loads((tmp_path / "summary.json").read_text())) == numbers(

@@ -6,6 +6,7 @@ from pathlib import Path
 import pytest
 
 from rlhf_jax.data.tldr import format_query
+from rlhf_jax.tasks.prompts import Given
 from tests.support import Recorder, changed, error, smallest, stages, write_rows
 
 
@@ -88,6 +89,54 @@ def test_a_row_without_known_characters_is_named_as_it_is_in_its_file(config, tm
     steps = stages(changed(config, data=data), tmp_path / "run")
     message = error(steps.setup.arrays, "preferences")
     assert f"{preferences}:17: rejected: " in message and "no known characters" in message
+
+
+def test_a_row_without_known_characters_can_be_skipped(config, tmp_path):
+    sft = write_rows(tmp_path / "rows.jsonl", ROWS)
+    pairs = [row | {"prompt": "\u4e2d\u6587"} if i in (3, 16) else row for i, row in enumerate(ROWS)]
+    preferences = write_rows(tmp_path / "pairs.jsonl", pairs)
+    data = {"source": "files", "sft": sft, "preferences": preferences, "held_out": 0.3, "skip_bad": True}
+    arrays = stages(changed(config, data=data), tmp_path / "run").setup.arrays("preferences")
+    assert sum(len(side["index_N"]) for side in arrays[:2]) == 18
+    assert sum("1 rows skipped" in note or "2 rows skipped" in note for note in arrays.notes) in (1, 2)
+    assert any(f"{preferences}:4: prompt: text with no known characters" in note for note in arrays.notes)
+
+
+def test_what_is_said_of_rows_that_are_read_twice_is_said_once(config, tmp_path):
+    """Prompts are those of the SFT rows; their rewards read the labels as they are learned."""
+    rows = [row | {"label": f"ends , {i}<|endoftext|>"} for i, row in enumerate(ROWS)]
+    data = {"source": "files", "sft": write_rows(tmp_path / "rows.jsonl", rows), "held_out": 0.3}
+    reporter = Recorder()
+    one = {name: {"batch": 1} for name in ("sft", "ppo")} | {"reward": {"kind": "sentiment"}}
+    steps = stages(changed(config, task="prompts", data=data, **one), tmp_path / "run", reporter)
+    for name in "sft", "ppo":
+        steps._check_data(name)
+    expected = "data.sft: 20 texts ended with the name of a special token (<|endoftext|>); it was taken off"
+    assert reporter.notes.count(expected) == 1 and len(reporter.notes) == 5
+    assert all(
+        row["label"].startswith("ends , ") and "<" not in row["label"] for row in steps.task.rows("prompts").train
+    )
+
+
+def given(rows, **changes):
+    return Given({"sft": rows, "prompts": rows}, prompt_length=9, response_length=4, held_out=0.5, **changes)
+
+
+def test_rows_of_a_notebook_are_checked_as_those_of_files():
+    rows = [{"prompt": f"a{i}", "label": f"b{i} <|endoftext|>", "more": [i]} for i in range(9)]
+    for kind, label in (("sft", "b{}"), ("prompts", "b{} <|endoftext|>")):
+        found = sorted((row for side in given(rows).rows(kind)[:2] for row in side), key=str)
+        assert found == [row | {"label": label.format(i)} for i, row in enumerate(rows)]
+    for bad, message in (
+        ({"prompt": "a"}, "expected a column 'label', there is 'prompt'"),
+        ({"prompt": "a", "label": None}, "label: expected text, got NoneType"),
+        ({"prompt": "a", "label": "<|endoftext|>"}, "label: expected text, got an empty one"),
+        (3, "expected a JSON object, got int"),
+    ):
+        assert error(given([*rows, bad]).rows, "sft") == f"rows[9]: {message}"
+    same = [{"prompt": "a", "label": str(i)} for i in range(9)]
+    expected = "0.5 of 9 rows held out: expected at least one row on each side, got 1 different prompt"
+    assert error(given(same).rows, "sft") == expected
 
 
 def test_a_file_that_changes_in_the_same_process_is_read_again(config, tmp_path):
