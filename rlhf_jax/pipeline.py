@@ -75,7 +75,7 @@ def _memory(config, name):
             less[f"{section}.lanes"] = f"less than {part.lanes or part.batch}"
         less |= {} if model.remat else {"model.remat": "true"}
         less |= {} if model.dtype == "bfloat16" else {"model.dtype": "bfloat16"}
-        less |= {f"{field}.batch": f"less than {getattr(config, field).batch}" for field in (section, "evaluation")}
+        less["evaluation.batch"] = f"less than {config.evaluation.batch}"
         advice = ", ".join(f"--config.{field} ({value})" for field, value in less.items())
         raise OutOfMemory(
             f"{name}: out of memory: {_requested(error)}; {_available()}; less is needed with {advice}"
@@ -86,7 +86,7 @@ def _requested(error):
     """How much memory an error says was requested."""
     found = re.search(r"allocat\w* ([\d.]+) ?(\w+)", str(error))
     if not found:
-        return " ".join(str(error).split())
+        return " ".join(str(error).split()) or "more requested"
     number, unit = found.groups()
     return f"{float(number) / 2**30:.2f} GiB requested" if unit == "bytes" else f"{number} {unit} requested"
 
