@@ -45,6 +45,15 @@ class Evaluation:
 
 
 @dataclasses.dataclass(frozen=True)
+class Trace:
+    """The arrays of a run, token by token, in WORKDIR/trace (docs/trace.md)."""
+
+    # Iterations between recorded ones; the first and the last are recorded too. 0: nothing is recorded. Stages of
+    # fine-tuning and of the reward model record the steps that they evaluate.
+    every: int = fields.number(0, least=0, neutral=True)
+
+
+@dataclasses.dataclass(frozen=True)
 class Supervised(supervised.Config):
     """A stage of next-token training. A stage with 0 steps is left out."""
 
@@ -79,6 +88,7 @@ class Config:
     alarms: limits.Config = limits.OFF
     evaluation: Evaluation = Evaluation()
     keep: checkpoint.Config = checkpoint.Config()
+    trace: Trace = Trace()
     guard: guards.Config = guards.Config()
     deterministic: bool = False  # on a GPU, the same seed gives the same run; some operations are slower
 

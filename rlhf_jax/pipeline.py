@@ -25,6 +25,7 @@ from rlhf_jax.stages.rl import rl
 from rlhf_jax.text import bpe, char, gpt2
 from rlhf_jax.training.fit import fit, write_summary
 from rlhf_jax.training.workdir import Workdir
+from rlhf_jax.viz import recorder
 
 KINDS = {"pretrain": "pretrain", "sft": "sft", "reward": "preferences"}  # of rows by stage; the last stage has prompts
 
@@ -112,6 +113,7 @@ class Stages:
             evaluation=config.evaluation,
             guard=config.guard,
             jit=self._jit,
+            record=config.trace.every > 0,
         )
 
     def _tokenizer(self) -> text.Tokenizer:
@@ -235,6 +237,8 @@ class Stages:
     def _fit(self, stage, depends, workdir, stop):
         config = configs.tree(self.config)
         parts = {"keep": self.config.keep, "reporter": self.reporter, "stop": stop}
+        if self.config.trace.every:
+            parts["recorder"] = recorder.Recorder(workdir, self.config, self.setup.tokenizer)
         return fit(stage, workdir, depends=depends, config=config, **parts).summary
 
     def _of_seeds(self):

@@ -48,7 +48,8 @@ def replay(folder, reporter):
     else:
         update, given = _update_of(stage), sharding.shard(batch, stages.setup.mesh)
     place = watch.first(update, state, given)  # before the compiled update, which takes the state's buffers
-    numbers = {f"{stage.name}/{name}": float(value) for name, value in update(state, given)[1].items()}
+    scalars = {name: value for name, value in update(state, given)[1].items() if name != "record"}
+    numbers = {f"{stage.name}/{name}": float(value) for name, value in scalars.items()}
     names = loop.not_finite(numbers)
     taken = not numbers[f"{stage.name}/skipped"]
     reporter.note("repeated: " + ("all finite" if taken else f"{guard.message(names)} not finite"))

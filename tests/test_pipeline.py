@@ -56,6 +56,7 @@ NEUTRAL = {
     "evaluation": {"batch": 3, "samples": 0},
     "data": {"cache": "elsewhere"},
     "keep": {"last": 5, "best": 3},
+    "trace": {"every": 3},
 }
 
 

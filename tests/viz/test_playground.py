@@ -44,7 +44,7 @@ def tokens(panel, side):
     return panel.locator(".pg-strip").nth(side).locator("button").all_inner_texts()
 
 
-def test_it_writes_and_forks(page, run):
+def test_it_writes_and_forks(page, run, axe):
     panel = write(page, "Sam is sad")
     models = run.model, run.model.with_policy(run.policy("ppo"))
     for side, model in enumerate(models):
@@ -62,6 +62,12 @@ def test_it_writes_and_forks(page, run):
     panel.locator(".pg-status", has_text="done").wait_for()
     assert tokens(panel, 0)[:2] == tokens(panel, 1)[:2] == [first, chosen]
     assert page.evaluate("document.documentElement.scrollWidth") <= 390
+    strip.first.click()
+    page.evaluate(axe)
+    for scheme in "light", "dark":
+        page.emulate_media(color_scheme=scheme)
+        problems = page.evaluate("axe.run('#playground')")["violations"]
+        assert [(problem["id"], problem["nodes"][0]["html"]) for problem in problems] == []
 
 
 def test_an_error_is_shown(page):
