@@ -17,7 +17,7 @@ from launch import WORKDIR, flags, start
 
 from rlhf_jax import command
 from rlhf_jax.report.console import Reporter
-from rlhf_jax.viz import playground, server
+from rlhf_jax.viz import export, playground, server
 
 PORT = flags.DEFINE_integer("port", 8000, "Port on 127.0.0.1; 0: any that is free.")
 EXPORT = flags.DEFINE_string("export", None, "Folder to write the page to as static files, instead of serving it.")
@@ -50,8 +50,6 @@ def _serve(reporter):
 
 
 def _export(reporter):
-    from rlhf_jax.viz import export
-
     source = WORKDIR.value or export.demo_folder()
     for write, out in ((export.static, EXPORT.value), (export.unipo, UNIPO.value)):
         if out:
@@ -61,7 +59,7 @@ def _export(reporter):
 def _open(workdir):
     """(the run, the folder of its trace); a trace alone has no run. The default is the package's trace."""
     if not workdir:
-        return None, server.DEMO
+        return None, export.demo_folder()
     folder = Path(workdir).expanduser()
     trace = folder / "trace"
     alone = (trace / "manifest.json").exists() and not (folder / "config.json").exists()

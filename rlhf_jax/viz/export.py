@@ -16,7 +16,7 @@ from rlhf_jax.viz import trace
 from rlhf_jax.viz.trace import Trace
 
 DEMO = "demo"  # the trace in the package
-MODEL_ONLY = ("playground.js",)  # of the page: what needs a server
+MODEL_ONLY = ("playground.js", "playground.css")  # of the page: what needs a server
 
 
 def static_folder() -> Path:

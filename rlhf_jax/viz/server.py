@@ -30,12 +30,11 @@ from starlette.routing import Route
 
 from rlhf_jax.data import tldr
 from rlhf_jax.errors import InputError
-from rlhf_jax.viz import completions
+from rlhf_jax.viz import completions, export
 from rlhf_jax.viz.completions import ApiError
 from rlhf_jax.viz.playground import Run, finite, settings
 
-STATIC = Path(__file__).parent / "static"
-DEMO = Path(__file__).parent / "demo"  # the trace of a small run
+STATIC = export.static_folder()
 HOST = "127.0.0.1"
 HOSTS = re.compile(r"(127\.0\.0\.1|localhost|\[::1\])(:\d{1,5})?")  # an SSH tunnel may have another port
 BODY = 64 * 1024  # bytes of a request

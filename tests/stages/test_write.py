@@ -17,7 +17,8 @@ from rlhf_jax.evaluate import interval
 from rlhf_jax.models import gpt2
 from rlhf_jax.rewards import sentiment
 from rlhf_jax.training import loop
-from rlhf_jax.viz.verify import verify
+from rlhf_jax.viz.trace import Trace
+from rlhf_jax.viz.verify import prove, verify
 from tests.support import (
     Recorder,
     StopsAt,
@@ -80,6 +81,20 @@ def test_its_trace_is_proved(whole):
     results = {each.identity: each for each in verify(whole.workdir)}
     assert {name: each.breach for name, each in results.items() if each.breach} == {}
     assert {"cross-entropy", "rewards", "returns", "baseline", "ratio", "minibatch", "logged", "gain"} <= results.keys()
+
+
+@pytest.mark.parametrize(
+    ("array", "identity"),
+    [("rollout.returns_BR", "returns"), ("rollout.raw_advantages_BR", "baseline"), ("update.logp_BR", "minibatch")],
+)
+def test_a_breach_of_its_trace_is_named(array, identity, whole):
+    found = Trace(whole.workdir)
+    file = found.read(found.names("rl", "iter")[-1])
+    changed = np.array(file.arrays[array])
+    changed.reshape(-1)[0] += 0.01
+    file = dataclasses.replace(file, arrays=file.arrays | {array: changed})
+    breaches = {each.identity: each.breach for each in prove([file], found.manifest) if each.breach}
+    assert identity in breaches and breaches[identity].startswith(f"{file.name}: ")
 
 
 def test_the_summary_has_what_a_reader_looks_for(whole):

@@ -4,11 +4,15 @@ import asyncio
 import json
 import socket
 import threading
+from concurrent.futures import ThreadPoolExecutor
 
 import numpy as np
 import pytest
 
+from rlhf_jax import config as configs
 from rlhf_jax.data import sources
+from rlhf_jax.stages import Setup
+from rlhf_jax.stages.preference import reward_model
 from rlhf_jax.tasks.prompts import Prompts
 from rlhf_jax.viz import playground, server
 from rlhf_jax.viz.playground import Run
@@ -210,8 +214,9 @@ def duel(client, prompt="Sam"):
     return client.post("/api/duel", json={"prompt": prompt, "recipe": True}).json()
 
 
-def test_votes_are_preference_rows(client, run, monkeypatch):
-    """Blind, in a random order, one a pair; and the reader of training reads them."""
+def test_votes_are_preference_rows(client, run, tmp_path, monkeypatch):
+    """Blind, in a random order, one a pair; and a reward model learns from them."""
+    (run.workdir / playground.VOTES).unlink(missing_ok=True)
     stages, rows = set(), []
     for i, letter in enumerate("abcdehimnrst" * 2):
         written(monkeypatch, f"sad {letter}", f"a {letter}")
@@ -225,11 +230,17 @@ def test_votes_are_preference_rows(client, run, monkeypatch):
     assert stages == {"sft", "ppo"}
     path = str(run.workdir / playground.VOTES)
     sizes = {"prompt_length": 31, "response_length": 9, "cut": "left", "held_out": 0.3}
-    task = Prompts(sources.Config(source="files", preferences=path, **sizes), seed=1)
+    labels = [{"prompt": prompt, "label": chosen} for prompt, chosen, _ in rows]  # its references
+    sft = support.write_rows(tmp_path / "sft.jsonl", labels)
+    task = Prompts(sources.Config(source="files", sft=sft, preferences=path, **sizes), seed=1)
     train, held_out, _ = task.rows("preferences")
     read = [(row["prompt"], row["chosen"], row["rejected"]) for row in [*train, *held_out]]
     assert sorted(read) == sorted(rows)
-    assert len(task.arrays("preferences", run.model.tokenizer).train["chosen_NR"]) == len(train)
+    evaluation = configs.Evaluation(temperature=1.0, samples=0)
+    setup = Setup(1, task, run.model.tokenizer, run.model.apply, evaluation)
+    section = configs.Reward(steps=1, batch=8, eval_every=0)
+    stage = reward_model("reward", setup, section, run.model.params)
+    assert np.isfinite(stage.step(stage.state, stage.batch_at(0)).numbers["loss"])
 
 
 @pytest.mark.parametrize(
@@ -263,6 +274,12 @@ def test_a_line_is_appended_after_one_that_was_cut_short(run):
 # One job at a time
 
 
+def in_a_loop(main):
+    """Runs it in a thread: Playwright may have a loop in this one."""
+    with ThreadPoolExecutor(1) as thread:
+        thread.submit(lambda: asyncio.run(main())).result()
+
+
 def test_jobs_wait_in_order_and_too_many_are_refused():
     async def main():
         jobs, release, started = server.Jobs(waiting=1), threading.Event(), []
@@ -288,7 +305,7 @@ def test_jobs_wait_in_order_and_too_many_are_refused():
         with pytest.raises(ZeroDivisionError):
             [item async for item in failed]
 
-    asyncio.run(main())
+    in_a_loop(main)
 
 
 def test_too_many_requests_are_an_error_that_says_so(client, monkeypatch):
@@ -335,7 +352,7 @@ def test_a_client_that_leaves_ends_its_job(served, run, monkeypatch):
         await asyncio.sleep(0.1)
         assert len(written) <= count + 1 < 100
 
-    asyncio.run(main())
+    in_a_loop(main)
 
 
 # Without weights, without a run

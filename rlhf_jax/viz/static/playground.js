@@ -472,6 +472,8 @@ async function start(section) {
     ? `Two policies of this run, ${names[0]} and ${names[1]}, write with the same Gumbel noise: they part only where they disagree. `
       + "Blue: the second finds the token more likely than the first; orange: less."
     : `The policy of this run: ${names[0]}.`;
+  const valence = info.reward === "sentiment" || info.task === "write"
+    ? " Underlined words are those that VADER counts, each with its valence in the lexicon." : "";
   const locked = state.authorized ? null
     : element("p", { class: "pg-locked" }, "To write, open the URL that the command has printed: it has the token of this launch.");
   const prompts = promptInputs(info, state, false);
@@ -482,7 +484,7 @@ async function start(section) {
   }
   if (info.task === "write") panels[0][0] = "Stories";
   if (names.length === 2) panels.push(["Vote", voteTab(info, state)]);
-  section.replaceChildren(...[title, element("p", {}, intro), locked, ...tabs(panels)].filter(Boolean));
+  section.replaceChildren(...[title, element("p", {}, intro + valence), locked, ...tabs(panels)].filter(Boolean));
 }
 
 const section = globalThis.document?.getElementById("playground");
