@@ -8,6 +8,7 @@ export GLIBC_TUNABLES ?= glibc.malloc.hugetlb=1
 
 demo: .venv/installed  ## the main job on the embedded task: fine-tuning, reward model, PPO
 	$(PY) experiments/ppo_summarize.py --config=configs/ppo_summarize.py --workdir=runs/demo
+	$(PY) -m rlhf_jax.viz verify runs/demo
 
 see: .venv/installed  ## the page of the small run that is in the package
 	$(PY) experiments/serve.py

@@ -8,6 +8,7 @@ pack WORKDIR FOLDER         a copy of a trace with fewer rows of text and fewer 
 """
 
 import argparse
+import logging
 import sys
 
 from rlhf_jax.errors import InputError
@@ -84,6 +85,7 @@ def _pack(args, reporter):
 
 
 if __name__ == "__main__":
+    logging.getLogger("absl").setLevel(logging.CRITICAL)  # Orbax's: its errors are raised as well
     with Reporter() as reporter:
         try:
             code = main(sys.argv[1:], reporter)

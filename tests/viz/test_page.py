@@ -162,7 +162,7 @@ def test_a_drag_is_smooth(visit):
 
 def test_a_breach_is_a_banner_that_names_it(visit):
     index = int(np.flatnonzero(LAST["rollout.mask_BR"])[5])
-    page = visit(routes=served(changed("rollout.rewards_BR", index, 0.25)))
+    page = visit(f"#iter={LAST.step}", routes=served(changed("rollout.rewards_BR", index, 0.25)))
     banner = page.inner_text("#banner")
     assert banner.startswith(
         f"The trace does not hold: {LAST.name}: rollout.rewards_BR: index {index}: rewards: recorded "
@@ -185,7 +185,7 @@ def test_a_breach_is_a_banner_that_names_it(visit):
 )
 def test_a_trace_that_cannot_be_read_is_said(routes, words, visit):
     visit.told.expected = ("404",)
-    assert words in visit(routes=routes, ready=False).inner_text("#banner")
+    assert words in visit(f"#iter={LAST.step}", routes=routes, ready=False).inner_text("#banner")
 
 
 def test_hostile_tokens_are_inert_and_can_be_seen(visit):
@@ -216,7 +216,7 @@ def test_the_keyboard_is_enough(visit):
         page.wait_for_function("(text) => location.hash.includes(text)", arg=place)
     reached = set()
     page.focus(".skip")
-    for _ in range(80):
+    for _ in range(70):
         page.keyboard.press("Tab")
         reached.add(page.evaluate("document.activeElement.closest('section, header, aside')?.id ?? ''"))
     assert {"bar", "map", "tokens", "kl", "gae", "ratio", "clip"} <= reached
@@ -270,6 +270,7 @@ def test_a_log_of_unipo_opens(visit, tmp_path):
     log = json.loads(path.read_text())
     slide(page, "#iter", 0)
     page.wait_for_function("() => document.getElementById('iter-is').textContent === '0'")
+    page.select_option("#rollout", "0")
     page.wait_for_timeout(300)
     again = page.locator("#tokens .strip .token").all_inner_texts()
     assert again[:-1] == [re.sub(r"\\x..", "\ufffd", text) for text in strip[:-1]]  # their schema has texts, not bytes

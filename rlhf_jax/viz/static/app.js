@@ -148,11 +148,28 @@ function keepHash() {
   if (location.hash !== hash) history.replaceState(null, "", hash);
 }
 
+// The place in the list of the iteration that the address names, or -1.
+function named() {
+  const step = Number(new URLSearchParams(location.hash.slice(1)).get("iter"));
+  return app.iters.findIndex((name) => app.manifest.files[name].step === step);
+}
+
+// Where a reader starts who has not chosen: the token of the shown rollouts that the update has moved the most.
+function telling() {
+  const { chain: c, order, file } = app, ps = app.pass(), shown = file.arrays["look.rows_B"]?.data.length ?? order.length;
+  let best = { rollout: 0, token: 0 }, most = -1;
+  for (let n = 0; ps && n < shown; n++) {
+    for (let t = 0; t < c.R && c.mask[order[n] * c.R + t]; t++) {
+      const moved = Math.abs(Math.log(ps.ratio[order[n] * c.R + t]));
+      if (moved > most) [most, best] = [moved, { rollout: n, token: t }];
+    }
+  }
+  return best;
+}
+
 async function readHash() {
-  const parts = new URLSearchParams(location.hash.slice(1)), cursor = {};
-  const steps = app.iters.map((name) => app.manifest.files[name].step);
-  const at = steps.indexOf(Number(parts.get("iter")));
-  cursor.iter = at >= 0 ? at : app.file ? app.cursor.iter : steps.length - 1;
+  const parts = new URLSearchParams(location.hash.slice(1)), cursor = {}, at = named();
+  if (at >= 0) cursor.iter = at;
   for (const name of ["rollout", "token", "epoch"]) {
     const value = Number.parseInt(parts.get(name), 10);
     if (value > 0) cursor[name] = value - 1;
@@ -211,9 +228,11 @@ async function start(manifest, reader, title) {
   $("iter").max = app.iters.length - 1;
   for (const element of app.updates.keys()) seen.unobserve(element);
   app.updates.clear();
-  app.cursor = { iter: app.iters.length - 1, rollout: 0, token: 0, epoch: 99 }; // the last epoch: the policy has moved
+  // The second recorded iteration, as the policy is still learning there, and its last epoch.
+  app.cursor = { iter: named() >= 0 ? named() : Math.min(1, app.iters.length - 1), rollout: 0, token: 0, epoch: 99 };
   await app.load();
   app.clamp();
+  Object.assign(app.cursor, telling());
   for (const view of views) {
     const element = $(view.id);
     element.replaceChildren();
