@@ -4,19 +4,16 @@ import contextlib
 import dataclasses
 import functools
 import json
-import os
-import re
-import resource
 import shutil
 from pathlib import Path
 from typing import Any
 
 import jax
 
-from rlhf_jax import command, fields, hub, provenance, rollout, tasks, text
+from rlhf_jax import fields, hub, out_of_memory, provenance, rollout, tasks, text
 from rlhf_jax import config as configs
 from rlhf_jax.algorithms import POLICY
-from rlhf_jax.errors import InputError, OutOfMemory
+from rlhf_jax.errors import InputError
 from rlhf_jax.evaluate import seeds
 from rlhf_jax.models import heads, hf
 from rlhf_jax.report import metrics, plots
@@ -55,51 +52,6 @@ def run(config, workdir, reporter=None, stop=None, only=None, given=None) -> dic
     for note in _results(Path(workdir), only or ""):
         reporter.note(note)
     return summary
-
-
-@contextlib.contextmanager
-def _memory(config, name):
-    """Where a stage needs more memory than there is: what was requested, what there is, the fields that need less."""
-    try:
-        yield
-    except (MemoryError, RuntimeError) as error:
-        if not command.out_of_memory(error):
-            raise
-        section = configs.section(config, name)
-        part, model = getattr(config, section), config.model
-        less = {
-            f"{section}.microbatches": f"more than {part.microbatches}",
-            f"{section}.batch": f"less than {part.batch}",
-        }
-        if hasattr(part, "lanes") and config.task != "write":
-            less[f"{section}.lanes"] = f"less than {part.lanes or part.batch}"
-        less |= {} if model.remat else {"model.remat": "true"}
-        less |= {} if model.dtype == "bfloat16" else {"model.dtype": "bfloat16"}
-        less["evaluation.batch"] = f"less than {config.evaluation.batch}"
-        advice = ", ".join(f"--config.{field} ({value})" for field, value in less.items())
-        raise OutOfMemory(
-            f"{name}: out of memory: {_requested(error)}; {_available()}; less is needed with {advice}"
-        ) from error
-
-
-def _requested(error):
-    """How much memory an error says was requested."""
-    found = re.search(r"allocat\w* ([\d.]+) ?(\w+)", str(error))
-    if not found:
-        return " ".join(str(error).split()) or "more requested"
-    number, unit = found.groups()
-    return f"{float(number) / 2**30:.2f} GiB requested" if unit == "bytes" else f"{number} {unit} requested"
-
-
-def _available():
-    """The memory of a device; a CPU's is that of the machine, or what this process may have of it."""
-    device = jax.local_devices()[0]
-    limit = (device.memory_stats() or {}).get("bytes_limit")
-    if not limit:
-        limit = os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES")
-        allowed = resource.getrlimit(resource.RLIMIT_AS)[0]
-        limit = limit if allowed == resource.RLIM_INFINITY else min(limit, allowed)
-    return f"{device.device_kind} has {limit / 2**30:.2f} GiB"
 
 
 def _results(workdir, only):
@@ -273,7 +225,7 @@ class Stages:
         self._open()
         self._begin([name])
         self._check_data(name)
-        with _memory(self.config, name):
+        with out_of_memory.named(self.config, name):
             if name == self.names[-1] and self.config.seeds > 1:
                 return self._seeds(name, stop)
             return self._fit(self.make(name), self.depends(name), self.workdir, stop)

@@ -51,6 +51,7 @@ MAY_IMPORT = {
     "report/metrics": set(),
     "report/plots": {"report/metrics"},  # it draws what metrics reads
     "report/console": set(),
+    "out_of_memory": {"command", "config"},
     "alarms": set(),
     "__init__": {"pretrained", "training/fit"},  # when its names are asked for
 }

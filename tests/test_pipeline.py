@@ -10,7 +10,7 @@ import numpy as np
 import pytest
 
 from rlhf_jax import config as configs
-from rlhf_jax import pipeline
+from rlhf_jax import out_of_memory, pipeline
 from rlhf_jax.data import batches, sources
 from rlhf_jax.errors import OutOfMemory
 from rlhf_jax.models import gpt2, hf
@@ -73,14 +73,14 @@ def test_the_last_lines_say_where_the_results_are_and_what_comes_next(tmp_path):
 def test_out_of_memory_names_the_fields_that_need_less(raised, requested, config, monkeypatch):
     monkeypatch.setattr(pipeline.resource, "getrlimit", lambda _: (2**32, 2**32))
     wide = changed(config, model={"dtype": "bfloat16"}, ppo={"batch": 8})
-    with pytest.raises(OutOfMemory) as caught, pipeline._memory(wide, "ppo"):
+    with pytest.raises(OutOfMemory) as caught, out_of_memory.named(wide, "ppo"):
         raise raised
     assert str(caught.value) == (
         f"ppo: out of memory: {requested or 'more requested'}; cpu has 4.00 GiB; less is needed with "
         "--config.ppo.microbatches (more than 1), --config.ppo.batch (less than 8), --config.ppo.lanes (less than 8), "
         "--config.model.remat (true), --config.evaluation.batch (less than 64)"
     )
-    with pytest.raises(ZeroDivisionError), pipeline._memory(config, "ppo"):
+    with pytest.raises(ZeroDivisionError), out_of_memory.named(config, "ppo"):
         raise ZeroDivisionError
 
 
