@@ -188,6 +188,17 @@ def test_a_trace_that_cannot_be_read_is_said(routes, words, visit):
     assert words in visit(f"#iter={LAST.step}", routes=routes, ready=False).inner_text("#banner")
 
 
+def test_a_file_that_is_damaged_is_said_when_it_is_opened(visit):
+    """The page goes on with the others."""
+    page = visit(f"#iter={_step(0)}", routes={f"trace/{LAST.name}": b"\x1f\x8b123"})
+    slide(page, "#iter", len(NAMES) - 1)
+    page.wait_for_selector("#banner:not([hidden])")
+    assert page.inner_text("#banner").startswith(f"{LAST.name}: damaged: sha256 ")
+    slide(page, "#iter", 1)
+    page.wait_for_function("(text) => document.getElementById('iter-is').textContent === text", arg=str(_step(1)))
+    assert page.is_hidden("#banner")
+
+
 def test_hostile_tokens_are_inert_and_can_be_seen(visit):
     row = LAST["look.rows_B"][0]
     ids = list(dict.fromkeys(LAST["rollout.response_BR"][row][LAST["rollout.mask_BR"][row] == 1].tolist()))

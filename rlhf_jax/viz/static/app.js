@@ -34,12 +34,17 @@ export const app = {
     return Object.keys(this.recorded).some((name) => this.knobs[name] !== this.recorded[name]);
   },
 
-  // Moves the cursor; the file is read first if it is of another iteration.
+  // Moves the cursor; the file is read first if it is of another iteration. Of several moves, the last one counts.
   async go(change) {
     const iter = Math.max(0, Math.min(this.iters.length - 1, change.iter ?? this.cursor.iter));
-    const moved = !this.file || iter !== this.cursor.iter;
     Object.assign(this.cursor, change, { iter });
-    if (moved) await this.load();
+    const moved = this.file?.name !== this.iters[iter];
+    try {
+      if (moved && !(await this.load())) return;
+    } catch (error) {
+      fail(error);
+      return;
+    }
     this.clamp();
     this.show({ cursor: true, file: moved });
   },
@@ -52,8 +57,10 @@ export const app = {
   get epochs() {
     return this.file.arrays["update.rows_B"]?.shape[0] ?? 1;
   },
+  // Whether the file of the cursor's iteration is there; not if the cursor has moved on while it was read.
   async load() {
-    const file = await this.read(this.iters[this.cursor.iter]);
+    const name = this.iters[this.cursor.iter], file = await this.read(name);
+    if (name !== this.iters[this.cursor.iter]) return false;
     this.file = file;
     const kept = this.whatIf ? this.knobs : {};
     this.recorded = knobs(file, this.manifest);
@@ -63,6 +70,7 @@ export const app = {
     this.order = [...shown, ...[...Array(B).keys()].filter((b) => !shown.includes(b))];
     this.passes = {};
     this.chain = chain(file, this.manifest, this.knobs);
+    return true;
   },
   set(change) {
     Object.assign(this.knobs, change);
@@ -135,7 +143,7 @@ function listRollouts() {
   const { file, chain: c, order } = app;
   const shown = file.arrays["look.rows_B"]?.data.length ?? 0;
   const kinds = (n) => (n >= shown ? "" : n < shown - 4 || shown < 16 ? ", random" : n < shown - 2 ? ", best" : ", worst");
-  const labels = order.map((b, n) => `${n + 1} of ${order.length}${kinds(n)}${c.score ? `, score ${fmt(c.score[b])}` : ""}`);
+  const labels = order.map((b, n) => `${n + 1} of ${order.length}${kinds(n)}${c.score ? `: ${fmt(c.score[b])}` : ""}`);
   $("rollout").replaceChildren(...labels.map((text, n) => h("option", { value: n, text })));
 }
 
@@ -220,7 +228,7 @@ async function start(manifest, reader, title) {
   app.manifest = manifest;
   app.stage = policyStage(manifest);
   app.iters = app.stage ? names(manifest, app.stage, "iter") : [];
-  app.read = reader;
+  app.read = remembering(reader);
   app.file = null;
   app.knobs = app.recorded = {};
   $("run").textContent = title;
@@ -250,6 +258,18 @@ async function start(manifest, reader, title) {
   wireRollouts();
   await readHash();
   document.documentElement.dataset.ready = "true";
+}
+
+// The reader, with the last files at hand.
+function remembering(reader, most = 12) {
+  const kept = new Map();
+  return async (name) => {
+    const file = kept.get(name) ?? (await reader(name));
+    kept.delete(name);
+    kept.set(name, file);
+    if (kept.size > most) kept.delete(kept.keys().next().value);
+    return file;
+  };
 }
 
 function wireRollouts() {
