@@ -10,8 +10,8 @@ from typing import Any
 
 import jax
 
-from rlhf_jax import fields, hub, out_of_memory, provenance, rollout, tasks, text
 from rlhf_jax import config as configs
+from rlhf_jax import fields, hub, out_of_memory, provenance, rollout, tasks, text
 from rlhf_jax.algorithms import POLICY
 from rlhf_jax.errors import InputError
 from rlhf_jax.evaluate import seeds

@@ -71,7 +71,7 @@ def test_the_last_lines_say_where_the_results_are_and_what_comes_next(tmp_path):
     ],
 )
 def test_out_of_memory_names_the_fields_that_need_less(raised, requested, config, monkeypatch):
-    monkeypatch.setattr(pipeline.resource, "getrlimit", lambda _: (2**32, 2**32))
+    monkeypatch.setattr(out_of_memory.resource, "getrlimit", lambda _: (2**32, 2**32))
     wide = changed(config, model={"dtype": "bfloat16"}, ppo={"batch": 8})
     with pytest.raises(OutOfMemory) as caught, out_of_memory.named(wide, "ppo"):
         raise raised
