@@ -1,6 +1,7 @@
 """The server: what it refuses, what it sends, and one job at a time."""
 
 import asyncio
+import dataclasses
 import json
 import socket
 import threading
@@ -10,7 +11,7 @@ import numpy as np
 import pytest
 
 from rlhf_jax import config as configs
-from rlhf_jax.data import sources
+from rlhf_jax.data import sources, tldr
 from rlhf_jax.stages import Setup
 from rlhf_jax.stages.preference import reward_model
 from rlhf_jax.tasks.prompts import Prompts
@@ -202,6 +203,43 @@ def test_a_summary_is_of_the_post_as_the_recipe_cuts_it(client):
         first["prompt"].endswith(": Sam is sad\n\nTL/DR:".replace("/", first["prompt"][-4])) and first["tokens"] == 31
     )
     assert first["note"].endswith("was cut to 31") and set(end["rows"][0]["rouge"]) == {"rouge1", "rouge2", "rougeL"}
+
+
+def longer(run, monkeypatch, context, **changes):
+    """Gives the run another context and config."""
+    config = dataclasses.replace(run.model.config, context=context)
+    monkeypatch.setitem(run.__dict__, "model", dataclasses.replace(run.model, config=config))
+    monkeypatch.setattr(run, "config", support.changed(run.config, **changes))
+
+
+def test_a_long_query_loses_the_end_of_its_post(run, monkeypatch):
+    """As in training with data.cut = newline; outside the recipe so that the completion has room."""
+    text = tldr.format_query("a", "sad", "Sam is sad\n" * 20)
+    longer(run, monkeypatch, 100, data={"prompt_length": 80, "cut": "newline"})
+    for recipe, limit in (True, 80), (False, 100 - 9):
+        prompt = run.prompt(text, recipe=recipe)
+        assert prompt.ids == tldr.fit(text, run.model.tokenizer, limit)[0] and len(prompt.ids) <= limit
+        assert prompt.note == f"the prompt has {len(text)} tokens and was cut to {len(prompt.ids)}"
+
+
+def test_a_beginning_stands_after_eos(run, monkeypatch):
+    longer(run, monkeypatch, 40, task="write")
+    eos_id, encode = run.model.tokenizer.eos_id, run.model.tokenizer.encode
+    assert run.prompt("", recipe=False).ids == [eos_id]
+    assert run.prompt("Sam", recipe=True).ids == [eos_id, *encode("Sam")]
+    assert run.prompt("Sad" * 10, recipe=False).ids == [eos_id, *encode("SadSad" + "Sad" * 5)[-20:]]
+
+
+def test_a_reward_of_texts_gives_scores_and_words(run, monkeypatch):
+    prompt, ends = playground.Prompt("a", [1]), [{"text": "a sad man"}, {"text": "happy"}]
+    longer(run, monkeypatch, 40, reward={"kind": "sentiment"})
+    sad, happy = run.scores([[1], [2]], prompt, ends)
+    assert sad["score"] == sad["vader"] == pytest.approx(-0.4767) and happy["score"] > 0.5
+    assert sad["words"] == [{"start": 2, "end": 5, "own": -2.1, "counted": -2.1}]
+    longer(run, monkeypatch, 40, reward={"kind": "gold"})
+    assert run.scores([[1], [2]], prompt, ends)[0]["no_score"].startswith(
+        "reward gold: InputError: gold: expected rows"
+    )
 
 
 def written(monkeypatch, *texts):
