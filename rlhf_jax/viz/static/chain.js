@@ -49,7 +49,9 @@ export function chain(file, manifest, k) {
     returns = x("rollout.returns_BR");
   }
   const white = raw && config.whiten_advantages ? masked.whiten(raw, mask) : raw;
-  return { B, R, mask, logp, logp_ref, eos, score, final, k1, rewards, values, deltas, raw, returns, white, algorithm };
+  // A policy gradient that takes one step a rollout has no ratio in its loss: -A log p.
+  const plain = algorithm === "policy_gradient" && !(config.epochs > 1 && config.importance);
+  return { B, R, mask, logp, logp_ref, eos, score, final, k1, rewards, values, deltas, raw, returns, white, algorithm, plain };
 }
 
 // One pass of the update, laid back on the rows of the batch: the new log-probs, ratios and losses [B, R]. Tokens that
@@ -75,7 +77,8 @@ export function pass(file, c, e, k) {
     });
   }
   const token = (i) => losses.ppo_policy(Math.log(ratio[i]), 0, c.white[i], k.clipping ? k.eps : Infinity);
-  const loss = Float64Array.from(mask, (m, i) => (m ? token(i).loss : 0));
+  const unweighted = c.plain && !k.clipping;
+  const loss = Float64Array.from(mask, (m, i) => (!m ? 0 : unweighted ? losses.policy_gradient(now[i], c.white[i]) : token(i).loss));
   const clipped = Uint8Array.from(mask, (m, i) => (m && token(i).clipped ? 1 : 0));
   return { now, ratio, used, value, loss, clipped, logp };
 }

@@ -274,7 +274,7 @@ const gae = {
         c.values ? s("circle", { class: "value", cx: x(v), cy: 9, r: 4 }) : "", s("rect", { class: "reward", x: x(r) - 2, y: 2, width: 4, height: 14 }));
     };
     const col = (head, array, width = 66) => ({ head, value: (t) => app.chain[array][app.index(t)], cls: (t) => bySign(app.chain[array][app.index(t)]), width });
-    const columns = [{ head: "value ● to return ▮", draw: track, width: 150 }];
+    const columns = [{ head: ppo ? "value ● to return ▮" : "0 to return ▮", draw: track, width: 150 }];
     if (ppo) columns.push(col("δ", "deltas", 56));
     columns.push(col("advantage A", "raw"), col(app.file.config.whiten_advantages ? "whitened" : "as used", "white"));
     const table = tokenTable(app, "Value before each token, return, and advantage", columns);
@@ -285,7 +285,7 @@ const gae = {
     el.append(heading("gae", ppo ? "Values and advantages" : "Returns and advantages", ppo ? "ops.advantages.gae, ops.masked.whiten, rollout.value" : "ops.advantages.discounted_returns, algorithms.policy_gradient.baseline"),
       p(ppo ? "Was this token better than the value model expected? δ compares one step: the reward, plus the next value, against this value. The advantage adds up later δ, each step discounted by γλ: with λ = 0 it trusts the value model alone, with λ = 1 the rest of the episode alone." : "A token’s return is what came after it; the baseline is what the other rollouts got. Their difference is the advantage."),
       formula, h("figure", {}, h("div", { class: "controls" }, gamma.element, lam?.element, presets), table.element,
-        h("figcaption", {}, h("span", { class: "legend" }, ppo ? h("span", { class: "value", text: "value before the token" }) : null, h("span", { class: "reward", text: "return = advantage + value" }), h("span", { class: "policy", text: "better than expected" }), h("span", { class: "ref", text: "worse" })))), note);
+        h("figcaption", {}, h("span", { class: "legend" }, ppo ? h("span", { class: "value", text: "value before the token" }) : null, h("span", { class: "reward", text: ppo ? "return = advantage + value" : "return" }), h("span", { class: "policy", text: "better than expected" }), h("span", { class: "ref", text: "worse" })))), note);
     return () => {
       const { chain: c, knobs: k } = app, i = app.index(), t = app.cursor.token, last = t === app.length - 1, b = app.row;
       need(c.returns, "returns");
@@ -467,6 +467,7 @@ const clipView = {
       const clipped = Math.min(Math.max(ps.ratio[i], 1 - e), 1 + e);
       formula.textContent = k.clipping
         ? `loss = max(−A ratio, −A clip(ratio, ${fmt(1 - e)}, ${fmt(1 + e)}))\n     = max(−${par(c.white[i])} × ${fmt(ps.ratio[i])}, −${par(c.white[i])} × ${fmt(clipped)}) = ${fmt(ps.loss[i])}${ps.clipped[i] ? "\n     the clipped term is the larger: no gradient" : ""}`
+        : c.plain ? `loss = −A log p = −${par(c.white[i])} × ${par(ps.now[i])} = ${fmt(ps.loss[i])}     (one step a rollout: the ratio is 1)`
         : `loss = −A ratio = −${par(c.white[i])} × ${fmt(ps.ratio[i])} = ${fmt(ps.loss[i])}`;
       note.textContent = `In epoch ${app.cursor.epoch + 1}, ${n} of ${all} tokens are clipped: ${percent(n / all)}. Mean loss ${fmt(masked.mean(ps.loss, c.mask))}.`;
     };
@@ -501,7 +502,7 @@ const algorithms = {
     el.append(heading("algorithms", "The same tokens under another algorithm", "ops.losses.policy_gradient, ops.losses.ppo_policy, ops.advantages.group"),
       p("What-if: the tokens, log-probs and scores are those of this run, and only the objective changes. REINFORCE and RLOO spread one number over all tokens, weighted by log p; the others compare ratios. Only PPO tells the tokens of one text apart by their own advantage."),
       h("figure", {}, h("div", { class: "controls" }, epoch?.element, higher.element), table.element,
-        h("figcaption", { text: "R: score minus the KL penalty; s: score. GRPO and RLOO compare completions of one prompt; here the batch stands in for that group, because this run sampled one completion a prompt." })),
+        h("figcaption", { text: "R: score minus the KL penalty; s: score. GRPO and RLOO compare completions of one prompt; here the batch stands in for that group, because this run sampled one completion a prompt." + (app.chain.values ? "" : " It has no value model, so PPO’s column uses the advantages of the run.") })),
       formulas, note);
     formulas.replaceChildren(...names.flatMap((name) => [h("dt", { text: name }), h("dd", { class: "formula" }, FORMULAS[name].map(([text, differs]) => (differs ? h("mark", { text }) : text)))]));
     function draw() {
