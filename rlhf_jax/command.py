@@ -47,7 +47,14 @@ def begin():
     for number in SIGNALS:
         signal.signal(number, _stop)
     signal.set_wakeup_fd(writing, warn_on_full_buffer=False)
+    sys.unraisablehook = _unraisable
     threading.Thread(target=_wait, args=(reading,), daemon=True).start()
+
+
+def _unraisable(raised):
+    """A stop that is raised where nothing can be, as in a destructor, is no news: it is raised again later."""
+    if getattr(raised.exc_value, "exit_code", 0) != STOPPED:
+        sys.__unraisablehook__(raised)
 
 
 def _begin_child():

@@ -57,11 +57,9 @@ def run(config, workdir, reporter=None, stop=None, only=None, given=None) -> dic
 def _results(workdir, only):
     """Lines that say where the results of a run, or of one stage of it, are, and what comes next."""
     folder = workdir / only
-    plots = sorted({f"{path.parent}/" for path in folder.rglob("plots/*.png")})
-    files = [
-        path for path in (folder / "summary.json", folder / "samples.jsonl", folder / "report.html") if path.exists()
-    ]
-    yield f"results: {', '.join(map(str, [*files, *plots]))}"
+    plots = sorted({f"{path.parent.relative_to(folder)}/" for path in folder.rglob("plots/*.png")})
+    files = [name for name in ("summary.json", "samples.jsonl", "report.html") if (folder / name).exists()]
+    yield f"results in {folder}: {', '.join([*files, *plots])}"
     stage = f" --stage={only}" if only else ""
     yield f"next: python experiments/export_hf.py --workdir={workdir}{stage} --out=exported"
 
@@ -240,9 +238,7 @@ class Stages:
         if self._begun:
             return
         self._begun = True
-        done = [name for name in self.names if name not in todo and self.finished(name)]
-        skipped = f" ({', '.join(done)}: finished, skipped)" if done else ""
-        self.reporter.note(f"workdir {self.workdir.path}: {', '.join(todo) or 'nothing to do'}{skipped}")
+        self.reporter.note(f"workdir {self.workdir.path}; to train: {', '.join(todo) or 'nothing'}")
         if todo:
             devices, model = sharding.devices(), self.setup.apply.policy.config
             shapes = jax.tree.leaves(jax.eval_shape(self._random))

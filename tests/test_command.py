@@ -93,6 +93,26 @@ def test_two_signals_at_once_are_one_line():
         assert code == 3 and said.count("\n") == 1 and said.startswith("train.py: stopped by SIG")
 
 
+def test_a_stop_in_a_destructor_is_not_reported():
+    """Python cannot raise there; training looks again after its step."""
+    code = """
+class Stopped(BaseException):
+    exit_code = 3
+class Falls:
+    def __init__(self, error):
+        self.error = error
+    def __del__(self):
+        raise self.error
+Falls(Stopped("not reported"))
+Falls(ValueError("reported"))
+os.write(1, b"ready")
+"""
+    with started(code) as process:
+        read(process, b"ready")
+        code, said = ended(process)
+        assert code == 0 and "ValueError: reported" in said and "Stopped" not in said
+
+
 def test_the_cursor_is_shown_again_on_a_terminal():
     ours, theirs = pty.openpty()
     with started("ready(); time.sleep(60)", stdout=theirs) as process:

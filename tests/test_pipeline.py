@@ -37,16 +37,16 @@ def test_the_first_lines_say_where_on_what_and_of_what_size(config, tmp_path):
     block = 16 * 42 + 42 + 14 * 16 + 16 + 2 * 16 * 64 + 64 + 16 + 2 * 32  # qkv, out, feed-forward, two norms
     size = tokens * 16 + 380 * 16 + block + 32
     assert steps.reporter.notes == [
-        f"workdir {tmp_path}: sft",
+        f"workdir {tmp_path}; to train: sft",
         f"{jax.device_count()} x cpu; a policy of {size:,} parameters, 1 layers of 16; {tokens} tokens",
     ]
 
 
-def test_a_run_with_nothing_to_do_says_so(config, tmp_path, monkeypatch):
+def test_a_run_with_nothing_to_do_says_so(config, tmp_path):
+    """And makes no tokenizer for that."""
     steps = stages(config, tmp_path)
-    monkeypatch.setattr(steps, "finished", lambda name: True)
     steps._begin([])
-    assert steps.reporter.notes == [f"workdir {tmp_path}: nothing to do (sft, reward, ppo: finished, skipped)"]
+    assert steps.reporter.notes == [f"workdir {tmp_path}; to train: nothing"] and "setup" not in vars(steps)
 
 
 def test_the_last_lines_say_where_the_results_are_and_what_comes_next(tmp_path):
@@ -54,10 +54,10 @@ def test_the_last_lines_say_where_the_results_are_and_what_comes_next(tmp_path):
     for name in "sft/plots/sft.png", "sft/summary.json", "summary.json", "samples.jsonl":
         (tmp_path / name).touch()
     results, then = pipeline._results(tmp_path, "")
-    assert results == f"results: {tmp_path}/summary.json, {tmp_path}/samples.jsonl, {tmp_path}/sft/plots/"
+    assert results == f"results in {tmp_path}: summary.json, samples.jsonl, sft/plots/"
     assert then == f"next: python experiments/export_hf.py --workdir={tmp_path} --out=exported"
     results, then = pipeline._results(tmp_path, "sft")
-    assert results == f"results: {tmp_path}/sft/summary.json, {tmp_path}/sft/plots/"
+    assert results == f"results in {tmp_path}/sft: summary.json, plots/"
     assert then == f"next: python experiments/export_hf.py --workdir={tmp_path} --stage=sft --out=exported"
 
 
