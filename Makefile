@@ -4,10 +4,14 @@ PY := .venv/bin/python
 # Large pages for large arrays: the updates of a small model take a fifth less time. Heeded by glibc alone.
 export GLIBC_TUNABLES ?= glibc.malloc.hugetlb=1
 
-.PHONY: demo test lint clean
+.PHONY: demo see test lint clean
 
 demo: .venv/installed  ## the main job on the embedded task: fine-tuning, reward model, PPO
 	$(PY) experiments/ppo_summarize.py --config=configs/ppo_summarize.py --workdir=runs/demo
+	$(PY) -m rlhf_jax.viz verify runs/demo
+
+see: .venv/installed  ## the page of the small run that is in the package
+	$(PY) experiments/serve.py
 
 test: .venv/installed-test  ## the whole suite
 	$(PY) -m pytest -q -n 2 --dist loadfile

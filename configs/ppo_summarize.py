@@ -33,7 +33,7 @@ from ml_collections import ConfigDict
 
 from rlhf_jax import config as configs
 from rlhf_jax.algorithms import ppo
-from rlhf_jax.config import Config, Evaluation, Reward, Supervised, Text
+from rlhf_jax.config import Config, Evaluation, Reward, Supervised, Text, Trace
 from rlhf_jax.data import sources
 from rlhf_jax.errors import InputError
 from rlhf_jax.models import gpt2
@@ -71,6 +71,7 @@ def tiny():
         reward=Reward(lr=1e-3, warmup=20, adam_b2=0.95, steps=150, batch=32, eval_every=50),
         ppo=ppo.Config(lr=3e-4, steps=50, batch=64, epochs=2, temperature=1.0, eval_every=10),
         evaluation=Evaluation(prompts=512, batch=256, temperature=1.0),
+        trace=Trace(every=10),
     )
 
 

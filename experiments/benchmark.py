@@ -12,14 +12,13 @@ import json
 import os
 from pathlib import Path
 
-from absl import app, flags, logging
-from launch import NOT_FINITE, leave, parser
+from launch import flags, start
 
 from rlhf_jax.commands import benchmark
 from rlhf_jax.errors import InputError
 from rlhf_jax.report import metrics
 from rlhf_jax.report.console import Reporter
-from rlhf_jax.training import guard
+from rlhf_jax.training import sharding
 
 SHAPE = flags.DEFINE_string("shape", None, f"One of {', '.join(benchmark.SHAPES)}.")
 ITERATIONS = flags.DEFINE_integer("iterations", 5, "Timed iterations per round; one before them is not timed.")
@@ -33,30 +32,25 @@ OUT = flags.DEFINE_string("out", None, "JSON file to write all results to.")
 HEADLINE = ("shape", "device", "seconds_per_iteration", "episodes_per_s", "response_tokens_per_s")
 
 
-def main(_):
-    logging.set_verbosity(logging.FATAL)  # JAX logs every folder of its compilation cache
-    try:
-        shape = benchmark.shape(SHAPE.value, DTYPE.value, BATCH.value, fused=FUSED.value)
-        peer, rounds = (), 1
-        if PEER.value is not None:
-            peer, rounds = benchmark.parse_peer(PEER.value), ROUNDS.value
-            os.environ.setdefault("XLA_PYTHON_CLIENT_PREALLOCATE", "false")  # a GPU's memory is shared with the peer
-        out = Path(OUT.value).expanduser().absolute() if OUT.value else None
-        if out and (not out.parent.is_dir() or out.is_dir()):
-            raise InputError(f"out: expected a file in a folder that exists, got {OUT.value}")
-        with Reporter() as reporter:
-            result = benchmark.measure(shape, iterations=ITERATIONS.value, rounds=rounds, peer=peer, reporter=reporter)
-            benchmark.show(result, reporter)
-        if out:
-            metrics.summarize(out, result)
-    except InputError as error:
-        leave(error)
-    except guard.NonFinite as error:
-        leave(error, NOT_FINITE)
-    except OSError as error:
-        leave(f"out: {OUT.value}: {error.strerror}")
+def main():
+    peer, rounds = (), 1
+    if PEER.value is not None:
+        peer, rounds = benchmark.parse_peer(PEER.value), ROUNDS.value
+        os.environ.setdefault("XLA_PYTHON_CLIENT_PREALLOCATE", "false")  # a GPU's memory is shared with the peer
+    elif flags.FLAGS["rounds"].present:
+        raise InputError(f"rounds: {ROUNDS.value} has no effect without --peer")
+    sharding.devices()
+    shape = benchmark.shape(SHAPE.value, DTYPE.value, BATCH.value, fused=FUSED.value)
+    out = Path(OUT.value).expanduser().absolute() if OUT.value else None
+    if out and (not out.parent.is_dir() or out.is_dir()):
+        raise InputError(f"out: expected a file in a folder that exists, got {OUT.value}")
+    with Reporter() as reporter:
+        result = benchmark.measure(shape, iterations=ITERATIONS.value, rounds=rounds, peer=peer, reporter=reporter)
+        benchmark.show(result, reporter)
+    if out:
+        metrics.summarize(out, result)
     print(json.dumps({name: result[name] for name in HEADLINE}))
 
 
 if __name__ == "__main__":
-    app.run(main, flags_parser=parser("shape"))
+    start(main, "shape")

@@ -6,26 +6,22 @@
 The default stage is the last finished one with a policy. The folder must be new or empty.
 """
 
-from absl import app, flags, logging
-from launch import WORKDIR, leave, parser
+from launch import WORKDIR, flags, start
 
 from rlhf_jax.commands.export import export
-from rlhf_jax.errors import InputError
 from rlhf_jax.report.console import Reporter
+from rlhf_jax.training import sharding
 
 OUT = flags.DEFINE_string("out", None, "Folder to write, new or empty.")
 STAGE = flags.DEFINE_string("stage", "", "ppo, policy_gradient, rl, reward, sft or pretrain.")
 
 
-def main(_):
-    logging.set_verbosity(logging.FATAL)  # Orbax logs every file it reads; its errors are raised as well
-    try:
-        stage = export(WORKDIR.value, OUT.value, STAGE.value)
-    except InputError as error:
-        leave(error)
+def main():
+    sharding.devices()
+    stage = export(WORKDIR.value, OUT.value, STAGE.value)
     with Reporter() as reporter:
         reporter.note(f"{stage}: written to {OUT.value}")
 
 
 if __name__ == "__main__":
-    app.run(main, flags_parser=parser("workdir", "out"))
+    start(main, "workdir", "out")

@@ -13,6 +13,7 @@ Array names end in one letter an axis (Shazeer suffixes); a scalar or a pytree h
 size:
 
     B  rows of a batch
+    C  candidates: the ids that a model finds most likely
     D  width of the model
     E  epochs over a rollout
     F  width of the feed-forward layer
@@ -20,6 +21,7 @@ size:
     H  attention heads
     J  planes in which a rotary position turns a head
     K  entries of a head
+    M  models that read the same tokens
     N  rows of a data set or a table, prompts of a queue
     P  columns of the prompts
     R  columns of the responses
@@ -35,8 +37,7 @@ always the last R columns. Entry i of a `_BR` array belongs to response token i;
 *before* it. `mask_BR` is 1 on response tokens, EOS included, and 0 after.
 """
 
-import importlib
-from typing import TYPE_CHECKING
+TYPE_CHECKING = False  # type checkers take it as True; importing the name would cost a command milliseconds
 
 if TYPE_CHECKING:
     from rlhf_jax.pretrained import load
@@ -57,6 +58,8 @@ def __getattr__(name: str):
         except metadata.PackageNotFoundError:
             return "0+unknown"  # a clone on the path that is not installed
     if name in _HOME:
+        import importlib
+
         return getattr(importlib.import_module(_HOME[name]), name)
     raise AttributeError(f"module {__name__!r} has no attribute {name!r}")
 

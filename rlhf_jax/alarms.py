@@ -25,6 +25,12 @@ class Config:
     patience: int = number(10, least=1)  # iterations that the running means average over
     freeze: bool = True  # an alarm ends the learning; False: the alarm is only counted
 
+    def unused(self):
+        """Fields without effect, and why."""
+        if not self.active:
+            yield "patience", "no limit is set"
+            yield "freeze", "no limit is set"
+
     @property
     def active(self):
         """Whether any limit is set."""

@@ -8,17 +8,23 @@ from rlhf_jax import checkpoint
 policy = checkpoint.load("runs/demo/ppo")["policy"]
 """
 
-import argparse
+from rlhf_jax import command
+
+if __name__ == "__main__":
+    command.begin()  # the imports below take seconds
+
 import logging
 import math
 import sys
 from pathlib import Path
 
 import numpy as np
+from safetensors import SafetensorError
 from safetensors.numpy import save_file
 
 from rlhf_jax.errors import InputError
 from rlhf_jax.report.console import Reporter
+from rlhf_jax.training import sharding
 from rlhf_jax.training.checkpoint import FOLDERS, Checkpoints, by_name
 
 
@@ -35,7 +41,9 @@ def load(path, step=None):
 
 def find_all(path):
     """[(folder, step)] of all checkpoints at or below a path, in order. Raises InputError if there are none."""
-    path = Path(path).absolute()
+    if not str(path):
+        raise InputError("path: expected a folder, got none")
+    path = Path(path).expanduser().absolute()
     folders = [path] if path.name in FOLDERS else [p for name in FOLDERS for p in path.rglob(name) if p.is_dir()]
     steps = [(p, int(s.name)) for p in sorted(folders) for s in p.iterdir() if s.name.isdigit()]
     if not steps:
@@ -58,21 +66,22 @@ def _find(path, step):
 
 def main(argv, reporter):
     """The command line: see the top of this file."""
-    parser = argparse.ArgumentParser(prog="python -m rlhf_jax.checkpoint", description="Checkpoints of a run.")
+    parser = command.parser(prog="python -m rlhf_jax.checkpoint", description="Checkpoints of a run.")
     commands = parser.add_subparsers(dest="command", required=True)
     for name, description in (
         ("list", "all checkpoints of a run or a stage"),
         ("describe", "the arrays of a checkpoint"),
         ("load", "read a whole checkpoint and verify it; with --out, write its arrays as safetensors"),
     ):
-        command = commands.add_parser(name, help=description)
-        command.add_argument("path", help="folder of the run or the stage")
+        each = commands.add_parser(name, help=description)
+        each.add_argument("path", help="folder of the run or the stage")
         if name != "list":
-            command.add_argument("--step", type=int, help="default: the result of the stage, or the newest")
-            command.add_argument("--part", default="", help="policy, value, optimizer/policy, ...; default: all")
+            each.add_argument("--step", type=int, help="default: the result of the stage, or the newest")
+            each.add_argument("--part", default="", help="policy, value, optimizer/policy, ...; default: all")
         if name == "load":
-            command.add_argument("--out", help="new file to write")
+            each.add_argument("--out", help="new file to write")
     args = parser.parse_args(argv)
+    sharding.devices()
     {"list": _list, "describe": _describe, "load": _load}[args.command](args, reporter)
 
 
@@ -112,23 +121,26 @@ def _describe(args, reporter):
 
 
 def _load(args, reporter):
+    out = Path(args.out).expanduser() if args.out else None
+    if out and out.exists():
+        raise InputError(f"--out: {out} exists already; expected a new file")
+    if out and not out.absolute().parent.is_dir():
+        raise InputError(f"--out: expected a file in a folder that exists, got {out}")
     folder, step = _find(args.path, args.step)
     with Checkpoints(folder, read_only=True) as checkpoints:
         arrays = checkpoints.read(step)[0]
     chosen = _part(by_name(arrays), args.part, folder / str(step))
     numbers = sum(array.size for array in chosen.values())
     reporter.note(f"{folder / str(step)}: {len(chosen)} arrays, {numbers:,} numbers, checksums verified")
-    if args.out:
-        if Path(args.out).exists():
-            raise InputError(f"--out: {args.out} exists already; expected a new file")
-        save_file({name: np.ascontiguousarray(array) for name, array in chosen.items()}, args.out)
-        reporter.note(f"written to {args.out}")
+    if out:
+        try:
+            save_file({name: np.ascontiguousarray(array) for name, array in chosen.items()}, out)
+        except SafetensorError as error:  # a full disk, a folder that cannot be written
+            raise InputError(f"--out: cannot write {out} ({error})") from None
+        reporter.note(f"written to {out}")
 
 
 if __name__ == "__main__":
     logging.getLogger("absl").setLevel(logging.CRITICAL)  # Orbax's: its errors are raised as well
-    with Reporter() as reporter:
-        try:
-            main(sys.argv[1:], reporter)
-        except InputError as error:
-            sys.exit(str(error))
+    with command.errors(), Reporter() as reporter:
+        main(sys.argv[1:], reporter)

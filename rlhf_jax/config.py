@@ -20,6 +20,10 @@ from rlhf_jax.training import checkpoint
 from rlhf_jax.training import guard as guards
 
 LEARNED = "learned"  # the reward that is a reward model
+# Fields that say how much is done or kept. Those without effect are noted, not refused: one command line may serve
+# several tasks and algorithms.
+SIZES = {"steps", "batch", "epochs", "minibatches", "microbatches", "lanes", "widths", "eval_every", "save_every"}
+SIZES |= {"made", "cache", *(f"world_{kind}" for kind in ("sft", "preferences", "prompts", "held_out"))}
 
 
 @dataclasses.dataclass(frozen=True)
@@ -30,6 +34,13 @@ class Text:
     path: str = fields.path()  # of gpt2: a folder with its files, or NAME or NAME@REVISION on the hub
     vocab_size: int = fields.number(800, least=1)  # tokens of bpe
 
+    def unused(self):
+        """Fields without effect, and why."""
+        if self.kind != "gpt2":
+            yield "path", f"kind is {self.kind}, which is trained on the texts (gpt2 is read from a path)"
+        if self.kind != "bpe":
+            yield "vocab_size", f"kind is {self.kind}"
+
 
 @dataclasses.dataclass(frozen=True)
 class Evaluation:
@@ -37,10 +48,19 @@ class Evaluation:
 
     prompts: int = fields.number(512, least=2)  # at most; all held-out prompts if there are fewer
     batch: int = fields.number(64, least=1, neutral=True)  # rows on the device at a time
-    temperature: float = fields.number(0.01, least=0, most=100)
+    temperature: float = fields.number(0.01, least=0, most=100)  # of sampling; 0: the most likely tokens
     samples: int = fields.number(3, least=0, neutral=True)  # shown during training; samples.jsonl has all of them
     # The result of reinforcement learning: the last policy, or the best evaluated one within the limits of `alarms`.
     result: str = fields.choice("last", "last", "best")
+
+
+@dataclasses.dataclass(frozen=True)
+class Trace:
+    """The arrays of a run, token by token, in WORKDIR/trace (docs/trace.md)."""
+
+    # Iterations between recorded ones; the first and the last are recorded too. 0: nothing is recorded. Stages of
+    # fine-tuning and of the reward model record the steps that they evaluate.
+    every: int = fields.number(0, least=0, neutral=True)
 
 
 @dataclasses.dataclass(frozen=True)
@@ -56,16 +76,17 @@ class Reward(preference.Config):
 
     # learned | gold: the embedded world's truth | sentiment: VADER's | path/to/file.py:function (rewards/function.py)
     kind: str = fields.path(LEARNED)
-    from_: str = fields.path(neutral=True)  # another workdir whose finished reward model is used; both must agree
+    # another workdir whose finished reward model is used; config and files must agree
+    from_: str = fields.path(neutral=True)
 
 
 @dataclasses.dataclass(frozen=True)
 class Config:
     """A run: a task, a reward, an algorithm and a model. A section's defaults stand beside the code that reads it."""
 
-    seed: int = fields.number(1, least=0, below=2**32, most=2**32)
+    seed: int = fields.number(1, least=0, below=2**32, most=2**32)  # of weights, samples, and the order of rows
     seeds: int = fields.number(1, least=1)  # runs of the last stage, one after another; curves show the 95% band
-    task: str = fields.choice("summarize", *TASKS)
+    task: str = fields.choice("summarize", *TASKS)  # what is learned on; the section `data` is the task's
     algorithm: str = fields.choice("ppo", *POLICY)  # the section that the last stage reads
     text: Text = Text()
     data: Any = sources.Config()  # of the task: tasks.TASKS[task].Config
@@ -78,8 +99,27 @@ class Config:
     alarms: limits.Config = limits.OFF
     evaluation: Evaluation = Evaluation()
     keep: checkpoint.Config = checkpoint.Config()
+    trace: Trace = Trace()
     guard: guards.Config = guards.Config()
     deterministic: bool = False  # on a GPU, the same seed gives the same run; some operations are slower
+
+    def unused(self):
+        """Fields without effect, and why; a section stands for all of its fields."""
+        for name in POLICY:
+            if name != self.algorithm:
+                yield name, f"algorithm is {self.algorithm}"
+        for name in ("pretrain", "sft"):
+            if not getattr(self, name).steps:
+                for field in _names(self, name):
+                    if field != f"{name}.steps":
+                        yield field, f"{name}.steps is 0"
+        if not self.learned:
+            for field in _names(self, "reward"):
+                if field != "reward.kind":
+                    yield field, f"reward is {self.reward.kind}"
+        if not (self.pretrain.steps or self.sft.steps):
+            yield "model.dropout", "pretrain.steps and sft.steps are 0"
+        yield from TASKS[self.task].unused(self)
 
     @property
     def rl(self):
@@ -162,6 +202,11 @@ def rl_name(config) -> str:
     return "rl" if config.task == "write" else config.algorithm
 
 
+def _names(config, section) -> list[str]:
+    """The names of the fields of a section, as `getattr` finds them."""
+    return [f"{section}.{field.name}" for field in dataclasses.fields(getattr(config, section))]
+
+
 def section(config, stage) -> str:
     """The name of the stage's own section of the config."""
     return config.algorithm if stage == rl_name(config) else stage
@@ -206,6 +251,7 @@ def check(config, *, devices: int = 1, files: bool = True) -> None:
     files: whether the files that the config names must exist.
     """
     fields.check(config)
+    TASKS[config.task].make(config)  # its own InputError names what it cannot be made of
     if files:
         _check_files(config)
     for problem in (_reward, _lengths, _batches):
@@ -214,6 +260,39 @@ def check(config, *, devices: int = 1, files: bool = True) -> None:
             for part in name.split("."):
                 value = getattr(value, part)
             raise InputError(f"{name}: expected {expected}, got {value!r}")
+
+
+def check_given(config, given=None) -> list[str]:
+    """Refuses a field that is given and has no effect with the values of the others: InputError says why.
+
+    given: the names of the fields that a user gave as flags; the others are those of the config file, where fields
+    without effect may stand. Without it, only fields that name a file or a place count. Returns notes for the user.
+    """
+    reasons = fields.unused(config)
+    notes: dict[str, list[str]] = {}
+    for name, field, value in fields.leaves(config):
+        if name not in reasons or value == "" or not (field.metadata.get("path") if given is None else name in given):
+            continue
+        if name.split(".")[-1] not in SIZES:
+            raise InputError(f"{name}: {value!r} has no effect, as {reasons[name]}")
+        notes.setdefault(reasons[name], []).append(name)
+    ignored = [f"without effect, as {reason}: {', '.join(names)}" for reason, names in notes.items()]
+    return ignored + _warmups(config, given or ())
+
+
+def _warmups(config, given):
+    """Refuses a warm-up that is given and longer than its stage; a note where it is the config file's own."""
+    longer = []
+    for stage in stages(config):
+        name = section(config, stage)
+        part = getattr(config, name)
+        updates = getattr(part, "updates", part.steps)  # optimizer steps
+        if part.warmup > updates and f"{name}.warmup" in given:
+            steps = f"{name}.steps{' x epochs x minibatches' if hasattr(part, 'epochs') else ''} = {updates}"
+            raise InputError(f"{name}.warmup: expected at most {steps}, got {part.warmup}")
+        if part.warmup > updates:
+            longer.append(f"{name}.warmup = {part.warmup} (of {updates})")
+    return [f"the learning rate is not reached, as the warm-up has more steps: {', '.join(longer)}"] * bool(longer)
 
 
 def _check_files(config):

@@ -8,17 +8,28 @@
         init: str = path()
 
         def problems(self):
-            if self.warmup > self.steps:
-                yield "warmup", f"at most steps = {self.steps}"
+            if self.batch % self.microbatches:
+                yield "batch", f"a multiple of microbatches = {self.microbatches}"
+
+        def unused(self):
+            if self.schedule == "constant":
+                yield "end_lr", "schedule is constant"
 
 `check` refuses a config by the first field that is wrong, in one line that names the field. A field declared
 `neutral=True` changes no number of a run: a workdir may be continued with another value of it. `expanded` puts the home
-folder in the place of ~ in paths.
+folder in the place of ~ in paths, `unused` finds the fields that have no effect with the values of the others, and
+`comments` reads what the source says of each field.
 """
 
+import ast
 import dataclasses
+import functools
+import inspect
+import io
 import math
 import os
+import textwrap
+import tokenize
 from collections.abc import Iterator
 from typing import Any
 
@@ -67,7 +78,7 @@ def neutral(default: Any) -> Any:
 
 
 def path(default: str = "", *, neutral: bool = False) -> Any:
-    """A text field that is, or may be, a path on this machine; `expanded` reads ~ at its beginning."""
+    """A text field that is, or may be, a path on this machine, or empty; `expanded` reads ~ at its beginning."""
     return dataclasses.field(default=default, metadata={"path": True, "neutral": neutral})
 
 
@@ -108,6 +119,57 @@ def numbers(config: Any, path: str = "") -> Iterator[tuple[str, Any]]:
             yield from numbers(value, f"{path}{field.name}.")
         elif type(value) in (int, float):
             yield f"{path}{field.name}", field
+
+
+def leaves(config: Any, path: str = "") -> Iterator[tuple[str, dataclasses.Field, Any]]:
+    """(path, dataclass field, value) of every field that is no dataclass itself. A path has the names of the flags."""
+    for field in dataclasses.fields(config):
+        value, name = getattr(config, field.name), f"{path}{field.name.rstrip('_')}"
+        if dataclasses.is_dataclass(value):
+            yield from leaves(value, f"{name}.")
+        else:
+            yield name, field, value
+
+
+def unused(config: Any, path: str = "") -> dict[str, str]:
+    """{path: reason} of every field that has no effect with the values of the others.
+
+    `unused(self)`, where a dataclass has it, yields (field, reason); a section stands for all of its fields.
+    """
+    found: dict[str, str] = {}
+    for name, reason in getattr(config, "unused", tuple)():
+        value = functools.reduce(getattr, name.split("."), config)
+        named = f"{path}{name.rstrip('_')}"
+        inner = [each for each, *_ in leaves(value, f"{named}.")] if dataclasses.is_dataclass(value) else [named]
+        found = dict.fromkeys(inner, reason) | found
+    for field in dataclasses.fields(config):
+        value = getattr(config, field.name)
+        if dataclasses.is_dataclass(value):
+            found = unused(value, f"{path}{field.name}.") | found
+    return found
+
+
+@functools.cache
+def comments(kind: type) -> dict[str, str]:
+    """{field: what the source says of it} of a dataclass: the comment in its line, or in the lines above it.
+
+    A field that is declared again without a comment keeps that of the class that it comes from.
+    """
+    found: dict[str, str] = {}
+    for each in reversed([base for base in kind.__mro__ if dataclasses.is_dataclass(base)]):
+        source = textwrap.dedent(inspect.getsource(each))
+        tokens = tokenize.generate_tokens(io.StringIO(source).readline)
+        in_line = {t.start[0]: t.string.removeprefix("#").strip() for t in tokens if t.type == tokenize.COMMENT}
+        lines = source.splitlines()
+        for node in ast.parse(source).body[0].body:  # type: ignore[attr-defined]
+            if isinstance(node, ast.AnnAssign):
+                first = node.lineno
+                while lines[first - 2].lstrip().startswith("#"):
+                    first -= 1
+                texts = [in_line[line] for line in range(first, (node.end_lineno or first) + 1) if line in in_line]
+                if texts:
+                    found[ast.unparse(node.target)] = " ".join(texts)
+    return found
 
 
 def significant(config: Any) -> dict[str, Any]:

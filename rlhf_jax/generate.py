@@ -1,19 +1,23 @@
 """Sampling completions: read the prompts, then one decode step at a time, in a compiled loop or streamed.
 
-Both loops run `start` and `advance`. A third loop runs `enter` and `proceed`: it completes N prompts in fewer lanes,
-and a lane whose completion has ended takes the next prompt from a queue (continuous batching: Yu et al. 2022, Orca,
-section 3). Randomness belongs to a prompt's row: token i of row b is sampled with fold_in(keys_B[b], i), whatever else
-is in the batch.
+The compiled loop runs `start` and `advance`. A second one runs `enter` and `proceed`: it completes N prompts in fewer
+lanes, and a lane whose completion has ended takes the next prompt from a queue (continuous batching: Yu et al. 2022,
+Orca, section 3). `stream` is a Python loop for the playground: it yields every token, and compares several models.
+Randomness belongs to a prompt's row: token i of row b is sampled with fold_in(keys_B[b], i), whatever else is in the
+batch.
 """
 
 import dataclasses
+from typing import NamedTuple
 
 import flax
 import jax
 import jax.numpy as jnp
+import numpy as np
 
-from rlhf_jax.ops import padding, sampling
+from rlhf_jax.ops import kl, logprobs, padding, sampling
 
+CANDIDATES = 8  # most likely tokens that `stream` yields
 GROUPS = 4  # with lanes: prompts are read once a quarter of the lanes is free
 
 
@@ -229,12 +233,106 @@ def _draw_rows(model, params, hidden_GD, row_G, count_G, drawn, config):
     return drawn, token_G, (row_G < len(drawn.done_B)) & ~ended_G & (count_G + 1 < config.max_tokens)
 
 
-def stream(model, params, prompt_BP, prompt_mask_BP, keys_B, config):
-    """Yields the State after each token: the same steps as `generate`, in a Python loop."""
-    state = jax.jit(start, static_argnums=(0, 5))(model, params, prompt_BP, prompt_mask_BP, keys_B, config)
-    step = jax.jit(advance, static_argnums=(0, 3), donate_argnums=())
-    while True:
-        yield state
-        if int(state.step) == config.max_tokens or bool(jnp.all(state.done_B)):
+class How(NamedTuple):
+    """How `stream` samples: arguments of its compiled steps, so that other numbers compile nothing."""
+
+    temperature: float = 1.0  # 0: the most likely token
+    top_k: int = 0  # 0: all
+    top_p: float = 1.0  # 1: all
+
+
+@flax.struct.dataclass
+class Token:
+    """A token of each row, and how likely M models find it after the tokens before it.
+
+    Log-probs and KL are in nats, of the whole vocabulary at the temperature; at temperature 0 they are those of 1.
+    """
+
+    token_B: jax.Array
+    mask_B: jax.Array  # 0 where the row has ended before this token
+    logp_MB: jax.Array
+    kl_B: jax.Array  # exact KL(last model || first model) over the vocabulary
+    best_MBC: jax.Array  # the ids that each model finds most likely, in order
+    best_logp_MBC: jax.Array
+
+
+def stream(
+    model, params_M, source_B, prompt_1P, prompt_mask_1P, keys_B, how,
+    *, rows_B, max_tokens, eos_id, slots, forced=(),
+):  # fmt: skip
+    """Yields the next Token of each row, as NumPy arrays, until all rows have ended or have max_tokens tokens.
+
+    The rows complete one left-padded prompt. Row b is sampled from the model with parameters params_M[source_B[b]], and
+    every model reads every row. Token i of row b is sampled as in `generate`, with fold_in(keys_B[b], i): rows with the
+    same key get the same noise, and differ only where their models do. The first tokens are those of `forced`, if any.
+    Rows where rows_B is 0 only fill up the batch: they are not sampled, and not yielded.
+
+    The caches have `slots` slots: at least the prompt's columns, and the tokens of the prompt and the completion.
+    """
+    read = jax.jit(_read_prompt, static_argnums=0, static_argnames="slots")
+    step = jax.jit(_read_token, static_argnums=0, donate_argnames="caches_M")
+    how = jax.tree.map(np.asarray, How(float(how.temperature), int(how.top_k), float(how.top_p)))
+    mask_B, token_B, caches_M = np.array(rows_B, bool), None, None
+    for i in range(max_tokens):
+        args = source_B, keys_B, np.int32(i), np.int32(forced[i] if i < len(forced) else -1), how
+        if i == 0:
+            token, caches_M = read(model, params_M, prompt_1P, prompt_mask_1P, *args, slots=slots)
+        else:
+            token, caches_M = step(model, params_M, token_B, mask_B, caches_M, *args)
+        token_B, here = token.token_B, jax.device_get(token).replace(mask_B=mask_B)
+        yield here if rows_B.all() else _of_rows(here, rows_B)
+        mask_B = mask_B & (here.token_B != eos_id)
+        if not mask_B.any():
             return
-        state = step(model, params, state, config)
+
+
+def _of_rows(token, rows_B):
+    """The Token of the rows where rows_B is 1."""
+    return Token(
+        token_B=token.token_B[rows_B],
+        mask_B=token.mask_B[rows_B],
+        logp_MB=token.logp_MB[:, rows_B],
+        kl_B=token.kl_B[rows_B],
+        best_MBC=token.best_MBC[:, rows_B],
+        best_logp_MBC=token.best_logp_MBC[:, rows_B],
+    )
+
+
+def _read_prompt(model, params_M, prompt_1P, mask_1P, source_B, keys_B, i, forced, how, *, slots):
+    """(the first Token of each row, the caches of each model)."""
+    rows, padding = len(source_B), mask_1P.shape[1] - jnp.sum(mask_1P)
+    hidden_M, caches_M = [], []
+    for params in params_M:
+        hidden_1D, cache = model.prefill(params, prompt_1P, mask_1P, slots)
+        hidden_M.append(jnp.repeat(hidden_1D, rows, axis=0))
+        caches_M.append(model.repeat(cache, rows, padding))
+    return _choose(model, params_M, hidden_M, source_B, keys_B, i, forced, how), tuple(caches_M)
+
+
+def _read_token(model, params_M, token_B, mask_B, caches_M, source_B, keys_B, i, forced, how):
+    """(Token i of each row, the caches of each model)."""
+    pairs = zip(params_M, caches_M, strict=True)
+    hidden_M, caches_M = zip(*(model.decode(params, token_B, mask_B, cache) for params, cache in pairs), strict=True)
+    return _choose(model, params_M, hidden_M, source_B, keys_B, i, forced, how), caches_M
+
+
+def _choose(model, params_M, hidden_M, source_B, keys_B, i, forced, how):
+    scale = jnp.where(how.temperature > 0, how.temperature, 1)
+    pairs = zip(params_M, hidden_M, strict=True)
+    logits_MBV = jnp.stack([logprobs.scale(model.logits(params, hidden_BD), scale) for params, hidden_BD in pairs])
+    own_BV = logits_MBV[source_B, jnp.arange(len(source_B))]
+    kept_BV = jax.vmap(sampling.keep, (0, None, None))(own_BV, how.top_k, how.top_p)
+    sampled_B = jax.vmap(jax.random.categorical)(jax.vmap(jax.random.fold_in, (0, None))(keys_B, i), kept_BV)
+    token_B = jnp.where(how.temperature > 0, sampled_B, jnp.argmax(own_BV, axis=-1))
+    token_B = jnp.where(forced < 0, token_B, forced).astype(jnp.int32)
+    logp_MBV = jax.nn.log_softmax(logits_MBV)
+    best_logp_MBC, best_MBC = jax.lax.top_k(logp_MBV, min(CANDIDATES, logp_MBV.shape[-1]))
+    targets_MB = jnp.broadcast_to(token_B, logp_MBV.shape[:-1])
+    return Token(
+        token_B=token_B,
+        mask_B=jnp.ones_like(token_B, bool),
+        logp_MB=logprobs.gather(logits_MBV, targets_MB),
+        kl_B=kl.exact(logits_MBV[-1], logits_MBV[0]),
+        best_MBC=best_MBC,
+        best_logp_MBC=best_logp_MBC,
+    )

@@ -11,7 +11,7 @@ from typing import Any
 import jax
 
 from rlhf_jax import config as configs
-from rlhf_jax import fields, hub, provenance, rollout, tasks, text
+from rlhf_jax import fields, hub, out_of_memory, provenance, rollout, tasks, text
 from rlhf_jax.algorithms import POLICY
 from rlhf_jax.errors import InputError
 from rlhf_jax.evaluate import seeds
@@ -24,25 +24,46 @@ from rlhf_jax.stages.language_model import language_model
 from rlhf_jax.stages.preference import check_references, reward_model
 from rlhf_jax.stages.rl import rl
 from rlhf_jax.text import bpe, char, gpt2
+from rlhf_jax.training import sharding
 from rlhf_jax.training.fit import fit, write_summary
 from rlhf_jax.training.workdir import Workdir
+from rlhf_jax.viz import recorder
 
 KINDS = {"pretrain": "pretrain", "sft": "sft", "reward": "preferences"}  # of rows by stage; the last stage has prompts
 
 
-def run(config, workdir, reporter=None, stop=None, only=None) -> dict:
+def run(config, workdir, reporter=None, stop=None, only=None, given=None) -> dict:
     """Trains all stages of a config, or `only` one, and skips finished ones. Returns the run's summary.
 
     Raises InputError, before anything is written, for an impossible config, data that cannot be read, or a workdir of
-    another config. `stop` is a loop.Stop for the whole run.
+    another config. `stop` is a loop.Stop for the whole run. `given` names the fields that a user gave in addition to
+    those of a config file (config.py: check_given).
     """
     config = fields.expanded(config)
-    configs.check(config, devices=jax.device_count())
-    steps = Stages(config, Workdir(workdir), reporter or Silent())
-    names = configs.stages(config)
-    if only and only not in names:
-        raise InputError(f"{only}: not a stage of this config, which has {', '.join(names)}")
-    return steps.one(only, stop) if only else steps.all(stop)
+    reporter = reporter or Silent()
+    configs.check(config, devices=len(sharding.devices()))
+    notes = configs.check_given(config, given)
+    steps = Stages(config, Workdir(workdir), reporter)
+    if only and only not in steps.names:
+        raise InputError(f"{only}: not a stage of this config, which has {', '.join(steps.names)}")
+    for note in notes:
+        reporter.note(note)
+    summary = steps.one(only, stop) if only else steps.all(stop)
+    for note in _results(Path(workdir), only or ""):
+        reporter.note(note)
+    return summary
+
+
+def _results(workdir, only):
+    """Lines that say where the results of a run, or of one stage of it, are, and what comes next."""
+    folder = workdir / only
+    plots = sorted({f"{path.parent}/" for path in folder.rglob("plots/*.png")})
+    files = [
+        path for path in (folder / "summary.json", folder / "samples.jsonl", folder / "report.html") if path.exists()
+    ]
+    yield f"results: {', '.join(map(str, [*files, *plots]))}"
+    stage = f" --stage={only}" if only else ""
+    yield f"next: python experiments/export_hf.py --workdir={workdir}{stage} --out=exported"
 
 
 class Stages:
@@ -52,6 +73,7 @@ class Stages:
         self.config, self.workdir, self.reporter, self._jit = config, workdir, reporter, jit
         self.names = configs.stages(config)
         self._noted = set()  # kinds of rows whose notes were shown, and the notes
+        self._begun = False  # whether the first lines were shown
         for name in self.names:  # a workdir of another config is refused before anything is read or written
             self.workdir.check(name, self.depends(name))
         for folder, depends in self._of_seeds():
@@ -114,6 +136,7 @@ class Stages:
             evaluation=config.evaluation,
             guard=config.guard,
             jit=self._jit,
+            record=config.trace.every > 0,
         )
 
     def _tokenizer(self) -> text.Tokenizer:
@@ -146,7 +169,7 @@ class Stages:
         """The policy before training: random, or the Hugging Face weights of model.init."""
         model, init = self.setup.apply.policy, self.config.model.init
         if not init:
-            return jax.jit(model.init)(self.setup.key("policy init"))
+            return self._random()
         weights = _weights(init)
         try:
             return hf.load(weights, model.config)
@@ -158,10 +181,10 @@ class Stages:
         before = [stage for stage in self.names[: self.names.index(name)] if stage in ("pretrain", "sft")]
         if not before:
             return self._policy_init()
-        return self.parameters(before[-1], "policy", self._like())
+        return self.parameters(before[-1], "policy", like=self._random())
 
-    def _like(self):
-        return self.setup.apply.policy.init(self.setup.key("policy init"))
+    def _random(self):
+        return jax.jit(self.setup.apply.policy.init)(self.setup.key("policy init"))
 
     def make(self, name, seed=0):
         """The Stage of this name. `seed` is the index of the run where the last stage has several."""
@@ -178,7 +201,7 @@ class Stages:
             sampling = setup.sampling(section.temperature, lanes=section.lanes, widths=section.widths)
             reward = learned.Learned(setup.apply, params, sampling, setup.jit)
         else:
-            params, reward = None, function.load(config.reward.kind)
+            params, reward = None, function.load(config.reward.kind, self.reporter.waiting)
         algorithm, value = POLICY[config.algorithm], None
         if algorithm.NEEDS_VALUE:
             with_reward = config.learned and section.value_init in ("auto", "reward")
@@ -200,15 +223,32 @@ class Stages:
     def one(self, name, stop=None) -> dict:
         """Trains one stage: its summary."""
         self._open()
+        self._begin([name])
         self._check_data(name)
-        if name == self.names[-1] and self.config.seeds > 1:
-            return self._seeds(name, stop)
-        return self._fit(self.make(name), self.depends(name), self.workdir, stop)
+        with out_of_memory.named(self.config, name):
+            if name == self.names[-1] and self.config.seeds > 1:
+                return self._seeds(name, stop)
+            return self._fit(self.make(name), self.depends(name), self.workdir, stop)
 
     def _open(self):
         """Locks the workdir and writes the whole config."""
         self.workdir.lock()
         self.workdir.write_json("config.json", configs.tree(self.config))
+
+    def _begin(self, todo):
+        """Shows, once, where the run is, on what, and of what size."""
+        if self._begun:
+            return
+        self._begun = True
+        done = [name for name in self.names if name not in todo and self.finished(name)]
+        skipped = f" ({', '.join(done)}: finished, skipped)" if done else ""
+        self.reporter.note(f"workdir {self.workdir.path}: {', '.join(todo) or 'nothing to do'}{skipped}")
+        if todo:
+            devices, model = sharding.devices(), self.setup.apply.policy.config
+            shapes = jax.tree.leaves(jax.eval_shape(self._random))
+            size = f"{sum(leaf.size for leaf in shapes):,} parameters, {model.layers} layers of {model.width}"
+            tokens = f"{self.setup.tokenizer.vocab_size:,} tokens"
+            self.reporter.note(f"{len(devices)} x {devices[0].device_kind}; a policy of {size}; {tokens}")
 
     def all(self, stop=None) -> dict:
         """Trains every stage that is not finished: the run's summary."""
@@ -218,6 +258,7 @@ class Stages:
         for name in todo:  # errors in the data are found now, not when the stage begins
             self.task.rows(KINDS.get(name, "prompts"))
         self._open()
+        self._begin(todo)
         for name in todo:
             self._check_data(name)
         for name in self.names:
@@ -253,6 +294,8 @@ class Stages:
     def _fit(self, stage, depends, workdir, stop):
         config = configs.tree(self.config)
         parts = {"keep": self.config.keep, "reporter": self.reporter, "stop": stop}
+        if self.config.trace.every:
+            parts["recorder"] = recorder.Recorder(workdir, self.config, self.setup.tokenizer)
         return fit(stage, workdir, depends=depends, config=config, **parts).summary
 
     def _of_seeds(self):

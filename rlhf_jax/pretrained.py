@@ -17,7 +17,7 @@ import logging
 import os
 from collections.abc import Callable, Iterator, Sequence
 from pathlib import Path
-from typing import Any
+from typing import Any, NamedTuple
 
 import jax
 import jax.numpy as jnp
@@ -26,6 +26,7 @@ import numpy as np
 from rlhf_jax import generate, hub, jsonfile, rollout, text
 from rlhf_jax.data import tldr
 from rlhf_jax.errors import InputError
+from rlhf_jax.generate import Token
 from rlhf_jax.models import gpt2, heads, hf, hf_config, hf_layout
 from rlhf_jax.text import gpt2 as text_gpt2
 
@@ -35,6 +36,15 @@ SCORE = hf_layout.name(("score", "embedding"), gpt2.Config())  # the array that 
 ROWS = (1, 4, 32)  # on the device at a time: each number is compiled for
 NARROWEST = 16  # tokens
 MAX_TOKENS = 64  # of a completion, where no run says how long its own are
+
+
+class Sample(NamedTuple):
+    """A completion as it was sampled."""
+
+    text: str  # without space around it
+    ids: list[int]  # EOS included
+    logp_R: np.ndarray  # of each id, in nats, under the distribution that it was sampled from
+    ended: bool  # by EOS, not cut at max_tokens
 
 
 @dataclasses.dataclass(frozen=True, eq=False)
@@ -75,12 +85,67 @@ class Pretrained:
 
         InputError where a prompt and max_tokens are more than the context.
         """
-        prompts = [prompts] if isinstance(prompts, str) else prompts
+        ids = self._prompts([prompts] if isinstance(prompts, str) else prompts)
+        how: dict[str, Any] = {"temperature": temperature, "top_k": top_k, "top_p": top_p}
+        return [sample.text for sample in self.sample(ids, n=n, max_tokens=max_tokens, seed=seed, **how)]
+
+    def sample(
+        self,
+        prompts: Sequence[list[int]],
+        *,
+        n: int = 1,
+        max_tokens: int | None = None,
+        temperature: float = 1.0,
+        top_k: int = 0,
+        top_p: float = 1.0,
+        seed: int = 0,
+        first: int = 0,
+    ) -> list[Sample]:
+        """As `generate`, from the ids of the prompts, and with ids and log-probs.
+
+        prompts[i] gets the noise of prompt first + i, so a long list may be completed part by part.
+        """
         if not prompts:
             return []
         how = {"temperature": temperature, "top_k": top_k, "top_p": top_p}
-        response_NR, mask_NR, _ = self._draw(self._prompts(prompts), n, max_tokens, seed, how)
-        return text.responses(self.tokenizer, response_NR, mask_NR)
+        drawn = self._draw(prompts, n, max_tokens, seed, how, first)
+        texts, eos_id = text.responses(self.tokenizer, *drawn[:2]), self.tokenizer.eos_id
+        rows = zip(texts, *drawn, strict=True)
+        return [
+            Sample(words, ids[mask].tolist(), logp_R[mask], bool(ids[mask][-1] == eos_id))
+            for words, ids, mask, logp_R in rows
+        ]
+
+    def stream(
+        self,
+        prompt: list[int],
+        *,
+        beside: Sequence[dict] = (),
+        n: int = 1,
+        max_tokens: int | None = None,
+        temperature: float = 1.0,
+        top_k: int = 0,
+        top_p: float = 1.0,
+        seed: int = 0,
+        first: int = 0,
+        forced: Sequence[int] = (),
+    ) -> Iterator[Token]:
+        """Yields the tokens of n completions of a prompt's ids, place by place: the completions that `sample` gives.
+
+        beside: parameters of other policies. Each has n rows after those of this policy, sampled with the same noise,
+        and every policy reads all rows. Rows begin with the ids `forced`. Settings do not compile again, except n.
+        """
+        how: dict[str, Any] = {"temperature": temperature, "top_k": top_k, "top_p": top_p}
+        R, params_M = self._checked([prompt], n, max_tokens, seed, how), (self.params, *beside)
+        lanes = next((size for size in ROWS if size >= n), n)
+        key = jax.random.fold_in(jax.random.key(seed), first)
+        keys_B = jax.vmap(jax.random.fold_in, (None, 0))(key, np.tile(np.arange(lanes), len(params_M)))
+        prompt_1P, mask_1P = self._padded([prompt], self._width([prompt]))
+        return generate.stream(
+            self.apply.policy, params_M, np.repeat(np.arange(len(params_M)), lanes), prompt_1P, mask_1P, keys_B,
+            generate.How(**how), rows_B=np.tile(np.arange(lanes) < n, len(params_M)), max_tokens=R,
+            eos_id=self.tokenizer.eos_id, slots=self.context, forced=forced,
+        )  # fmt: skip
 
     def logprobs(
         self, prompts: str | Sequence[str], completions: Sequence[str], *, temperature: float = 1.0
@@ -103,8 +168,11 @@ class Pretrained:
         """
         if self.reward is None:
             raise InputError("scores: expected a reward model; a run has one when its reward stage is finished")
-        prompts, completions = self._pairs(prompts, completions)
-        rows = [prompt + completion for prompt, completion in zip(prompts, completions, strict=True)]
+        starts, ends = self._pairs(prompts, completions)
+        return self.score_tokens([start + end for start, end in zip(starts, ends, strict=True)])
+
+    def score_tokens(self, rows: Sequence[list[int]]) -> np.ndarray:
+        """The reward model's score of each row of ids, prompt and completion, read at its last one."""
         if not rows:
             return np.zeros(0, np.float32)
         score = functools.partial(_score, self.apply.scalar, self.reward)
@@ -168,8 +236,19 @@ class Pretrained:
         evaluation = Evaluation(temperature=1.0, samples=0)
         return Setup(seed, given, self.tokenizer, self.apply, evaluation), section
 
-    def _draw(self, prompts, n, max_tokens, seed, how):
+    def _draw(self, prompts, n, max_tokens, seed, how, first=0):
         """(response ids, mask, log-probs), each [N, R], of n samples of each of the prompts' ids, one after another."""
+        R = self._checked(prompts, n, max_tokens, seed, how)
+        # The noise of a sample is its own: it does not depend on the other prompts, nor on n.
+        key, sample_N = jax.random.key(seed), jnp.arange(len(prompts) * n)
+        keys_N = jax.vmap(lambda i: jax.random.fold_in(jax.random.fold_in(key, first + i // n), i % n))(sample_N)
+        width = _width(max(map(len, prompts)), self.context - R)
+        arrays = self._padded([ids for ids in prompts for _ in range(n)], width)
+        sampling = generate.Sampling(R, self.tokenizer.eos_id, self.tokenizer.pad_id, **how)
+        return _over(functools.partial(_sample, self.apply.policy, sampling, self.params), *arrays, keys_N)
+
+    def _checked(self, prompts, n, max_tokens, seed, how):
+        """The most tokens of a completion. InputError for what cannot be sampled."""
         self._policy("generate")
         R = self.max_tokens if max_tokens is None else max_tokens
         _expect(n >= 1, "n", "at least 1", n)
@@ -183,12 +262,7 @@ class Pretrained:
             if len(ids) > limit:
                 most = f"at most {limit} tokens, the context of {self.context} without max_tokens = {R}"
                 raise InputError(f"prompts[{i}]: expected {most}, got {len(ids)}")
-        # The noise of a sample is its own: it does not depend on the other prompts, nor on n.
-        key, sample_N = jax.random.key(seed), jnp.arange(len(prompts) * n)
-        keys_N = jax.vmap(lambda i: jax.random.fold_in(jax.random.fold_in(key, i // n), i % n))(sample_N)
-        arrays = self._padded([ids for ids in prompts for _ in range(n)], _width(max(map(len, prompts)), limit))
-        sampling = generate.Sampling(R, self.tokenizer.eos_id, self.tokenizer.pad_id, **how)
-        return _over(functools.partial(_sample, self.apply.policy, sampling, self.params), *arrays, keys_N)
+        return R
 
     def _logprobs(self, prompts, completions, temperature):
         """Log-probs [R] of the ids of each completion after those of its prompt."""

@@ -3,11 +3,17 @@
     python -m rlhf_jax.replay runs/demo/incident/ppo-17
 
 The stage's own step runs twice from the saved state. It runs operation by operation, up to the first one that turns
-finite numbers into numbers that are not; then it runs compiled, as in the run.
+finite numbers into numbers that are not; then it runs compiled, as in the run. A stage that was made in Python is in no
+config; there it is `replay.replay(folder, stage=stage)`, and the update alone is repeated, on the saved rollout.
 """
 
-import argparse
+from rlhf_jax import command
+
+if __name__ == "__main__":
+    command.begin()  # the imports below take seconds
+
 import functools
+import math
 import sys
 from pathlib import Path
 
@@ -18,7 +24,7 @@ import numpy as np
 from rlhf_jax import config as configs
 from rlhf_jax import pipeline
 from rlhf_jax.errors import InputError
-from rlhf_jax.report.console import Reporter
+from rlhf_jax.report.console import Reporter, Silent
 from rlhf_jax.rollout import Rollout
 from rlhf_jax.training import guard, loop, sharding
 from rlhf_jax.training.workdir import Workdir
@@ -26,34 +32,53 @@ from rlhf_jax.training.workdir import Workdir
 PACKAGE = Path(__file__).parent
 
 
-def replay(folder, reporter):
+def replay(folder, reporter=None, stage=None):
     """Repeats the incident in `folder`, a folder of WORKDIR/incident: (names not finite, message or None).
 
-    The message is about the first operation whose result is not finite. Raises InputError if the folder has no incident
-    or is not in the workdir of its run.
+    The message is about the first operation whose result is not finite. `stage` is the Stage that was trained, where it
+    was not one of a config. Raises InputError if the folder has no incident or is not in the workdir of its run.
     """
-    folder = Path(folder).absolute()
-    record = guard.read(folder)
-    watch, config, workdir = Watch(), configs.parse(record["config"]), folder.parents[1]
-    seed = 0
-    if record["stage"] == configs.rl_name(config) and config.seeds > 1:  # the workdir is RUN/seeds/INDEX
-        workdir, seed = workdir.parents[1], int(workdir.name)
-    stages = pipeline.Stages(config, Workdir(workdir), reporter, jit=watch.jit)
-    stage = stages.make(record["stage"], seed)
+    folder, reporter = Path(folder).expanduser().absolute(), reporter or Silent()
+    record, watch, made = guard.read(folder), Watch(), stage
+    stage = stage or _stage(folder, record, watch, reporter)
     state, batch, rollout = guard.read_arrays(folder, stage.state)
     reported = guard.message(record["names"])
     reporter.note(f"{record['stage']} step {record['step']}: {reported} not finite, as in the run")
-    if int(state.applied):  # the policy has moved since it wrote the rollout, which is at hand
+    if made:
+        update = watch.jit(stage.learn.__wrapped__)  # not compiled, without donation
+        given = Rollout(**rollout) if rollout else sharding.shard(batch, sharding.mesh())
+    elif int(state.applied):  # the policy has moved since it wrote the rollout, which is at hand
         update, given = stage.learn, Rollout(**rollout)
     else:
-        update, given = _update_of(stage), sharding.shard(batch, stages.setup.mesh)
+        update, given = _update_of(stage), sharding.shard(batch, sharding.mesh())
     place = watch.first(update, state, given)  # before the compiled update, which takes the state's buffers
-    numbers = {f"{stage.name}/{name}": float(value) for name, value in update(state, given)[1].items()}
+    scalars = {name: value for name, value in update(state, given)[1].items() if name != "record"}
+    numbers = {f"{stage.name}/{name}": float(value) for name, value in scalars.items()}
     names = loop.not_finite(numbers)
     taken = not numbers[f"{stage.name}/skipped"]
     reporter.note("repeated: " + ("all finite" if taken else f"{guard.message(names)} not finite"))
     reporter.note(place or "operation by operation, all numbers are finite: only the compiled program is at fault")
     return names, place
+
+
+def _stage(folder, record, watch, reporter):
+    """The stage of an incident, made of the config in its record."""
+    if not isinstance(record["config"], dict) or "task" not in record["config"]:
+        raise InputError(f"{folder}: of a stage that was made in Python; expected replay.replay(folder, stage=...)")
+    config, workdir, seed = configs.parse(_numbers(record["config"])), folder.parents[1], 0
+    if record["stage"] == configs.rl_name(config) and config.seeds > 1:  # the workdir is RUN/seeds/INDEX
+        workdir, seed = workdir.parents[1], int(workdir.name)
+    stages = pipeline.Stages(config, Workdir(workdir), reporter, jit=watch.jit)
+    if record["stage"] not in stages.names:
+        raise InputError(f"{folder}: expected the incident of {' or '.join(stages.names)}, got {record['stage']!r}")
+    return stages.make(record["stage"], seed)
+
+
+def _numbers(value):
+    """A value of a record, with NaN where it has null: numbers that are not finite are written so."""
+    if isinstance(value, dict):
+        return {name: _numbers(each) for name, each in value.items()}
+    return math.nan if value is None else value
 
 
 def _update_of(stage):
@@ -164,14 +189,13 @@ def _message(operation, results):
 
 def main(argv, reporter):
     """The command line."""
-    parser = argparse.ArgumentParser(prog="python -m rlhf_jax.replay", description="Repeats the update of an incident.")
+    parser = command.parser(prog="python -m rlhf_jax.replay", description="Repeats the update of an incident.")
     parser.add_argument("folder", help="a folder of WORKDIR/incident")
-    replay(parser.parse_args(argv).folder, reporter)
+    folder = parser.parse_args(argv).folder
+    sharding.devices()
+    replay(folder, reporter)
 
 
 if __name__ == "__main__":
-    with Reporter() as reporter:
-        try:
-            main(sys.argv[1:], reporter)
-        except InputError as error:
-            sys.exit(str(error))
+    with command.errors(), Reporter() as reporter:
+        main(sys.argv[1:], reporter)

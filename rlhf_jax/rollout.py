@@ -7,7 +7,7 @@ import jax
 import jax.numpy as jnp
 
 from rlhf_jax import generate
-from rlhf_jax.ops import kl, masked, padding
+from rlhf_jax.ops import kl, logprobs, masked, padding
 
 
 class Policy(Protocol):
@@ -28,6 +28,9 @@ class Policy(Protocol):
 
     def insert(self, cache, new, rows_G) -> Any:
         """The cache with each row rows_G[g] replaced by row g of the cache `new`."""
+
+    def repeat(self, cache, rows, padding) -> Any:
+        """The cache of one prompt for `rows` rows, without the slots of its `padding` left columns."""
 
     def hidden(self, params, tokens_BT, mask_BT, count=None, dropout_key=None) -> jax.Array:
         """The hidden states before each of the last `count` tokens, [B, count, D]."""
@@ -89,6 +92,9 @@ class Rollout:
     score_B: jax.Array | None = None
     advantages_BR: jax.Array | None = None
     returns_BR: jax.Array | None = None
+    # Intermediate results of an algorithm's `estimate`; no update needs them, a trace records them.
+    rewards_BR: jax.Array | None = None  # of each token
+    raw_advantages_BR: jax.Array | None = None  # before whitening
 
     @property
     def tokens_BT(self):
@@ -196,6 +202,41 @@ def value(apply, value, rollout):
     """The rollout with the value before each response token."""
     values_BR = apply.scalar.values(value, rollout.tokens_BT, rollout.attend_BT, rollout.mask_BR.shape[1])
     return rollout.replace(values_BR=jnp.where(rollout.mask_BR, values_BR, 0))
+
+
+# Of a trace: rows of a batch whose logits are recorded, the best (and the worst) among them, likeliest tokens of each.
+SHOWN, EXTREMES, LIKELIEST = 16, 2, 8
+
+
+def look(apply, state, scored, *, temperature):
+    """Of the rows that a trace shows: the logit of each chosen token, its log-sum-exp, and the likeliest tokens.
+
+    Rows are the first of the batch, whose prompts are random, then the best and the worst by score of the others. This
+    is a scoring pass of its own, so it checks the log-probs of the sampler.
+    """
+    first, B = SHOWN - 2 * EXTREMES, len(scored.score_B)
+    order = first + jnp.argsort(scored.score_B[first:])
+    extremes = (order[::-1][:EXTREMES], order[:EXTREMES])
+    rows = jnp.concatenate([jnp.arange(first), *extremes]) if B > SHOWN else jnp.arange(B)
+    shown = jax.tree.map(lambda x: x[rows], scored)
+    R = shown.mask_BR.shape[1]
+    # position_R: where the model's output scores each response token.
+    found = {"rows_B": rows, "position_R": logprobs.before(jnp.arange(shown.tokens_BT.shape[1])[None], R)[0]}
+    for name, params in (("policy", state.policy), ("reference", state.reference)):
+
+        def read(row, params=params):
+            hidden_RD, target_R = row
+            logits_RV = logprobs.scale(apply.policy.logits(params, hidden_RD), temperature)
+            total_R = jax.nn.logsumexp(logits_RV, axis=-1)
+            top, ids = jax.lax.top_k(logits_RV, min(LIKELIEST, logits_RV.shape[-1]))
+            chosen_R = jnp.take_along_axis(logits_RV, target_R[:, None], axis=-1)[:, 0]
+            return {"logit": chosen_R, "logsumexp": total_R, "top_ids": ids, "top_logp": top - total_R[:, None]}
+
+        hidden_BRD = apply.policy.hidden(params, shown.tokens_BT, shown.attend_BT, R)
+        # A row at a time, so that no array has all rows and the vocabulary.
+        rows_of = jax.lax.map(read, (hidden_BRD, shown.response_BR))
+        found |= {f"{name}_{key}_BR": array for key, array in rows_of.items()}
+    return found
 
 
 def _by_slices(read, prompt_BP, prompt_mask_BP, rows, sampling):

@@ -44,6 +44,10 @@ def shared(name):
     return path
 
 
+# jax.jit(compiler_options=OPTIMIZED): for tests that compare the bits of two programs, whatever the flags of the tests
+OPTIMIZED = {"xla_backend_optimization_level": 1, "xla_cpu_use_fusion_emitters": True}
+
+
 # Numbers
 
 

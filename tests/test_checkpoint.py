@@ -340,4 +340,16 @@ def test_a_part_as_safetensors(run, tmp_path, capsys):
 
 def test_bad_input_is_one_line(run):
     code, out, err = command("describe", run / "nowhere")
-    assert code == 1 and out == "" and len(err.splitlines()) == 1
+    assert code == 2 and out == "" and len(err.splitlines()) == 1
+    assert err.startswith(f"checkpoint.py: {run}/nowhere: expected the folder of a run or a stage")
+
+
+def test_arguments_that_cannot_be_are_refused(run, tmp_path, capsys):
+    for line, words in (
+        (["load", run / "sft", f"--out={tmp_path}/no/x"], "--out: expected a file in a folder that exists, got"),
+        (["describe", ""], "path: expected a folder, got none"),
+        (["describe", run, "--step=x"], "argument --step: invalid int value: 'x'"),
+        (["lst", run], "argument command: invalid choice: 'lst'"),
+    ):
+        with pytest.raises(InputError, match=words):
+            ask(capsys, *line)

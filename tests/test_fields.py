@@ -5,7 +5,7 @@ import math
 import pytest
 
 from rlhf_jax import config, fields
-from rlhf_jax.algorithms import policy
+from rlhf_jax.algorithms import policy, ppo
 from rlhf_jax.training import optim
 from tests.support import error
 
@@ -112,6 +112,42 @@ def test_a_path_may_begin_with_the_home_folder(monkeypatch):
     assert fields.significant(Place()) == {"there": "", "text": ""}
 
 
+@dataclasses.dataclass(frozen=True)
+class Partly(Outer):
+    steps: int = fields.number(4, least=1)
+    from_: str = fields.path()  # a folder
+    # Above,
+    # and
+    late: int = 2  # beside
+
+    def unused(self):
+        yield "from_", "this"
+        yield "inner.free", "that"
+        if self.fast:
+            yield "inner", "fast is True"
+
+
+def test_unused_are_paths_as_flags_have_them_with_the_reason():
+    """A section stands for its fields; the first reason counts."""
+    assert fields.unused(Partly()) == {"from": "this", "inner.free": "that"}
+    inner = dict.fromkeys(("inner.share", "inner.places", "inner.colour"), "fast is True")
+    assert fields.unused(Partly(fast=True)) == {"from": "this", "inner.free": "that"} | inner
+    outer = dataclasses.make_dataclass("Whole", [("part", Partly, Partly())], frozen=True)
+    assert fields.unused(outer()) == {"part.from": "this", "part.inner.free": "that"}
+    assert fields.unused(Outer()) == {}
+
+
+def test_leaves_have_the_names_of_flags():
+    found = [(path, value) for path, _, value in fields.leaves(Partly(from_="a"))]
+    assert found[:2] == [("steps", 4), ("inner.share", 0.5)] and found[-2:] == [("from", "a"), ("late", 2)]
+
+
+def test_comments_stand_beside_a_field_or_above_it():
+    assert fields.comments(Partly) == {"from_": "a folder", "late": "Above, and beside"}
+    assert fields.comments(ppo.Config)["lr"] == "peak learning rate"  # of the class that it comes from
+    assert fields.comments(ppo.Config)["steps"] == "rollouts"
+
+
 def test_numbers_are_the_numeric_fields_by_their_paths():
     found = dict(fields.numbers(Outer()))
     assert list(found) == ["steps", "inner.share", "inner.places", "inner.free", "start", "lanes"]
@@ -214,7 +250,15 @@ def test_which_fields_are_neutral():
         *(f"{name}.{field}" for name in STAGES for field in ("microbatches", "save_every")),
         *(f"{name}.{field}" for name in ("ppo", "policy_gradient") for field in ("lanes", "widths", "trace_epochs")),
         *(f"{name}.from_" for name in ("pretrain", "sft", "reward")),
-        *("model.remat", "data.cache", "evaluation.batch", "evaluation.samples", "keep.last", "keep.best"),
+        *(
+            "model.remat",
+            "data.cache",
+            "evaluation.batch",
+            "evaluation.samples",
+            "keep.last",
+            "keep.best",
+            "trace.every",
+        ),
     }
     assert having("summarize", "neutral") == having("write", "neutral") == both
 
@@ -285,3 +329,192 @@ def test_fields_that_go_together(task, changes):
 def test_fields_that_do_not_go_together_are_refused(task, changes, message):
     """Top-k and top-p in training: invariant 3."""
     assert refusal(changed(task, **changes)).startswith(message)
+
+
+# What is said of fields, and which of them have no effect
+
+
+def sections(value, path=""):
+    """(path, dataclass) of a config and of the dataclasses in it."""
+    yield path, value
+    for field in dataclasses.fields(value):
+        if dataclasses.is_dataclass(inner := getattr(value, field.name)):
+            yield from sections(inner, f"{path}{field.name}.")
+
+
+@pytest.mark.parametrize("task", ["summarize", "write"])
+def test_every_field_and_every_section_says_what_it_is(task):
+    """`--help` shows it."""
+    for path, section in sections(WHOLE[task]):
+        assert type(section).__doc__.split("(")[0].strip() != type(section).__name__, path
+        said = fields.comments(type(section))
+        inner = {field.name for field in dataclasses.fields(section) if isinstance(field.default, str | int | float)}
+        assert inner <= said.keys(), path
+
+
+HUB = {"data.source": "hub", "data.held_out_split": "validation"}
+FILES = {"data.source": "files", "data.prompts": "p.jsonl", "text.kind": "gpt2"}
+MINE = FILES | {"reward.kind": "sentiment", "sft.steps": 0}
+
+UNUSED = [
+    *(("summarize", {}, f"data.{name}") for name in ("sft", "preferences", "prompts")),
+    ("summarize", {}, "data.columns.label"),
+    ("summarize", {}, "data.split"),
+    ("summarize", {}, "data.held_out"),
+    ("summarize", {}, "data.skip_bad"),
+    ("summarize", HUB, "data.held_out"),
+    ("summarize", HUB, "data.world_seed"),
+    ("summarize", FILES, "data.held_out_split"),
+    ("summarize", FILES, "data.world_sft"),
+    ("summarize", FILES, "data.cache"),
+    ("summarize", MINE, "data.sft"),
+    ("summarize", MINE, "data.columns.label"),
+    ("summarize", MINE, "data.preferences"),
+    ("summarize", MINE, "data.columns.chosen"),
+    ("summarize", MINE, "data.pair_length"),
+    ("summarize", MINE, "reward.lr"),
+    ("summarize", MINE, "reward.normalize_before"),
+    ("summarize", MINE, "sft.lr"),
+    ("summarize", MINE, "model.dropout"),
+    ("summarize", {"reward.kind": "gold"}, "reward.from"),
+    ("summarize", {"sft.steps": 0}, "sft.from"),
+    ("summarize", {}, "pretrain.loss_on"),
+    ("summarize", {"text.kind": "bpe"}, "text.path"),
+    ("summarize", {"text.kind": "char"}, "text.vocab_size"),
+    ("summarize", {}, "text.vocab_size"),
+    ("summarize", {}, "policy_gradient.lr"),
+    ("summarize", {"algorithm": "policy_gradient"}, "ppo.clip"),
+    ("summarize", {}, "ppo.kl_horizon"),
+    ("summarize", {"ppo.kl_target": 3.0, "ppo.kl_coef": 0.0}, "ppo.kl_target"),
+    ("summarize", {"ppo.schedule": "constant"}, "ppo.end_lr"),
+    ("summarize", {"ppo.epochs": 1}, "ppo.clip"),
+    ("summarize", {"ppo.epochs": 1}, "ppo.value_clip"),
+    ("summarize", {}, "guard.limit"),
+    ("summarize", {}, "alarms.patience"),
+    ("summarize", {}, "alarms.freeze"),
+    ("summarize", {}, "model.rotary_base"),
+    ("summarize", {"model.init": "gpt2"}, "model.init_std"),
+    ("summarize", {"model.fused": True}, "model.fused"),
+    ("write", {}, "policy_gradient.importance"),
+    ("write", {"policy_gradient.reward_to_go": False}, "policy_gradient.gamma"),
+    ("write", {}, "sft.loss_on"),
+    ("write", {}, "data.min_reward"),
+    ("write", {"data.kind": "stories"}, "data.sentiment"),
+    ("write", {"data.kind": "stories"}, "data.columns.sentiment"),
+    ("write", {"sft.steps": 0}, "data.sentiment"),
+    ("write", {}, "data.columns.text"),
+    ("write", {}, "data.skip_bad"),
+    ("write", {}, "data.held_out_split"),
+    ("write", {"data.source": "file", "data.path": "t.csv"}, "data.made_seed"),
+    ("write", {"data.source": "file", "data.path": "t.csv"}, "data.made"),
+]
+
+
+@pytest.mark.parametrize(("task", "changes", "field"), UNUSED)
+def test_fields_without_effect(task, changes, field):
+    assert field in fields.unused(changed(task, **changes))
+
+
+# Fields that always have an effect. A new field is here, or its dataclass says in `unused` when it has none.
+ALWAYS = {
+    *("seed", "seeds", "task", "algorithm", "text.kind", "deterministic", "reward.kind", "pretrain.steps", "sft.steps"),
+    *("data.source", "data.kind", "data.path", "data.prompt_length", "data.cut", "data.response_length", "data.length"),
+    *(f"model.{name}" for name in ("layers", "heads", "head_size", "width", "context", "vocab_size", "rotary_share")),
+    *(f"model.{name}" for name in ("parallel_residual", "exact_gelu", "tied", "norm_eps", "dtype", "remat", "init")),
+    *(f"alarms.{name}" for name in ("distinct2", "repeat_rate", "entropy", "length", "kl_exact")),
+    *(f"evaluation.{name}" for name in ("prompts", "batch", "temperature", "samples", "result")),
+    *("keep.last", "keep.best", "guard.action", "trace.every"),
+}
+
+
+def test_for_every_field_it_is_decided_whether_it_may_have_no_effect():
+    whole = {task: {path for path, *_ in fields.leaves(WHOLE[task])} for task in ("summarize", "write")}
+    found = set()
+    for task, changes, _ in UNUSED:
+        found |= fields.unused(changed(task, **changes)).keys()
+    assert found <= whole["summarize"] | whole["write"]
+    assert whole["summarize"] | whole["write"] == found | ALWAYS
+    assert not found & ALWAYS
+
+
+def given(task, *names, **changes):
+    """The notes on a config whose fields `names` are flags, or what is refused."""
+    return config.check_given(changed(task, **changes), set(names))
+
+
+@pytest.mark.parametrize(
+    ("task", "changes", "names", "message"),
+    [
+        (
+            "summarize",
+            {"data.sft": "x.jsonl"},
+            ["data.sft"],
+            "data.sft: 'x.jsonl' has no effect, as source is world (--config=...:files or --config.data.source=files",
+        ),
+        (
+            "summarize",
+            {"text.kind": "bpe", "text.path": "x"},
+            ["text.path"],
+            "text.path: 'x' has no effect, as kind is",
+        ),
+        (
+            "summarize",
+            {},
+            ["ppo.lr", "policy_gradient.lr"],
+            "policy_gradient.lr: 0.0003 has no effect, as algorithm is",
+        ),
+        ("write", {"sft.steps": 0, "sft.from_": "x"}, ["sft.from"], "sft.from: 'x' has no effect, as sft.steps is 0"),
+        (
+            "summarize",
+            {"sft.warmup": 912},
+            ["sft.warmup"],
+            "sft.warmup: expected at most sft.steps = 911, got 912",
+        ),
+        (
+            "summarize",
+            {"ppo.steps": 1, "ppo.warmup": 5},
+            ["ppo.warmup"],
+            "ppo.warmup: expected at most ppo.steps x epochs x minibatches = 4, got 5",
+        ),
+    ],
+)
+def test_a_flag_without_effect_is_refused(task, changes, names, message):
+    assert error(given, task, *names, **changes).startswith(message)
+
+
+@pytest.mark.parametrize(
+    ("task", "changes", "names", "notes"),
+    [
+        ("summarize", {"data.sft": "x.jsonl", "text.kind": "bpe", "text.path": "x"}, ["algorithm", "ppo.lr"], []),
+        ("summarize", {}, ["data.sft", "data.split_", "ppo.kl_coef"], []),  # an empty name asks for nothing
+        (
+            "summarize",
+            FILES | {"reward.kind": "gold"},
+            ["data.world_sft", "data.cache", "reward.steps", "data.world_prompts", "reward.kind"],
+            ["source is files: data.world_sft, data.world_prompts", "reward is gold: reward.steps"],
+        ),
+        ("write", {"algorithm": "ppo"}, ["policy_gradient.epochs"], ["algorithm is ppo: policy_gradient.epochs"]),
+        ("summarize", {"sft.steps": 9, "sft.warmup": 12}, ["sft.steps"], ["sft.warmup = 12 (of 9)"]),
+        ("summarize", {"sft.steps": 9, "sft.warmup": 9}, ["sft.warmup"], []),
+    ],
+)
+def test_what_a_config_file_has_and_sizes_that_are_given_are_not_refused(task, changes, names, notes):
+    """A command line may serve several configs; the sizes that it has for nothing are noted."""
+    found = given(task, *names, **changes)
+    assert len(found) == len(notes) and all(note in line for note, line in zip(notes, found, strict=True))
+
+
+@pytest.mark.parametrize(
+    ("task", "changes", "refused"),
+    [
+        ("summarize", {"data.sft": "x.jsonl"}, "data.sft: "),
+        ("summarize", {"text.kind": "char", "text.path": "x"}, "text.path: "),
+        ("summarize", {"reward.kind": "gold", "reward.from_": "x"}, "reward.from: "),
+        ("summarize", {"policy_gradient.lr": 0.1, "guard.limit": 3}, ""),
+    ],
+)
+def test_in_python_only_a_file_that_is_not_read_is_refused(task, changes, refused):
+    if refused:
+        assert error(config.check_given, changed(task, **changes)).startswith(refused)
+    else:
+        assert config.check_given(changed(task, **changes)) == []

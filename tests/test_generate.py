@@ -150,25 +150,42 @@ def test_temperature_zero_is_greedy(apply, policy, prompts):
         np.testing.assert_array_equal(same.response_BR, expected_BR)
 
 
-def test_streaming_is_the_same_steps(apply, policy, prompts):
-    """Token by token, and at the end what the compiled loop gives."""
-    config = options(8)
-    whole = run(apply.policy, policy, *prompts, keys(6), config)
-    states = list(generate.stream(apply.policy, policy, *prompts, keys(6), config))
-    assert [int(state.step) for state in states] == list(range(1, int(whole.step) + 1))
-    for state in states:
-        filled = int(state.step)
-        np.testing.assert_array_equal(state.response_BR[:, :filled], whole.response_BR[:, :filled])
-        assert (state.response_BR[:, filled:] == PAD).all() and not state.mask_BR[:, filled:].any()
-    np.testing.assert_array_equal(states[-1].mask_BR, whole.mask_BR)
-    np.testing.assert_allclose(states[-1].logp_BR, whole.logp_BR, rtol=0, atol=1e-6)
-    assert len(states) == 8 or states[-1].done_B.all()
+def streamed(model, tables, prompt, rows_B=None, **changes):
+    """The Tokens of one row for each of the tables, in which all rows have the same noise."""
+    source_B = np.arange(len(tables))
+    rows_B = np.ones(len(tables), bool) if rows_B is None else rows_B
+    keys_B, how = jax.random.split(jax.random.key(0), 1)[np.zeros(len(tables), int)], changes.pop("how", generate.How())
+    sizes = {"max_tokens": 4, "eos_id": EOS, "slots": 8} | changes
+    prompt_1P = jnp.array([prompt])
+    return list(
+        generate.stream(model, tables, source_B, prompt_1P, prompt_1P != PAD, keys_B, how, rows_B=rows_B, **sizes)
+    )
 
 
-def test_streaming_ends_with_the_last_row(bigram):
-    prompt_BP = jnp.array([[A], [B]])
-    states = generate.stream(bigram, follow((A, B), (B, EOS)), prompt_BP, prompt_BP != PAD, keys(2), options(9))
-    assert [state.done_B.tolist() for state in states] == [[False, True], [True, True]]
+def test_models_side_by_side_by_hand(bigram):
+    """The first writes B EOS, the second A A A A; each reads what the other writes, at odds of e^50 and of 1 to 4."""
+    tables = follow((A, B), (B, EOS)), follow((A, A))
+    tokens = streamed(bigram, tables, [PAD, A])
+    np.testing.assert_array_equal([token.token_B for token in tokens[:2]], [[B, A], [EOS, A]])
+    np.testing.assert_array_equal([token.mask_B for token in tokens], [[1, 1], [1, 1], [0, 1], [0, 1]])
+    np.testing.assert_allclose(tokens[0].logp_MB, [[0, -SURE], [-SURE, 0]], atol=1e-5)
+    np.testing.assert_allclose(tokens[0].kl_B, [SURE, SURE], rtol=1e-5)
+    np.testing.assert_array_equal(tokens[0].best_MBC[:, :, 0], [[B, B], [A, A]])
+    np.testing.assert_allclose(tokens[1].logp_MB[1, 0], np.log(1 / 4), rtol=1e-5)  # the second knows nothing of B
+    assert len(streamed(bigram, tables[:1], [PAD, A])) == 2  # it ends with the last row
+
+
+def test_the_same_noise_and_the_same_model_give_the_same_tokens(bigram):
+    table = jax.random.normal(jax.random.key(1), (4, 4))
+    for token in streamed(bigram, (table, table), [A]):
+        assert token.token_B[0] == token.token_B[1] and (token.kl_B == 0).all()
+
+
+def test_first_tokens_can_be_forced_and_rows_left_out(bigram):
+    tables = follow((A, B), (B, EOS)), follow((A, A))
+    tokens = streamed(bigram, tables, [A], np.array([False, True]), forced=(B, A))
+    assert [token.token_B.tolist() for token in tokens[:3]] == [[B], [A], [A]]
+    np.testing.assert_allclose(tokens[0].logp_MB, [[0], [-SURE]], atol=1e-5)
 
 
 def test_a_free_lane_takes_the_next_prompt(bigram):

@@ -14,6 +14,7 @@ PACKAGE = ROOT / "rlhf_jax"
 MAY_IMPORT = {
     "ops": set(),
     "errors": set(),
+    "command": set(),
     "fields": set(),
     "jsonfile": set(),
     "hub": set(),
@@ -31,7 +32,7 @@ MAY_IMPORT = {
     "training/sharding": set(),
     "training/checkpoint": set(),
     "training/guard": {"training/checkpoint", "report/metrics"},
-    "training/loop": {"training/guard"},
+    "training/loop": {"training/guard", "command"},
     "training/workdir": {"training/checkpoint", "report/metrics"},
     "training/fit": {"training", "report/console", "report/metrics"},
     "stages": {
@@ -50,6 +51,7 @@ MAY_IMPORT = {
     "report/metrics": set(),
     "report/plots": {"report/metrics"},  # it draws what metrics reads
     "report/console": set(),
+    "out_of_memory": {"command", "config"},
     "alarms": set(),
     "__init__": {"pretrained", "training/fit"},  # when its names are asked for
 }

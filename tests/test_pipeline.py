@@ -10,8 +10,9 @@ import numpy as np
 import pytest
 
 from rlhf_jax import config as configs
-from rlhf_jax import pipeline
+from rlhf_jax import out_of_memory, pipeline
 from rlhf_jax.data import batches, sources
+from rlhf_jax.errors import OutOfMemory
 from rlhf_jax.models import gpt2, hf
 from rlhf_jax.text import bpe
 from rlhf_jax.text import hf as text_hf
@@ -23,6 +24,70 @@ PARITY = Path(__file__).parent / "models" / "gpt2_parity" / "model.safetensors"
 @pytest.fixture(scope="session")
 def config(tmp_path_factory):
     return smallest(tmp_path_factory.mktemp("world"))
+
+
+# Lines for a person
+
+
+def test_the_first_lines_say_where_on_what_and_of_what_size(config, tmp_path):
+    steps = stages(config, tmp_path)
+    for name in ["sft"], ["reward", "ppo"]:
+        steps._begin(name)  # once
+    tokens = steps.setup.tokenizer.vocab_size
+    block = 16 * 42 + 42 + 14 * 16 + 16 + 2 * 16 * 64 + 64 + 16 + 2 * 32  # qkv, out, feed-forward, two norms
+    size = tokens * 16 + 380 * 16 + block + 32
+    assert steps.reporter.notes == [
+        f"workdir {tmp_path}: sft",
+        f"{jax.device_count()} x cpu; a policy of {size:,} parameters, 1 layers of 16; {tokens} tokens",
+    ]
+
+
+def test_a_run_with_nothing_to_do_says_so(config, tmp_path, monkeypatch):
+    steps = stages(config, tmp_path)
+    monkeypatch.setattr(steps, "finished", lambda name: True)
+    steps._begin([])
+    assert steps.reporter.notes == [f"workdir {tmp_path}: nothing to do (sft, reward, ppo: finished, skipped)"]
+
+
+def test_the_last_lines_say_where_the_results_are_and_what_comes_next(tmp_path):
+    (tmp_path / "sft" / "plots").mkdir(parents=True)
+    for name in "sft/plots/sft.png", "sft/summary.json", "summary.json", "samples.jsonl":
+        (tmp_path / name).touch()
+    results, then = pipeline._results(tmp_path, "")
+    assert results == f"results: {tmp_path}/summary.json, {tmp_path}/samples.jsonl, {tmp_path}/sft/plots/"
+    assert then == f"next: python experiments/export_hf.py --workdir={tmp_path} --out=exported"
+    results, then = pipeline._results(tmp_path, "sft")
+    assert results == f"results: {tmp_path}/sft/summary.json, {tmp_path}/sft/plots/"
+    assert then == f"next: python experiments/export_hf.py --workdir={tmp_path} --stage=sft --out=exported"
+
+
+@pytest.mark.parametrize(
+    ("raised", "requested"),
+    [
+        (RuntimeError("RESOURCE_EXHAUSTED: Out of memory allocating 3221225472 bytes."), "3.00 GiB requested"),
+        (RuntimeError("RESOURCE_EXHAUSTED: failed to allocate 12.5GiB on the device"), "12.5 GiB requested"),
+        (MemoryError("Unable to allocate 2.00 TiB for an array"), "2.00 TiB requested"),
+        (MemoryError(), ""),
+    ],
+)
+def test_out_of_memory_names_the_fields_that_need_less(raised, requested, config, monkeypatch):
+    monkeypatch.setattr(out_of_memory.resource, "getrlimit", lambda _: (2**32, 2**32))
+    wide = changed(config, model={"dtype": "bfloat16"}, ppo={"batch": 8})
+    with pytest.raises(OutOfMemory) as caught, out_of_memory.named(wide, "ppo"):
+        raise raised
+    assert str(caught.value) == (
+        f"ppo: out of memory: {requested or 'more requested'}; cpu has 4.00 GiB; less is needed with "
+        "--config.ppo.microbatches (more than 1), --config.ppo.batch (less than 8), --config.ppo.lanes (less than 8), "
+        "--config.model.remat (true), --config.evaluation.batch (less than 64)"
+    )
+    with pytest.raises(ZeroDivisionError), out_of_memory.named(config, "ppo"):
+        raise ZeroDivisionError
+
+
+def test_a_file_that_is_not_read_is_refused_in_python_too(config, tmp_path):
+    message = error(pipeline.run, changed(config, data={"sft": __file__}), tmp_path / "run")
+    assert message.startswith(f"data.sft: {__file__!r} has no effect, as source is world")
+    assert not (tmp_path / "run").exists()
 
 
 # The workdir
@@ -56,6 +121,7 @@ NEUTRAL = {
     "evaluation": {"batch": 3, "samples": 0},
     "data": {"cache": "elsewhere"},
     "keep": {"last": 5, "best": 3},
+    "trace": {"every": 3},
 }
 
 

@@ -320,3 +320,57 @@ def test_prompt_and_completion_may_fill_the_context(model):
 def test_without_a_reward_model_there_are_no_scores(exported):
     message = "scores: expected a reward model; a run has one when its reward stage is finished"
     assert error(rlhf_jax.load(exported[0]).scores, "a", ["b"]) == message
+
+
+# stream
+
+
+def rows_of(tokens):
+    """The ids of each row of a stream."""
+    rows = range(len(tokens[0].mask_B))
+    return [[int(token.token_B[b]) for token in tokens if token.mask_B[b]] for b in rows]
+
+
+@pytest.mark.parametrize("how", [{}, {"temperature": 0}])
+def test_a_stream_is_what_is_sampled(how, model):
+    """Whatever stands in the other rows, and from any place in a list of prompts."""
+    ids = model._prompts(PROMPTS)
+    sampled = model.sample(ids, seed=3, **how)
+    assert [sample.text for sample in sampled] == model.generate(PROMPTS, seed=3, **how)
+    for i, sample in enumerate(sampled):
+        assert rows_of(list(model.stream(ids[i], seed=3, first=i, **how))) == [sample.ids]
+        assert sample.ended == (sample.ids[-1] == model.tokenizer.eos_id)
+    assert [sample.ids for sample in model.sample(ids[1:], seed=3, first=1, **how)] == [s.ids for s in sampled[1:]]
+
+
+def test_a_stream_has_the_log_probs_of_the_learner(model, reference):
+    """invariant 4, for both policies on both texts, under all of the vocabulary."""
+    (ids,) = model._prompts(["Sam is"])
+    policies = model, model.with_policy(reference)
+    tokens = list(model.stream(ids, beside=[reference], max_tokens=12, seed=3, temperature=0.5, top_k=9, top_p=0.9))
+    for b, response in enumerate(rows_of(tokens)):
+        logp_MR = np.stack([token.logp_MB[:, b] for token in tokens if token.mask_B[b]], axis=1)
+        for m, policy in enumerate(policies):
+            (expected_R,) = policy._logprobs([ids], [response], 0.5)
+            np.testing.assert_allclose(logp_MR[m], expected_R, atol=1e-4)
+
+
+def test_a_stream_of_several_rows(model):
+    """Sample j has noise of its own; rows that fill up the batch are not there."""
+    (ids,) = model._prompts(PROMPTS[:1])
+    tokens = list(model.stream(ids, n=3))
+    assert rows_of(tokens) == [sample.ids for sample in model.sample([ids], n=3)]
+    assert tokens[0].best_MBC.shape == (1, 3, 8)
+
+
+def test_other_settings_of_a_stream_compile_nothing(model, compilations):
+    (ids,) = model._prompts(["Sam is"])
+    list(model.stream(ids, max_tokens=3))
+    with compilations() as names:
+        list(model.stream(ids[:-1], max_tokens=5, temperature=0.7, top_k=3, top_p=0.5, seed=9, forced=ids[:2]))
+    assert not {name for name in names if name.startswith("_read")}, names
+
+
+def test_a_stream_refuses_what_cannot_be_sampled(model):
+    assert error(model.stream, [3], top_p=0.0) == "top_p: expected more than 0 and at most 1 (all), got 0.0"
+    assert error(model.stream, [3] * 32).startswith("prompts[0]: expected at most 31 tokens, ")

@@ -1,6 +1,7 @@
 """Programs with one wrong operation in them: it is the one that is named. And incidents of PPO that are replayed."""
 
 import dataclasses
+import json
 
 import jax
 import jax.numpy as jnp
@@ -15,7 +16,8 @@ from rlhf_jax.models import gpt2
 from rlhf_jax.replay import Watch
 from rlhf_jax.stages import rl
 from rlhf_jax.training import guard
-from tests.support import Recorder, error, write_rows
+from rlhf_jax.training.fit import fit
+from tests.support import Recorder, changed, error, stages, write_rows
 
 X = jnp.arange(4.0)
 
@@ -117,6 +119,41 @@ def test_an_update_of_which_a_part_was_taken_is_replayed_from_its_rollout(seeds,
     assert names == record["names"] and names and place.startswith("begins in ")
     assert "rlhf_jax/" in place
     assert reporter.notes[-2:] == [f"repeated: {', '.join(names)} not finite", place]
+
+
+def test_a_stage_that_was_made_in_python_is_replayed_with_it(exploding, tmp_path):
+    """No config says how to make it; the message of the error says what to call."""
+    (tmp_path / "text").mkdir()
+    stage = stages(exploding, tmp_path / "of a config").make("ppo")
+    with pytest.raises(guard.NonFinite, match=r"rlhf_jax\.replay\.replay\('.*/incident/ppo-1', stage=\.\.\.\) shows"):
+        fit(stage, tmp_path / "run")
+    folder, reporter = tmp_path / "run" / "incident" / "ppo-1", Recorder()
+    assert error(replay.replay, folder).endswith("expected replay.replay(folder, stage=...)")
+    names, place = replay.replay(folder, reporter, stage)
+    assert names == guard.read(folder)["names"] and "rlhf_jax/" in place
+    assert reporter.notes[-1] == place
+
+
+def test_a_config_with_nan_in_it_is_replayed(exploding, tmp_path):
+    """It is refused today, but a record may have it, as null."""
+    config = changed(exploding, ppo={"lam": float("nan")})
+    with pytest.raises(guard.NonFinite, match="ppo step 1"):
+        stages(config, tmp_path).all()
+    folder = tmp_path / "incident" / "ppo-1"
+    assert guard.read(folder)["config"]["ppo"]["lam"] is None
+    reporter = Recorder()
+    names, _ = replay.replay(folder, reporter)
+    assert names == guard.read(folder)["names"]
+    assert reporter.notes[-2] == f"repeated: {', '.join(names)} not finite"
+
+
+def test_the_incident_of_another_stage_is_refused(exploding, tmp_path):
+    record = {"step": 1, "names": [], "config": configs.tree(exploding)}
+    for stage, words in ("sft", "expected the incident of ppo, got 'sft'"), (3, "got 3"):
+        (tmp_path / "incident.json").write_text(json.dumps(record | {"stage": stage}))
+        assert error(replay.replay, tmp_path).endswith(words)
+    (tmp_path / "incident.json").write_text(json.dumps(record | {"stage": "ppo", "config": 3}))
+    assert "expected replay.replay(folder, stage=...)" in error(replay.replay, tmp_path)
 
 
 def test_a_folder_that_is_no_incident(tmp_path):

@@ -39,7 +39,7 @@ class Config(optim.Config):
     gamma: float = number(1.0, least=0, most=1)  # discount of rewards, per token
     missing_eos: str = choice("replace", "replace", "subtract")  # for a response without EOS; see missing_eos_penalty
     missing_eos_penalty: float = number(1.0, least=0)  # replace: the score becomes -penalty; subtract: score - penalty
-    whiten_advantages: bool = True
+    whiten_advantages: bool = True  # scale the advantages of a rollout to mean 0, variance 1
     trace_epochs: bool = neutral(False)  # log approx KL and clip fraction after each epoch too
     eval_every: int = number(50, least=0)  # rollouts between evaluations; 0: only at the end
     save_every: int = number(100, least=0, neutral=True)  # rollouts between checkpoints; 0: only at the end
@@ -57,6 +57,15 @@ class Config(optim.Config):
         limit = kl.LARGEST_ERROR * self.batch
         if self.kl_target and self.kl_horizon <= limit:
             yield "kl_horizon", f"more than {kl.LARGEST_ERROR:g} batch = {limit:g}, to keep kl_coef positive"
+
+    def unused(self):
+        """Fields without effect, and why."""
+        yield from super().unused()
+        if not self.kl_target:
+            yield "kl_horizon", "kl_target is 0"
+        elif not self.kl_coef:
+            yield "kl_target", "kl_coef is 0, and only scaled by this"
+            yield "kl_horizon", "kl_coef is 0"
 
     @property
     def updates(self):
@@ -77,8 +86,11 @@ class Algorithm(Protocol):
     def estimate(self, rollout: Rollout, kl_coef, *, config) -> Rollout:
         """The rollout with advantages (and returns)."""
 
-    def loss(self, params, batch: Rollout, *, config, apply: Apply) -> tuple[jax.Array, dict[str, jax.Array]]:
-        """(scalar, metrics) of a minibatch; params are trees by name: "policy" (and "value")."""
+    def loss(self, params, batch: Rollout, *, config, apply: Apply) -> tuple[jax.Array, dict[str, Any]]:
+        """(scalar, metrics) of a minibatch; params are trees by name: "policy" (and "value").
+
+        metrics["rows"] has what was computed for each token, {name: [B, R]}, which a trace may record.
+        """
 
     def metrics(self, rollout: Rollout, *, kl_coef, config) -> dict[str, jax.Array]:
         """{name: scalar} of the rollout before the update."""
@@ -117,11 +129,12 @@ def scored(rollout, config):
     )
 
 
-def update(algorithm, state, rollout, *, config, apply, tx, guard="off"):
+def update(algorithm, state, rollout, *, config, apply, tx, guard="off", record=False):
     """All epochs and minibatches on one rollout with advantages: (state, metrics [epochs, minibatches] each).
 
     One compiled scan; every epoch has its own permutation. Reference and reward stay as they are. With a `guard`, the
-    first optimizer step that is not finite and all later ones change nothing (training/optim.py).
+    first optimizer step that is not finite and all later ones change nothing (training/optim.py). With `record`,
+    metrics["record"] has each minibatch's rows of the rollout, and what the loss computed for their tokens.
     """
     B = rollout.mask_BR.shape[0]
     shuffle_key = jax.random.fold_in(state.step_key, 1)
@@ -137,13 +150,14 @@ def update(algorithm, state, rollout, *, config, apply, tx, guard="off"):
                 (_, aux), grads = jax.value_and_grad(algorithm.loss, has_aux=True)(
                     carry.params, narrow, config=config, apply=apply
                 )
-                return grads, aux
+                return optim.apart(grads, aux, record)
 
             return padding.cut(at_width, part.prompt_BP, part.prompt_mask_BP, config.widths)
 
-        grads, aux = optim.accumulate(grads, batch, jnp.sum(batch.mask_BR, axis=1), config.microbatches)
+        tokens_B = jnp.sum(batch.mask_BR, axis=1)
+        (grads, aux), arrays = optim.accumulate(grads, batch, tokens_B, config.microbatches, has_rows=True)
         carry, norms = optim.step(carry, state, grads, aux, tx=tx, guard=guard)
-        return carry, aux | norms
+        return carry, aux | norms | ({"record": arrays | {"rows_B": rows}} if record else {})
 
     def epoch(carry, key):
         rows = jax.random.permutation(key, B) if algorithm.SHUFFLES else jnp.arange(B)
@@ -155,21 +169,28 @@ def update(algorithm, state, rollout, *, config, apply, tx, guard="off"):
     return state, aux | skipped
 
 
-def step(algorithm, state, rollout, *, config, apply, tx, guard="off"):
-    """Advantages, update and KL controller for a scored rollout (with values, where NEEDS_VALUE): (state, metrics)."""
-    rollout = algorithm.estimate(rollout, state.kl_coef, config=config)
+def step(algorithm, state, rollout, *, config, apply, tx, guard="off", record=False):
+    """Advantages, update and KL controller for a scored rollout (with values, where NEEDS_VALUE): (state, metrics).
+
+    With `record`, metrics["record"] has the arrays that the loss was given ("rollout"), what it computed for each token
+    ("update": [epochs, minibatches, rows, R]) and its scalars ("minibatch": [epochs, minibatches]).
+    """
+    estimated = algorithm.estimate(rollout, state.kl_coef, config=config)
+    rollout = estimated.replace(rewards_BR=None, raw_advantages_BR=None)
     numbers = algorithm.metrics(rollout, kl_coef=state.kl_coef, config=config)
-    new, aux = update(algorithm, state, rollout, config=config, apply=apply, tx=tx, guard=guard)
+    new, aux = update(algorithm, state, rollout, config=config, apply=apply, tx=tx, guard=guard, record=record)
+    tokens = aux.pop("record", None)
     control = {"target": config.kl_target, "horizon": config.kl_horizon, "episodes": rollout.mask_BR.shape[0]}
     adapted = kl.adapt(state.kl_coef, numbers["kl"], **control)
     new = new.replace(kl_coef=jnp.where(new.skipped == state.skipped, adapted, state.kl_coef))
     skipped = aux.pop("skipped")
+    recorded = {"record": {"rollout": estimated, "update": tokens, "minibatch": dict(aux)}} if record else {}
     aux["ess"] = jnp.square(aux["ratio"]) / aux.pop("ratio_square")
     if config.trace_epochs:
         numbers |= trace(aux)
     numbers |= {name: jnp.mean(value) for name, value in aux.items()}
     numbers |= {f"{name}_last": aux[name][-1, -1] for name in ("approx_kl", "ess")}
-    return new, numbers | {"skipped": skipped}
+    return new, numbers | {"skipped": skipped} | recorded
 
 
 def trace(aux):

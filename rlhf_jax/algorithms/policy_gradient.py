@@ -38,9 +38,17 @@ class Config(policy.Config):
     reward_to_go: bool = True
     # Subtracted from the returns. mean: the batch's mean return; leave_one_out: the mean return of the other rows.
     baseline: str = choice("leave_one_out", "none", "mean", "leave_one_out")
-    whiten_advantages: bool = False
+    whiten_advantages: bool = False  # scale the advantages of a rollout to mean 0, variance 1
     eval_every: int = number(10, least=0)  # rollouts between evaluations; 0: only at the end
     save_every: int = number(50, least=0, neutral=True)  # rollouts between checkpoints; 0: only at the end
+
+    def unused(self):
+        """Fields without effect, and why."""
+        yield from super().unused()
+        if self.epochs == 1:
+            yield "importance", "epochs is 1"
+        if not self.reward_to_go:
+            yield "gamma", "reward_to_go is False"
 
 
 def baseline(returns_B, kind):
@@ -68,18 +76,20 @@ def estimate(rollout, kl_coef, *, config):
     """
     mask_BR, score_B = rollout.mask_BR, policy.scored(rollout, config)
     penalty_BR = kl_coef * rollout.kl_BR
+    rewards_BR = None
     if config.reward_to_go:
         shape = jax.vmap(lambda score, kl_R, mask_R: advantages.shape_rewards(score, kl_R, mask_R, kl_coef=kl_coef))
         to_go = jax.vmap(lambda r, m: advantages.discounted_returns(r, m, gamma=config.gamma))
-        returns_BR = to_go(shape(score_B, rollout.kl_BR, mask_BR), mask_BR)
+        rewards_BR = shape(score_B, rollout.kl_BR, mask_BR)
+        returns_BR = to_go(rewards_BR, mask_BR)
         total_B = score_B - masked.sum(penalty_BR, mask_BR, axis=1)
     else:
         returns_BR = jnp.where(mask_BR, score_B[:, None] - penalty_BR, 0)
         total_B = masked.mean(returns_BR, mask_BR, axis=1)
-    advantages_BR = jnp.where(mask_BR, returns_BR - baseline(total_B, config.baseline)[:, None], 0)
-    if config.whiten_advantages:
-        advantages_BR = masked.whiten(advantages_BR, mask_BR)
-    return rollout.replace(advantages_BR=advantages_BR, returns_BR=returns_BR)
+    raw_BR = jnp.where(mask_BR, returns_BR - baseline(total_B, config.baseline)[:, None], 0)
+    advantages_BR = masked.whiten(raw_BR, mask_BR) if config.whiten_advantages else raw_BR
+    estimated = {"rewards_BR": rewards_BR, "raw_advantages_BR": raw_BR}
+    return rollout.replace(advantages_BR=advantages_BR, returns_BR=returns_BR, **estimated)
 
 
 def loss(params, batch, *, config, apply):
@@ -94,7 +104,8 @@ def loss(params, batch, *, config, apply):
     weighted, aux = losses.ppo_policy(logp_BR, batch.logp_BR, batch.advantages_BR, batch.mask_BR, clip=math.inf)
     plain = losses.policy_gradient(logp_BR, batch.advantages_BR, batch.mask_BR)
     value = weighted if config.epochs > 1 and config.importance else plain
-    return value, {"policy_loss": value} | {name: aux[name] for name in ("approx_kl", "ratio", "ratio_square")}
+    numbers = {"policy_loss": value} | {name: aux[name] for name in ("approx_kl", "ratio", "ratio_square")}
+    return value, numbers | {"rows": {"logp_BR": logp_BR, "ratio_BR": aux["tokens"]["ratio"]}}
 
 
 def metrics(rollout, *, kl_coef, config):

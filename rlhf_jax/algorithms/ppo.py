@@ -28,7 +28,15 @@ class Config(policy.Config):
     # auto: reward where there is a reward model, else zero; reward: trunk and head of the reward model;
     # zero: the policy's trunk under a zero head
     value_init: str = choice("auto", "auto", "reward", "zero")
-    whiten_rewards: bool = False
+    whiten_rewards: bool = False  # scale the token rewards of a rollout to variance 1; their mean stays
+
+    def unused(self):
+        """Fields without effect, and why."""
+        yield from super().unused()
+        if self.epochs * self.minibatches == 1:
+            why = "a rollout has one optimizer step (epochs x minibatches), before which nothing has moved"
+            yield "clip", why
+            yield "value_clip", why
 
 
 def estimate(rollout, kl_coef, *, config):
@@ -39,10 +47,10 @@ def estimate(rollout, kl_coef, *, config):
     if config.whiten_rewards:
         rewards_BR = masked.whiten(rewards_BR, rollout.mask_BR, shift_mean=False)
     gae = jax.vmap(lambda r, v, m: advantages.gae(r, v, m, gamma=config.gamma, lam=config.lam))
-    advantages_BR, returns_BR = gae(rewards_BR, rollout.values_BR, rollout.mask_BR)
-    if config.whiten_advantages:
-        advantages_BR = masked.whiten(advantages_BR, rollout.mask_BR)
-    return rollout.replace(advantages_BR=advantages_BR, returns_BR=returns_BR)
+    raw_BR, returns_BR = gae(rewards_BR, rollout.values_BR, rollout.mask_BR)
+    advantages_BR = masked.whiten(raw_BR, rollout.mask_BR) if config.whiten_advantages else raw_BR
+    estimated = {"rewards_BR": rewards_BR, "raw_advantages_BR": raw_BR}
+    return rollout.replace(advantages_BR=advantages_BR, returns_BR=returns_BR, **estimated)
 
 
 def loss(params, batch, *, config, apply):
@@ -69,6 +77,13 @@ def loss(params, batch, *, config, apply):
         "ratio": policy_aux["ratio"],
         "ratio_square": policy_aux["ratio_square"],
         "value_clip_fraction": value_aux["clip_fraction"],
+        "rows": {
+            "logp_BR": logp_BR,
+            "values_BR": values_BR,
+            "ratio_BR": policy_aux["tokens"]["ratio"],
+            "policy_loss_BR": policy_aux["tokens"]["loss"],
+            "value_square_BR": value_aux["tokens"]["square"],
+        },
     }
 
 

@@ -56,19 +56,20 @@ def loss(reward, batch, *, apply):
         "loss": value,
         "accuracy": jnp.mean((margin_B > 0) + 0.5 * (margin_B == 0)),
         "margin": jnp.mean(margin_B),
+        "rows": {"chosen_B": chosen_B, "rejected_B": rejected_B},
     }
 
 
-def step(state, batch, *, config, apply, tx, guard="off"):
-    """One optimizer step: (state, metrics)."""
+def step(state, batch, *, config, apply, tx, guard="off", record=False):
+    """One optimizer step: (state, metrics); with `record` also what the loss computed, for a trace."""
 
     def grads(part):
         (_, aux), grads = jax.value_and_grad(loss, has_aux=True)(state.reward, part, apply=apply)
-        return grads, aux
+        return optim.apart(grads, aux, record)
 
     pairs_B = jnp.ones(batch["prompt_BP"].shape[0])
-    grads, aux = optim.accumulate(grads, batch, pairs_B, config.microbatches)
+    (grads, aux), rows = optim.accumulate(grads, batch, pairs_B, config.microbatches, has_rows=True)
     update = optim.begin(state, ("reward",), batch, guard=guard)
     update, norms = optim.step(update, state, {"reward": grads}, aux, tx=tx, guard=guard)
     state, skipped = optim.end(state, update, guard=guard)
-    return state, {**aux, "grad_norm": norms["reward_grad_norm"], **skipped}
+    return state, {**aux, "grad_norm": norms["reward_grad_norm"], **skipped, **({"record": rows} if record else {})}

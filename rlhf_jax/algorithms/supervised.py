@@ -49,7 +49,7 @@ def loss(policy, batch, *, config, apply, dropout_key=None):
     tokens_BT, real_BT, mask_BT = tokens(batch, config.loss_on)
     logp_BT = apply.policy.logprobs(policy, tokens_BT, real_BT, mask_BT.shape[1], dropout_key=dropout_key)
     value = losses.cross_entropy(logp_BT, mask_BT)
-    return value, {"loss": value}
+    return value, {"loss": value, "rows": {"logp_BT": logp_BT, "mask_BT": mask_BT}}
 
 
 def token_logprobs(policy, batch, *, config, apply):
@@ -58,8 +58,8 @@ def token_logprobs(policy, batch, *, config, apply):
     return apply.policy.logprobs(policy, tokens_BT, real_BT, mask_BT.shape[1]), mask_BT
 
 
-def step(state, batch, *, config, apply, tx, guard="off"):
-    """One optimizer step: (state, metrics)."""
+def step(state, batch, *, config, apply, tx, guard="off", record=False):
+    """One optimizer step: (state, metrics); with `record` also what the loss computed, for a trace."""
     *_, mask_BT = tokens(batch, config.loss_on)
 
     def grads(part):
@@ -68,10 +68,10 @@ def step(state, batch, *, config, apply, tx, guard="off"):
         (_, aux), grads = jax.value_and_grad(loss, has_aux=True)(
             state.policy, part, config=config, apply=apply, dropout_key=key
         )
-        return grads, aux
+        return optim.apart(grads, aux, record)
 
-    grads, aux = optim.accumulate(grads, batch, jnp.sum(mask_BT, axis=1), config.microbatches)
+    (grads, aux), rows = optim.accumulate(grads, batch, jnp.sum(mask_BT, axis=1), config.microbatches, has_rows=True)
     update = optim.begin(state, ("policy",), batch, guard=guard)
     update, norms = optim.step(update, state, {"policy": grads}, aux, tx=tx, guard=guard)
     state, skipped = optim.end(state, update, guard=guard)
-    return state, {**aux, "grad_norm": norms["policy_grad_norm"], **skipped}
+    return state, {**aux, "grad_norm": norms["policy_grad_norm"], **skipped, **({"record": rows} if record else {})}

@@ -15,6 +15,7 @@ import optax
 
 from rlhf_jax import config as configs
 from rlhf_jax.algorithms import policy_gradient
+from rlhf_jax.errors import InputError
 from rlhf_jax.evaluate import seeds
 from rlhf_jax.ops import importance, losses
 from rlhf_jax.pipeline import Stages
@@ -39,12 +40,16 @@ def surrogate(policy, batch, *, update, clip, temperature, apply):
     return losses.ppo_policy(logp_BR, batch.logp_BR, batch.advantages_BR, batch.mask_BR, clip=limit)[0], logp_BR
 
 
-def reuse(config, workdir, reporter=None, stop=None, only=None):
+def reuse(config, workdir, reporter=None, only=None, given=None):
     """Compares UPDATES after each of USES: {"reuse": {update: {uses: {name: mean over rollouts, name_ci95}}}}."""
     began, reporter = time.monotonic(), reporter or Silent()
-    # The rollouts are those of the policy gradient, whatever algorithm the config has chosen.
+    # The rollouts are those of the policy gradient, whatever algorithm the config file has chosen.
+    if "algorithm" in (given or ()) and config.algorithm != "policy_gradient":
+        raise InputError(f"algorithm: expected policy_gradient, whose rollouts are used, got {config.algorithm}")
     config = dataclasses.replace(config, algorithm="policy_gradient")
     configs.check(config)
+    for note in configs.check_given(config, given and given - {"ppo.clip"}):  # the clip of one of UPDATES
+        reporter.note(note)
     stages = Stages(config, Workdir(workdir), reporter)
     stages.workdir.lock()
     stage = stages.make(stages.names[-1])

@@ -21,7 +21,7 @@ KINDS = {"tweets": tweets, "stories": stories}
 class Columns:
     """What the columns are called in a file or on the hub."""
 
-    text: str = "text"
+    text: str = "text"  # the column of the texts
     sentiment: str = ""  # of tweets; empty: sentiment, label_text or label, the first that is there
 
     def problems(self):
@@ -34,7 +34,7 @@ class Columns:
 class Config:
     """Which texts, and what is cut from them."""
 
-    kind: str = choice("tweets", *KINDS)
+    kind: str = choice("tweets", *KINDS)  # what the texts are
     source: str = choice("made", "made", "file", "hub")  # made: generated here; file: `path`; hub: a data set
     # file: CSV, JSONL, JSON, Parquet, stories as plain text too; hub: OWNER/NAME/SUBSET@REVISION, or empty
     path: str = fields.path()
@@ -43,7 +43,7 @@ class Config:
     held_out_split: str = ""  # the one kept for evaluation; empty: a share of the texts, as of a file
     cache: str = fields.path(neutral=True)  # folder for downloads from the hub; empty: the user's cache folder
     made: int = number(12_000, least=2)  # texts to generate
-    made_seed: int = number(0, least=0, most=2**32 - 1)
+    made_seed: int = number(0, least=0, most=2**32 - 1)  # of the texts that are generated
     # Leave out rows without text or a known character, or with an unknown sentiment, and say how many.
     skip_bad: bool = False
     sentiment: str = choice("positive", *tweets.SENTIMENTS)  # fine-tuning uses the tweets with this label
@@ -59,6 +59,26 @@ class Config:
             yield "path", "a file where source is file"
         if self.source == "made" and self.path:
             yield "path", "none where source is made"
+
+    def unused(self):
+        """Fields without effect, and why."""
+        why = f"source is {self.source}"
+        if self.source == "made":
+            yield "columns", why
+            yield "skip_bad", why
+        else:
+            yield "made", why
+            yield "made_seed", why
+        if self.source != "hub":
+            for name in ("split", "held_out_split", "cache"):
+                yield name, why
+        elif self.held_out_split:
+            yield "held_out", "held_out_split is given"
+        if self.kind == "tweets":
+            yield "min_reward", "kind is tweets, which have labels (sentiment)"
+        else:
+            yield "sentiment", "kind is stories, which have no labels (min_reward)"
+            yield "columns.sentiment", "kind is stories, which have no labels"
 
     @property
     def response_length(self):

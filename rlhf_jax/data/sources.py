@@ -17,10 +17,10 @@ ANSWERS = ("label", "chosen", "rejected")  # texts that end with EOS, whose name
 class Columns:
     """What our columns are called in the files or on the hub."""
 
-    prompt: str = "prompt"
-    label: str = "label"
-    chosen: str = "chosen"
-    rejected: str = "rejected"
+    prompt: str = "prompt"  # the column of the prompts
+    label: str = "label"  # the column of the reference completions, for fine-tuning
+    chosen: str = "chosen"  # the column of the better completions
+    rejected: str = "rejected"  # the column of the worse completions
 
     def problems(self):
         """Columns of the same rows are different ones."""
@@ -44,7 +44,7 @@ class Config:
     held_out_split: str = ""  # the one kept for evaluation; empty: a share of the prompts, as of files
     held_out: float = number(0.1, above=0, below=1)  # share of a file's prompts held out for evaluation
     skip_bad: bool = False  # leave out rows without text, or without a known character, and say how many
-    world_seed: int = number(0, least=0, most=2**32 - 1)
+    world_seed: int = number(0, least=0, most=2**32 - 1)  # of the rows that are generated
     world_sft: int = number(16_000, least=1)  # rows to generate
     world_preferences: int = number(8_000, least=1)  # rows to generate
     world_prompts: int = number(8_000, least=1)  # rows to generate
@@ -62,6 +62,25 @@ class Config:
         """Checks beyond ranges."""
         if not self.split:
             yield "split", "the name of one"
+
+    def unused(self):
+        """Fields without effect, and why."""
+        why = f"source is {self.source}"
+        if self.source == "world":
+            for name in ("sft", "preferences", "prompts"):
+                yield name, f"{why} (--config=...:files or --config.data.source=files reads files)"
+            for name in ("columns", "skip_bad", "held_out"):
+                yield name, why
+        else:
+            for name in ("world_seed", "world_sft", "world_preferences", "world_prompts", "world_held_out"):
+                yield name, why
+        if self.source != "hub":
+            yield "split", why
+            yield "held_out_split", why
+        elif self.held_out_split:
+            yield "held_out", "held_out_split is given"
+        if self.source == "files":
+            yield "cache", why
 
 
 def load(kind, config, seed):

@@ -26,8 +26,8 @@ from rlhf_jax.ops import attention
 class Config:
     """Sizes of a GPT-2, and the choices in which a GPT-NeoX differs. heads * head_size need not equal the width."""
 
-    layers: int = number(12, least=1)
-    heads: int = number(12, least=1)
+    layers: int = number(12, least=1)  # blocks of attention and feed-forward
+    heads: int = number(12, least=1)  # of attention, a block
     head_size: int = number(64, least=1)  # entries
     width: int = number(768, least=1)  # entries of the residual stream
     context: int = number(1024, least=1)  # most tokens of a sequence, prompt and response together
@@ -54,6 +54,15 @@ class Config:
         entries = int(self.head_size * self.rotary_share)
         if self.rotary_share and (entries < 2 or entries % 2):
             yield "rotary_share", f"0, or a share of head_size = {self.head_size} that is an even number of entries"
+
+    def unused(self):
+        """Fields without effect, and why."""
+        if not self.rotary_share:
+            yield "rotary_base", "rotary_share is 0, and positions are learned"
+        if self.init:
+            yield "init_std", "init is given, and no weight is random"
+        if self.fused and self.dtype != "bfloat16":
+            yield "fused", "it needs dtype bfloat16"
 
     @property
     def rotary_planes(self):

@@ -82,6 +82,15 @@ class LanguageModel:
         keys, values, valid_BS = jax.lax.fori_loop(0, len(rows_G), put, arrays)
         return cache.replace(keys=keys, values=values, valid_BS=valid_BS)
 
+    def repeat(self, cache, rows, padding):
+        """The cache of one prompt for `rows` rows, without the first `padding` slots: left padding is not kept."""
+
+        def rolled(x_1HSK, axis):
+            return jnp.repeat(jnp.roll(x_1HSK, -padding, axis=axis), rows, axis=0)
+
+        keys, values = (tuple(rolled(x_1HSK, 2) for x_1HSK in each) for each in (cache.keys, cache.values))
+        return cache.replace(keys=keys, values=values, valid_BS=rolled(cache.valid_BS, 1), used=cache.used - padding)
+
     def logprobs(self, params, tokens_BT, mask_BT, count, *, temperature=1.0, dropout_key=None):
         """Log-probs [B, count], in nats, of the last `count` tokens; only these are projected onto the vocabulary."""
         hidden = self.hidden(params, tokens_BT, mask_BT, count, dropout_key)

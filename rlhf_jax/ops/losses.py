@@ -28,7 +28,8 @@ def ppo_policy(logp, logp_old, advantages, mask, *, clip):
 
     Returns (loss, aux). aux holds masked means: clip_fraction, the share of tokens whose clipped term is the larger,
     which have no gradient; approx_kl, the mean of ratio - 1 - log ratio (k3 of KL(old || new), >= 0); ratio; and
-    ratio_square (ratio^2 / ratio_square is the effective sample size of the token weights).
+    ratio_square (ratio^2 / ratio_square is the effective sample size of the token weights). aux["tokens"] holds
+    ratio and loss of each token.
     """
     log_ratio = jnp.where(mask, logp - logp_old, 0)
     ratio = jnp.exp(log_ratio)
@@ -40,17 +41,20 @@ def ppo_policy(logp, logp_old, advantages, mask, *, clip):
         "ratio": masked.mean(ratio, mask),
         "ratio_square": masked.mean(jnp.square(ratio), mask),
     }
-    return masked.mean(jnp.maximum(plain, clipped), mask), aux
+    loss = jnp.maximum(plain, clipped)
+    return masked.mean(loss, mask), aux | {"tokens": {"ratio": ratio, "loss": loss}}
 
 
 def ppo_value(values, values_old, returns, mask, *, clip):
     """Half the larger of the clipped and the unclipped squared error (PPO2; arXiv 2403.17031).
 
-    The clipped value differs by at most `clip` from the value at the rollout. Returns (loss, {"clip_fraction"}).
+    The clipped value differs by at most `clip` from the value at the rollout. Returns (loss, aux): clip_fraction, and
+    in aux["tokens"] the larger square of each token.
     """
     # Not old + clip(new - old): its rounding error would count values within the range as clipped.
     clipped_values = jnp.clip(values, values_old - clip, values_old + clip)
     plain = jnp.square(values - returns)
     clipped = jnp.square(clipped_values - returns)
     aux = {"clip_fraction": masked.mean((clipped > plain).astype(values.dtype), mask)}
-    return 0.5 * masked.mean(jnp.maximum(plain, clipped), mask), aux
+    larger = jnp.maximum(plain, clipped)
+    return 0.5 * masked.mean(larger, mask), aux | {"tokens": {"square": larger}}

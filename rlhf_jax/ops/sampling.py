@@ -26,6 +26,17 @@ def top_p(logits_V, p):
     return jnp.where(jnp.zeros_like(keep).at[order].set(keep), logits_V, -jnp.inf)
 
 
+def keep(logits_V, k, p):
+    """`top_k`, then `top_p`, where k and p may be arguments of a compiled function."""
+    order_V = jnp.argsort(-logits_V)
+    sorted_V = logits_V[order_V]
+    least = sorted_V[jnp.clip(k, 1, len(sorted_V)) - 1]
+    sorted_V = jnp.where((k > 0) & (sorted_V < least), -jnp.inf, sorted_V)
+    probs_V = jax.nn.softmax(sorted_V)
+    keep_V = (sorted_V > -jnp.inf) & ((jnp.cumsum(probs_V) - probs_V < p) | (p >= 1))
+    return jnp.where(jnp.zeros_like(keep_V).at[order_V].set(keep_V), logits_V, -jnp.inf)
+
+
 def draw(key, logits_V, *, temperature=1.0, k=0, p=1.0):
     """Samples a token from softmax(logits / temperature) after top-k, then top-p: (token, logp).
 

@@ -4,8 +4,10 @@ On a terminal a stage is a progress bar above its last metrics, updated in place
 log, it is a plain line now and then, without bars or control characters.
 """
 
+import contextlib
 import math
 import sys
+import threading
 import time
 from collections import deque
 from typing import Any
@@ -42,6 +44,7 @@ SHOWN = (
 )
 SAMPLE_NUMBERS = "score", "kl", "total", "gold"
 PROMPT_TAIL, COMPLETION_HEAD = 240, 480  # characters of a sample that are shown
+SLOW = 2.0  # seconds that are waited before a progress bar says what for
 LINE_EVERY = 15.0  # seconds between plain lines; a line also follows each tenth of a stage
 PACE_STEPS = 50  # the pace is the mean of this many last steps: some are slow
 PLAIN_WIDTH = 120  # columns where there is no terminal
@@ -90,6 +93,29 @@ class Reporter:
         if due and not self._redraws:
             self._printed = time.monotonic()
             self.note(self._stage.line())
+
+    @contextlib.contextmanager
+    def waiting(self, what):
+        """Inside it, if that takes long, the progress says what the run waits for, and since when."""
+        since, stage = time.monotonic(), self._stage
+        done = threading.Event()
+
+        def remind():
+            while not done.wait(LINE_EVERY):
+                line = [stage.line()] if stage else []
+                self.note("  ".join([*line, f"waits for {what}, {duration(time.monotonic() - since)}"]))
+
+        if self._redraws:
+            if stage:
+                stage.waiting = (what, since)
+        else:
+            threading.Thread(target=remind, daemon=True).start()
+        try:
+            yield
+        finally:
+            done.set()
+            if stage:
+                stage.waiting = None
 
     def finish(self, note=""):
         """Ends the stage, and prints how long it took and `note`."""
@@ -164,6 +190,9 @@ class Silent:
     def _nothing(self, *args, **kwargs):
         pass
 
+    def waiting(self, what):
+        return contextlib.nullcontext()
+
     __exit__ = stage = update = finish = note = samples = before_after = table = _nothing
 
 
@@ -175,6 +204,7 @@ class _Stage:
         self.began = time.monotonic()
         self._marks: deque[tuple[int, float]] = deque(maxlen=PACE_STEPS)  # (step, seconds)
         self._numbers = {}
+        self.waiting: tuple[str, float] | None = None  # for what, and since when
 
     def update(self, step, metrics):
         self.step = step
@@ -204,7 +234,10 @@ class _Stage:
     def panel(self):
         head = Table.grid("", "", "", padding=(0, 2))
         bar = ProgressBar(total=max(self.total, 1), completed=self.step, width=30, complete_style="cyan")
-        head.add_row(Text(self.name, "bold"), bar, "  ".join([f"{self.step}/{self.total}", *self.pace()]))
+        waiting = self.waiting  # another thread ends it
+        seconds = time.monotonic() - waiting[1] if waiting else 0
+        waits = [f"waits for {waiting[0]}, {duration(seconds)}"] if waiting and seconds > SLOW else self.pace()
+        head.add_row(Text(self.name, "bold"), bar, "  ".join([f"{self.step}/{self.total}", *waits]))
         return Group(head, Columns(map(Text, self.numbers()), padding=(0, 3)))
 
 

@@ -10,6 +10,7 @@ It returns N numbers, or {component: N numbers}: then the reward is their sum, a
 `--config.reward=path/to/file.py:polite` uses it; NAMED has the ones of this package.
 """
 
+import contextlib
 import functools
 import hashlib
 import importlib.machinery
@@ -24,7 +25,7 @@ from typing import Any
 
 import numpy as np
 
-from rlhf_jax.errors import InputError
+from rlhf_jax.errors import STOPPED, InputError
 from rlhf_jax.rewards import Completions, gold, sentiment
 
 NAMED: dict[str, Callable] = {"sentiment": sentiment.compound, "gold": gold.of_rows}
@@ -35,8 +36,9 @@ class Function:
 
     metric, params, on_host = "reward", None, True
 
-    def __init__(self, function: Callable, name: str):
-        self._function, self.name = function, name
+    def __init__(self, function: Callable, name: str, waiting: Callable = contextlib.nullcontext):
+        """waiting(text): a context that says what is waited for, as report/console.py: Reporter.waiting."""
+        self._function, self.name, self._waiting = function, name, waiting
         self.takes_rows = _takes_rows(function)
 
     def __call__(self, params: Any, completions: Completions) -> dict[str, np.ndarray]:
@@ -50,9 +52,12 @@ class Function:
         """
         args = (list(rows), list(texts)) if self.takes_rows else (list(texts),)
         try:
-            scored = self._function(*args)
-        except (Exception, SystemExit) as error:
-            raise InputError(f"reward {self.name}: {_raised(error)}") from error
+            with self._waiting(f"the reward of {len(texts)} texts"):
+                scored = self._function(*args)
+        except BaseException as error:
+            _pass_on(error)
+            code = getattr(self._function, "__code__", None)
+            raise InputError(f"reward {self.name}: {_raised(error, code.co_filename if code else '')}") from error
         if not isinstance(scored, Mapping):
             return {self.metric: self._checked(scored, len(texts), "")}
         if not scored:
@@ -74,18 +79,18 @@ class Function:
         return values_N
 
 
-def load(spec: str) -> Function:
-    """The reward that a config names: one of NAMED, or "path/to/file.py:function".
+def load(spec: str, waiting: Callable = contextlib.nullcontext) -> Function:
+    """The reward that a config names: one of NAMED, or "path/to/file.py:function". `waiting` as of a Function.
 
     Raises InputError for an unknown name, a missing file or function, or a file that does not import.
     """
     if spec in NAMED:
-        return Function(NAMED[spec], spec)
+        return Function(NAMED[spec], spec, waiting)
     path, name = _split(spec)
     function = getattr(_module(path.absolute(), fingerprint(spec)), name, None)
     if not callable(function):
         raise InputError(f"reward: {path}: expected a function {name!r}, found none")
-    return Function(function, spec)
+    return Function(function, spec, waiting)
 
 
 def fingerprint(spec: str) -> str:
@@ -121,18 +126,27 @@ def _module(path: Path, sha256: str) -> ModuleType:
     sys.modules[name] = module
     try:
         spec.loader.exec_module(module)
-    except (Exception, SystemExit) as error:
+    except BaseException as error:
         del sys.modules[name]
-        raise InputError(f"reward: {path}: {_raised(error)}") from error
+        _pass_on(error)
+        raise InputError(f"reward: {path}: {_raised(error, str(path))}") from error
     return module
 
 
-def _raised(error: BaseException) -> str:
-    """What was raised and where: "ValueError: no (rules.py:12)"."""
+def _pass_on(error: BaseException) -> None:
+    """Raises what is not the function's fault: Ctrl-C and SIGTERM."""
+    if isinstance(error, KeyboardInterrupt) or getattr(error, "exit_code", 0) == STOPPED:
+        raise error
+
+
+def _raised(error: BaseException, file: str) -> str:
+    """What was raised and where: "ValueError: no (rules.py:12)", the last line in the file or in its neighbours."""
     frames = [frame for frame in traceback.extract_tb(error.__traceback__) if frame.filename != __file__]
-    own = [frame for frame in frames if "importlib" not in frame.filename]
+    frames = [frame for frame in frames if "importlib" not in frame.filename]
+    own = [frame for frame in frames if Path(frame.filename).parent == Path(file).parent] or frames
     where = f" ({Path(own[-1].filename).name}:{own[-1].lineno})" if own else ""
-    return f"{type(error).__name__}: {error}{where}"
+    message = " ".join(str(error).split())
+    return f"{type(error).__name__}{f': {message}' if message else ''}{where}"
 
 
 def _takes_rows(function: Callable) -> bool:

@@ -34,6 +34,7 @@ class Step(NamedTuple):
     numbers: dict  # {name: scalar}, without the stage's name
     rollout: Any = None  # what the update read, if not the batch
     notes: tuple[str, ...] = ()
+    record: dict | None = None  # for a trace: {part: {name: array}}; see viz/recorder.py
 
 
 class Evaluation(NamedTuple):
@@ -42,6 +43,7 @@ class Evaluation(NamedTuple):
     numbers: dict  # {name: float}
     details: Any = None  # what the stage's `summarize` reads
     samples: tuple[dict, ...] = ()  # completions to show during training
+    record: dict | None = None  # for a trace: {part: {name: array}}, and rows of texts
 
 
 class Summary(NamedTuple):
@@ -61,7 +63,7 @@ class Stage:
     config: Any  # steps, batch, eval_every, save_every, schedule
     state: Any  # at step 0
     batch_at: Callable[[int], dict]  # step (from 0) -> its batch on the device; depends only on seed and step
-    step: Callable[[Any, dict], Step]  # may donate the state
+    step: Callable[..., Step]  # (state, batch), and record=True for Step.record; may donate the state
     learn: Callable  # the compiled update alone: (state, batch or rollout) -> (state, numbers)
     evaluate: Callable[[Any], Evaluation]
     best: tuple[str, Callable]  # the number of an evaluation that ranks checkpoints, and its better direction
@@ -75,6 +77,7 @@ class Stage:
     complete: Callable | None = None  # (last state, its Evaluation) -> (state of the result, numbers)
     frozen: tuple[str, ...] = ()  # fields that no step changes; checkpoints leave them out
     guard: guards.Config = guards.Config()
+    before: Evaluation | None = None  # of the first state, where it was evaluated
 
 
 @dataclasses.dataclass(frozen=True, eq=False)
@@ -89,6 +92,7 @@ class Setup:
     guard: guards.Config = guards.Config()
     mesh: Any = dataclasses.field(default_factory=sharding.mesh)
     jit: Callable = jax.jit  # replay.py gives another one, to check every operation
+    record: bool = False  # compiled updates return their arrays too, for a trace
 
     @functools.cache  # noqa: B019 (a setup lives as long as its run)
     def arrays(self, kind: str) -> Encoded:

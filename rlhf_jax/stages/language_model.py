@@ -11,6 +11,8 @@ from rlhf_jax.report import plots
 from rlhf_jax.stages import Evaluation, Setup, Stage, Step, Summary, row_keys
 from rlhf_jax.training import optim, sharding
 
+SHOWN = 16  # held-out rows whose tokens a trace records
+
 
 def language_model(name: str, setup: Setup, config: supervised.Config, policy) -> Stage:
     """The stage `name`, "pretrain" or "sft": it trains `policy` on the rows of the kind with the same name."""
@@ -18,8 +20,8 @@ def language_model(name: str, setup: Setup, config: supervised.Config, policy) -
     held_out = setup.arrays(name).held_out
     starts, questions = setup.questions(name)
     tx = optim.adamw(config, config.steps)
-    learn = functools.partial(supervised.step, config=config, apply=apply, tx=tx, guard=setup.guard.action)
-    learn = setup.jit(learn, donate_argnums=0)
+    parts = {"config": config, "apply": apply, "tx": tx, "guard": setup.guard.action, "record": setup.record}
+    learn = setup.jit(functools.partial(supervised.step, **parts), donate_argnums=0)
     logprobs = setup.jit(functools.partial(supervised.token_logprobs, config=config, apply=apply))
     sampling = setup.sampling(setup.evaluation.temperature)
 
@@ -29,18 +31,25 @@ def language_model(name: str, setup: Setup, config: supervised.Config, policy) -
         drawn = generate(apply.policy, policy, *prompts, row_keys(setup.key("evaluation"), batch), sampling)
         return {"response": drawn.response_BR, "mask": drawn.mask_BR, "eos_rate": drawn.done_B}
 
-    def step(state, batch):
-        return Step(*learn(state, batch))
+    def step(state, batch, record=False):
+        state, numbers = learn(state, batch)
+        update = numbers.pop("record", None)
+        return Step(state, numbers, record={"batch": batch, "update": update} if record else None)
 
     def evaluate(state):
-        nats_N, tokens_N = perplexity.nll(*setup.over(held_out, lambda batch: logprobs(state.policy, batch)))
+        logp_NT, mask_NT = setup.over(held_out, lambda batch: logprobs(state.policy, batch))
+        nats_N, tokens_N = perplexity.nll(logp_NT, mask_NT)
         numbers = {f"eval_{key}": value for key, value in perplexity.perplexity(nats_N, tokens_N)}
         drawn = setup.over(starts, lambda batch: sample(state.policy, batch), len(questions))
         texts = setup.decode(drawn["response"], drawn["mask"])
         rows = setup.task.judge(questions, texts) | {"eos_rate": drawn["eos_rate"], "length": drawn["mask"].sum(axis=1)}
         numbers |= {key: float(np.mean(values)) for key, values in rows.items()}
         shown = [{key: row[key] for key in ("prompt", "label") if key in row} for row in questions]
-        return Evaluation(numbers, [row | {"completion": text} for row, text in zip(shown, texts, strict=True)])
+        samples = [row | {"completion": text} for row, text in zip(shown, texts, strict=True)]
+        first = {name: array[:SHOWN] for name, array in held_out.items()} | {"logp_NT": logp_NT[:SHOWN]}
+        held = {"nats_N": nats_N, "tokens_N": tokens_N}
+        record = {"shown": first | {"mask_NT": mask_NT[:SHOWN]}, "held_out": held, "samples": samples[:SHOWN]}
+        return Evaluation(numbers, samples, record=record)
 
     def summarize(state, evaluation):
         def plot(rows, folder):

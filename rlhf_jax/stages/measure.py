@@ -20,6 +20,7 @@ class Measured:
     numbers: dict[str, float]  # means; entropy is per token
     rows: dict[str, np.ndarray]  # [N] each
     texts: list[str]
+    tokens: dict[str, np.ndarray] = dataclasses.field(default_factory=dict)  # [N, R] each: ids, mask, log-probs
 
 
 def measurement(setup, config, reward):
@@ -44,6 +45,8 @@ def measurement(setup, config, reward):
             rows = {
                 "response": drawn.response_BR,
                 "mask": drawn.mask_BR,
+                "logp": drawn.logp_BR,
+                "logp_ref": drawn.logp_ref_BR,
                 "kl": jnp.sum(drawn.kl_BR, axis=1),
                 "kl_exact": jnp.sum(drawn.kl_exact_BR, axis=1),
                 # The most likely token is certain.
@@ -63,13 +66,14 @@ def measurement(setup, config, reward):
         if evaluation.temperature != config.temperature:
             trained = at(state, key, config.temperature)
             rows |= {name: trained[name] for name in ("kl", "kl_exact")}
-        texts = setup.decode(rows.pop("response"), rows.pop("mask"))
+        tokens = {name: rows.pop(name) for name in ("response", "mask", "logp", "logp_ref")}
+        texts = setup.decode(tokens["response"], tokens["mask"])
         if reward.on_host:
             rows |= named(reward, reward.scores(questions, texts))
         rows |= judge(setup.task, reward, questions, texts)
         numbers = {name: float(np.mean(values)) for name, values in rows.items()}
         numbers["entropy"] = float(rows.pop("entropy").sum() / max(rows["length"].sum(), 1))
-        return Measured(numbers | diversity_of(texts), rows, texts)
+        return Measured(numbers | diversity_of(texts), rows, texts, tokens)
 
     return measure
 

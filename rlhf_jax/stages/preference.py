@@ -21,8 +21,8 @@ def reward_model(name: str, setup: Setup, config: preference.Config, policy) -> 
     references = setup.arrays("sft").held_out
     check_references(setup)
     tx = optim.adamw(config, config.steps)
-    learn = functools.partial(preference.step, config=config, apply=apply, tx=tx, guard=setup.guard.action)
-    learn = setup.jit(learn, donate_argnums=0)
+    parts = {"config": config, "apply": apply, "tx": tx, "guard": setup.guard.action, "record": setup.record}
+    learn = setup.jit(functools.partial(preference.step, **parts), donate_argnums=0)
     scores = setup.jit(functools.partial(preference.scores, apply=apply))
 
     @setup.jit
@@ -49,8 +49,10 @@ def reward_model(name: str, setup: Setup, config: preference.Config, policy) -> 
         loss = float(np.mean(np.logaddexp(0, -margin_N / numbers["reference_std"])))
         return state, numbers | {"eval_loss": evaluation.numbers["eval_loss"], "eval_loss_normalized": loss}
 
-    def step(state, batch):
-        return Step(*learn(state, batch))
+    def step(state, batch, record=False):
+        state, numbers = learn(state, batch)
+        update = numbers.pop("record", None)
+        return Step(state, numbers, record={"batch": batch, "update": update} if record else None)
 
     def evaluate(state):
         chosen_N, rejected_N = setup.over(held_out, lambda batch: scores(state.reward, batch))
@@ -61,7 +63,10 @@ def reward_model(name: str, setup: Setup, config: preference.Config, policy) -> 
             for i, chosen, rejected in zip(held_out["index_N"], chosen_N, rejected_N, strict=True)
         ]
         loss = float(np.mean(np.logaddexp(0, rejected_N - chosen_N)))
-        return Evaluation({"eval_accuracy": rate, "eval_loss": loss}, (ci95, samples))
+        lengths = {f"tokens_{side}_N": held_out[f"{side}_mask_NR"].sum(axis=1) for side in ("chosen", "rejected")}
+        pairs = {"chosen_N": chosen_N, "rejected_N": rejected_N, **lengths}
+        record = {"pairs": pairs, "samples": samples}
+        return Evaluation({"eval_accuracy": rate, "eval_loss": loss}, (ci95, samples), record=record)
 
     def summarize(state, evaluation):
         ci95, samples = evaluation.details

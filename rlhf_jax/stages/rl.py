@@ -21,6 +21,8 @@ from rlhf_jax.report import metrics, plots
 from rlhf_jax.stages import Evaluation, Setup, Stage, Step, Summary, measure
 from rlhf_jax.training import optim, sharding
 
+PROBES = 64  # held-out completions whose tokens a trace records
+
 
 @dataclasses.dataclass(frozen=True, eq=False)
 class Iteration:
@@ -32,6 +34,7 @@ class Iteration:
     sampling: Any  # generate.Sampling
     guard: str = "stop"
     jit: Callable = jax.jit
+    record: bool = False  # `learn` returns its arrays too
 
     @functools.cached_property
     def tx(self):
@@ -65,10 +68,18 @@ class Iteration:
 
     @functools.cached_property
     def learn(self):
-        """(state, scored Rollout) -> (state, numbers); the state is donated."""
-        parts = {"config": self.config, "apply": self.apply, "tx": self.tx, "guard": self.guard}
+        """(state, scored Rollout) -> (state, numbers); the state is donated. See policy.step for `record`."""
+        parts = {name: getattr(self, name) for name in ("config", "apply", "tx", "guard", "record")}
         learn = functools.partial(policy_algorithm.step, self.algorithm, **parts)
         return self.jit(learn, donate_argnums=0)
+
+    @functools.cached_property
+    def look(self):
+        """(state, scored Rollout) -> {name: array}: logits and likeliest tokens of the rows that a trace shows.
+
+        It reads the policy as it is before the update: a scoring pass of its own, which checks the recorded log-probs.
+        """
+        return self.jit(functools.partial(rollout.look, self.apply, temperature=self.config.temperature))
 
     @functools.cached_property
     def statistics(self):
@@ -125,7 +136,7 @@ def rl(
     samples, one dict a question.
     """
     sampling = setup.sampling(config.temperature, lanes=config.lanes, widths=config.widths)
-    iteration = Iteration(algorithm, config, setup.apply, sampling, setup.guard.action, setup.jit)
+    iteration = Iteration(algorithm, config, setup.apply, sampling, setup.guard.action, setup.jit, setup.record)
     measured = measure.measurement(setup, config, reward)
     key = setup.key("rl") if key is None else key
     state = iteration.begin(policy, key, value=value, reward=reward.params)
@@ -157,6 +168,7 @@ def rl(
         complete=parts.complete if keep_best else None,
         frozen=("reference", "reward"),
         guard=setup.guard,
+        before=parts.evaluation(before, state),
     )
 
 
@@ -187,17 +199,22 @@ class _Parts:
         """The rows of the held-out prompts."""
         return self.setup.questions("prompts")[1]
 
-    def step(self, state, batch):
+    def step(self, state, batch, record=False):
         """One iteration, and the metrics of its rollout."""
         if self.watch.active and self.watch.freeze and bool(state.alarms["tripped"]):
             return Step(state.replace(step=state.step + 1), {"alarms": 1})
         prompts = (batch["prompt_BP"], batch["prompt_mask_BP"])
         rows = [self.rows[i] for i in np.asarray(batch["index_B"])]
+        # An iteration does not need these. With them it would be compiled again whenever their placement changes.
+        aside, state = {"best": state.best, "alarms": state.alarms}, state.replace(best=None, alarms=None)
         scored, completions, components = self.iteration.collect(state, prompts, self.reward, rows, self.setup.decode)
         watched = self.iteration.statistics(scored) if self.watch.active else None
-        aside = {"best": state.best, "alarms": state.alarms}  # the update does not need them
-        state, numbers = self.iteration.learn(state.replace(best=None, alarms=None), scored)
+        look = self.iteration.look(state, scored) if record else None
+        state, numbers = self.iteration.learn(state, scored)
         state = state.replace(**aside)
+        recorded = numbers.pop("record", None)
+        if record:
+            recorded = _by_name(recorded) | {"look": look, "components": components}
         # The device learns while the host reads the texts.
         numbers |= measure.means(measure.judge(self.setup.task, self.reward, rows, completions.texts))
         numbers |= measure.diversity_of(completions.texts)
@@ -205,19 +222,27 @@ class _Parts:
             numbers.pop("score")
             numbers |= measure.means(measure.named(self.reward, components))
         if watched is None:
-            return Step(state, numbers, scored)
+            return Step(state, numbers, scored, record=recorded if record else None)
         now = {key: float(value) for key, value in (numbers | watched).items() if key in alarms.WATCHED}
         tracked, tripped = alarms.track(state.alarms, now, self.usual, self.watch)
         place = f"alarm at step {int(state.step)}"
         notes = tuple(f"{place}: {each} (running mean of the last rollouts)" for each in tripped)
-        return Step(state.replace(alarms=tracked), numbers | {"alarms": int(tracked["tripped"])}, scored, notes)
+        numbers |= {"alarms": int(tracked["tripped"])}
+        return Step(state.replace(alarms=tracked), numbers, scored, notes, recorded if record else None)
 
     def evaluate(self, state):
         """Measures the policy on the held-out questions, with some completions to show."""
-        found = self.measured(state)
-        samples = measure.samples(found, state, self.config, self.reward.metric)[: self.setup.evaluation.samples]
+        return self.evaluation(self.measured(state), state)
+
+    def evaluation(self, found, state):
+        """The Evaluation of what was measured."""
+        samples = measure.samples(found, state, self.config, self.reward.metric)
         shown = [{"prompt": row["prompt"]} | each for row, each in zip(self.questions, samples, strict=False)]
-        return Evaluation({f"eval_{name}": value for name, value in found.numbers.items()}, found, tuple(shown))
+        tokens = {f"{name}_NR": array[:PROBES] for name, array in found.tokens.items()}
+        rows = {f"{name}_N": array for name, array in found.rows.items()}
+        record = {"probes": tokens, "rows": rows, "samples": shown[:PROBES]}
+        numbers = {f"eval_{name}": value for name, value in found.numbers.items()}
+        return Evaluation(numbers, found, tuple(shown[: self.setup.evaluation.samples]), record)
 
     def inside(self, numbers):
         """Whether a policy with these numbers is within the limits."""
@@ -268,6 +293,13 @@ class _Parts:
         rate = win_rate.win_rate(after_N, before_N)
         plots.before_after(before_N, after_N, folder / "before_after.png", win_rate=rate, **labels)
         return _of_updates(self.name, rows, self.config)
+
+
+def _by_name(recorded):
+    """What policy.step records, with the Rollout as {name: array} of the fields that it has."""
+    names = [field.name for field in dataclasses.fields(rollout.Rollout)]
+    arrays = {name: getattr(recorded["rollout"], name) for name in names}
+    return recorded | {"rollout": {name: array for name, array in arrays.items() if array is not None}}
 
 
 def _usual(iteration, state, batch_at, setup, rounds):

@@ -1,4 +1,4 @@
-"""What is learned on, one task a file: a `Config` of its data, and `make(config)`, the task of a whole config.
+"""What is learned on, one task a file: a `Config` of its data, `make(config)` and `unused(config)` of a whole config.
 
 A task is a frozen value, made without side effects. Rows are read on first use; notes say what was cut or skipped.
 Kinds of rows: "pretrain" (plain texts), "sft" (prompt and label), "preferences" (prompt, chosen, rejected), "prompts".

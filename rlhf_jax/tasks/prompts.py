@@ -122,6 +122,18 @@ def make(config) -> Task:
     return Prompts(config.data, config.seed)
 
 
+def unused(config):
+    """Fields of a whole config of this task that have no effect, and why."""
+    data, reward = config.data, f"reward is {config.reward.kind}"
+    if config.reward.kind != "learned":
+        for name in ("data.preferences", "data.pair_length", "data.columns.chosen", "data.columns.rejected"):
+            yield name, reward
+        yield "data.world_preferences", reward
+        if not config.sft.steps and config.text.kind == "gpt2" and data.prompts:
+            for name in ("data.sft", "data.columns.label"):
+                yield name, f"sft.steps is 0, {reward}, and the tokenizer is read from a path"
+
+
 @functools.lru_cache(maxsize=8)
 def _rows(config, kind, seed, _):
     (train, held_out), notes = sources.load(kind, config, seed)

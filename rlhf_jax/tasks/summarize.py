@@ -5,10 +5,10 @@ import dataclasses
 import numpy as np
 
 from rlhf_jax.rewards import gold
-from rlhf_jax.tasks.prompts import Config, Prompts
+from rlhf_jax.tasks.prompts import Config, Prompts, unused
 from rlhf_jax.tasks.task import Task
 
-__all__ = ["Config", "Summarize", "make"]
+__all__ = ["Config", "Summarize", "make", "unused"]
 
 
 @dataclasses.dataclass(frozen=True)

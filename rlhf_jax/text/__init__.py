@@ -36,6 +36,9 @@ class Tokenizer(Protocol):
     def decode(self, ids: list[int]) -> str:
         """The text of `ids`, without PAD and EOS. What is not a known character becomes U+FFFD."""
 
+    def token_bytes(self, id: int) -> bytes:
+        """The UTF-8 bytes of one token, which may be a part of a character; none of PAD and EOS."""
+
     def save(self, directory: str | os.PathLike) -> None:
         """Writes the file that `load` reads."""
 

@@ -19,6 +19,10 @@ from rlhf_jax.text import stored
 EOS = "<|endoftext|>"
 NORMALIZERS = {"": None, "NFC": tokenizers.normalizers.NFC()}
 BYTES = sorted(tokenizers.pre_tokenizers.ByteLevel.alphabet())
+# The byte of each character of the alphabet: bytes that are no printable character have the characters from U+0100 on.
+_PRINTABLE = [byte for byte in range(256) if chr(byte) in BYTES]
+_OTHERS = [byte for byte in range(256) if byte not in _PRINTABLE]
+BYTE = {chr(byte): byte for byte in _PRINTABLE} | {chr(256 + i): byte for i, byte in enumerate(_OTHERS)}
 
 
 @dataclasses.dataclass(frozen=True)
@@ -87,6 +91,10 @@ class BPETokenizer:
 
     def decode(self, ids: list[int]) -> str:
         return self.codec.decode([i for i in ids if i not in (self.pad_id, self.eos_id)])
+
+    def token_bytes(self, id: int) -> bytes:
+        token = "" if id >= len(self.tokens) or id in (self.pad_id, self.eos_id) else self.tokens[id]
+        return token.encode() if token in self.added + self.special else bytes(BYTE[char] for char in token)
 
     def save(self, directory: str | os.PathLike) -> None:
         stored.write(directory, self._record)

@@ -59,6 +59,9 @@ class CharTokenizer:
         known = (i for i in ids if i not in (self.pad_id, self.eos_id))
         return "".join(self.characters[i] if i < len(self.characters) else UNKNOWN for i in known)
 
+    def token_bytes(self, id: int) -> bytes:
+        return self.decode([id]).encode()
+
     def save(self, directory: str | os.PathLike) -> None:
         stored.write(directory, self._record)
 

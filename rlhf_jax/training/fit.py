@@ -24,13 +24,13 @@ class Fitted:
     summary: dict
 
 
-def fit(stage, workdir, *, depends=None, config=None, keep=KEEP, reporter=None, stop=None) -> Fitted:
+def fit(stage, workdir, *, depends=None, config=None, keep=KEEP, reporter=None, stop=None, recorder=None) -> Fitted:
     """Trains the stage in workdir/<its name>, from its last checkpoint if it has one.
 
     workdir is a path or a Workdir. depends is what the stage's numbers depend on (default: its own config, the state
     that it starts from and its first batch), and config is the whole config of the run, for incidents. A folder of
     another `depends` is refused, and so is one that another process writes to. The result is saved separately: a stage
-    with more steps continues from its last checkpoint.
+    with more steps continues from its last checkpoint. recorder: a viz.recorder.Recorder, which writes a trace.
     """
     workdir = workdir if isinstance(workdir, Workdir) else Workdir(workdir)
     reporter = reporter or Silent()
@@ -40,8 +40,9 @@ def fit(stage, workdir, *, depends=None, config=None, keep=KEEP, reporter=None, 
     workdir.open(stage.name, depends)
     with contextlib.ExitStack() as stack:
         stop = stop or stack.enter_context(loop.stop_signal())
-        state, evaluation, numbers = _train(stage, workdir, config or depends, keep, reporter, stop)
-    summary = _finish(stage, workdir, state, evaluation, numbers, began, reporter, depends.get("seed"))
+        stack.enter_context(stop.at_once())  # but the loop takes a signal after its step (stop.later)
+        state, evaluation, numbers = _train(stage, workdir, config or depends, keep, reporter, stop, recorder)
+    summary = _finish(stage, workdir, state, evaluation, numbers, began, reporter, depends.get("seed"), recorder)
     return Fitted(state, summary)
 
 
@@ -52,7 +53,7 @@ def _depends(stage):
     return {"section": stage.name, stage.name: fields.significant(stage.config), "sha256": digests}
 
 
-def _train(stage, workdir, config, keep, reporter, stop):
+def _train(stage, workdir, config, keep, reporter, stop, recorder):
     """(the result's state, its evaluation, the numbers of the last row)."""
     folder, steps = workdir / stage.name, stage.config.steps
     name, better = stage.best
@@ -63,7 +64,10 @@ def _train(stage, workdir, config, keep, reporter, stop):
         # The row of the checkpoint's own step is in the checkpoint, and is written again.
         with metrics.Writer(folder, resume_step=done - 1 if done else None) as log:
             reporter.stage(stage.name, steps, start=done)
+            if recorder and stage.before and not done:
+                recorder.evaluation(stage, 0, stage.before)
             parts = {"checkpoints": checkpoints, "log": log, "reporter": reporter, "row": row, "stop": stop}
+            parts["recorder"] = recorder
             with stop.later():
                 state = loop.run(stage, state, incident=incident, **parts)
             evaluation, numbers = stage.evaluate(state), {}
@@ -74,6 +78,8 @@ def _train(stage, workdir, config, keep, reporter, stop):
                 state, numbers = stage.complete(state, evaluation)
                 evaluation = stage.evaluate(state)
                 reporter.samples(evaluation.samples)
+            if recorder:
+                recorder.evaluation(stage, steps, evaluation)
             numbers = {key: float(value) for key, value in (evaluation.numbers | numbers).items()}
             named = {f"{stage.name}/{key}": value for key, value in numbers.items()}
             log.write(steps, named)
@@ -129,7 +135,10 @@ class _Incidents:
             self._reporter.note(f"{what}; skipped, {skipped} of at most {limits.limit}; kept in {folder}")
             return
         why = f"; guard.limit: expected at most {limits.limit} such updates" if self.waits else ""
-        raise guard.NonFinite(f"{what}{why}; python -m rlhf_jax.replay {folder} shows where it begins")
+        again = f"python -m rlhf_jax.replay {folder}"
+        if "task" not in self._config:  # a stage that was made in Python
+            again = f"rlhf_jax.replay.replay({str(folder)!r}, stage=...)"
+        raise guard.NonFinite(f"{what}{why}; {again} shows where it begins")
 
 
 def _began(workdir, name):
@@ -139,7 +148,7 @@ def _began(workdir, name):
     return time.monotonic() - (rows[-1]["time"] if rows else 0)
 
 
-def _finish(stage, workdir, state, evaluation, numbers, began, reporter, seed):
+def _finish(stage, workdir, state, evaluation, numbers, began, reporter, seed, recorder):
     """Writes plots, samples and, last, the summary, which marks the stage as finished. Names lose their `eval_`."""
     folder = workdir / stage.name
     found = stage.summarize(state, evaluation)
@@ -148,6 +157,8 @@ def _finish(stage, workdir, state, evaluation, numbers, began, reporter, seed):
     numbers = {key.replace("eval_", ""): value for key, value in numbers.items()}
     numbers |= found.numbers | more | {"steps": stage.config.steps}
     numbers = {f"{stage.name}/{key.replace('eval_', '')}": value for key, value in numbers.items()}
+    if recorder:
+        recorder.finish(stage, numbers, found.samples)
     summary = write_summary(workdir, f"{stage.name}/summary.json", time.monotonic() - began, numbers, seed)
     shown = [(key, summary.get(f"{stage.name}/{key}")) for key in stage.headlines]
     reporter.finish("held out: " + "  ".join(f"{key} {number(value)}" for key, value in shown if value is not None))

@@ -11,7 +11,7 @@ import jax
 import numpy as np
 
 from rlhf_jax import fields, jsonfile
-from rlhf_jax.errors import InputError
+from rlhf_jax.errors import NOT_FINITE, InputError
 from rlhf_jax.report import metrics
 from rlhf_jax.training.checkpoint import Checkpoints
 
@@ -21,6 +21,8 @@ FOLDER = "incident"  # in the workdir
 class NonFinite(ArithmeticError):
     """A number is NaN or infinite, and the run has ended. Parameters and checkpoints are those before it."""
 
+    exit_code = NOT_FINITE
+
 
 @dataclasses.dataclass(frozen=True)
 class Config:
@@ -29,6 +31,11 @@ class Config:
     # stop: the run ends with exit code 4. skip: it continues with the next batch; each step is awaited. off: no check.
     action: str = fields.choice("stop", "stop", "skip", "off")
     limit: int = fields.number(10, least=0)  # updates that may be skipped
+
+    def unused(self):
+        """Fields without effect, and why."""
+        if self.action != "skip":
+            yield "limit", f"action is {self.action}"
 
 
 def message(names):

@@ -7,6 +7,8 @@ from typing import Any
 
 import numpy as np
 
+from rlhf_jax import command
+from rlhf_jax.errors import STOPPED
 from rlhf_jax.training.guard import NonFinite
 
 AGAIN = "the same command goes on from there"
@@ -18,8 +20,10 @@ class Stopped(BaseException):
     Like KeyboardInterrupt it is no Exception: a signal may come anywhere, and no `except Exception` may catch it.
     """
 
+    exit_code = STOPPED
 
-def run(stage, state, *, checkpoints, log, reporter, stop, incident, row=None):
+
+def run(stage, state, *, checkpoints, log, reporter, stop, incident, row=None, recorder=None):
     """Trains a Stage from state.step to its last step and returns the last state, which the caller evaluates.
 
     The stage is evaluated every config.eval_every steps. A checkpoint is taken every config.save_every steps, at the
@@ -30,13 +34,16 @@ def run(stage, state, *, checkpoints, log, reporter, stop, incident, row=None):
     For a number that is not finite the loop calls incident(state, step, batch, rollout, names, skipped), which raises
     NonFinite or lets the run continue. If it may continue (incident.waits), every step is awaited, so that its state is
     available.
+
+    recorder: a viz.recorder.Recorder, which is given the arrays of the steps that it requests and every evaluation.
     """
-    loop = _Loop(stage, checkpoints, log, reporter, stop, incident, skipped=int(state.skipped))
+    loop = _Loop(stage, checkpoints, log, reporter, stop, incident, skipped=int(state.skipped), recorder=recorder)
     state = loop.again(state, row)
     pending = None  # the step on the device, whose numbers are read while the next one runs
     for step in range(int(state.step) + 1, stage.config.steps + 1):
         batch = stage.batch_at(step - 1)
-        done = stage.step(state, batch)
+        wanted = {"record": True} if recorder and recorder.due(stage, step) else {}
+        done = stage.step(state, batch, **wanted)
         state = done.state
         if pending:
             loop.write(pending[0], loop.read(state, *pending))
@@ -58,6 +65,7 @@ class _Loop:
     stop: Any
     incident: Any
     skipped: int  # updates left out so far
+    recorder: Any = None
 
     def again(self, state, row):
         """The state after its row is logged again, and after the evaluation that a stop has prevented."""
@@ -92,7 +100,7 @@ class _Loop:
         config = self.stage.config
         is_due, found = due(config.eval_every, step), None
         if is_due and step < config.steps:  # the caller evaluates the last state
-            state, found = self._evaluated(state)
+            state, found = self._evaluated(state, step)
         evaluation = self._named(found or {})
         numbers = numbers | evaluation
         self.write(step, numbers)
@@ -101,7 +109,7 @@ class _Loop:
         row = {"numbers": numbers, "complete": not is_due or found is not None}
         return state, row, evaluation if found and self.stage.eligible(found) else None
 
-    def _evaluated(self, state):
+    def _evaluated(self, state, step):
         """(state, numbers); the numbers are None if a signal interrupted the evaluation."""
         try:
             with self.stop.at_once():
@@ -109,6 +117,8 @@ class _Loop:
         except Stopped:
             return state, None
         self.reporter.samples(evaluation.samples)
+        if self.recorder:
+            self.recorder.evaluation(self.stage, step, evaluation)
         return self.stage.keep(state, evaluation) if self.stage.keep else state, evaluation.numbers
 
     def read(self, state, step, batch, done):
@@ -124,6 +134,8 @@ class _Loop:
         self.skipped = count
         for note in done.notes:
             self.reporter.note(f"{self.stage.name}: {note}")
+        if self.recorder and done.record:
+            self.recorder.step(self.stage, step, done.record, numbers)
         return numbers
 
     def write(self, step, numbers):
@@ -156,9 +168,13 @@ def not_finite(numbers):
 
 
 class Stop:
-    """Whether SIGTERM or SIGINT has come. A second signal ends the program at once; no file is ever incomplete."""
+    """Whether SIGTERM or SIGINT has come. A second one goes to the handler of `before`, and ends the program at once.
 
-    def __init__(self):
+    No file is ever incomplete. before: {signal: its handler}.
+    """
+
+    def __init__(self, before=()):
+        self.before = dict(before)
         self._requested = self._raises = False
 
     def __call__(self):
@@ -166,9 +182,10 @@ class Stop:
 
     def request(self, number, _=None):
         """The handler of the signals."""
+        if self._requested:
+            signal.signal(number, self.before[number])
+            signal.raise_signal(number)
         self._requested = True
-        for each in (signal.SIGTERM, signal.SIGINT):
-            signal.signal(each, signal.SIG_DFL)
         self._check(f"stopped by {signal.Signals(number).name}; {AGAIN}")
 
     def at_once(self):
@@ -197,10 +214,13 @@ class Stop:
 @contextlib.contextmanager
 def stop_signal():
     """Yields a Stop that notes SIGTERM and SIGINT. Restores the previous handlers at the end."""
-    stop = Stop()
-    before = {number: signal.signal(number, stop.request) for number in (signal.SIGTERM, signal.SIGINT)}
+    stop = Stop({number: signal.getsignal(number) for number in command.SIGNALS})
+    command.taken_over = True
     try:
+        for number in stop.before:
+            signal.signal(number, stop.request)
         yield stop
     finally:
-        for number, handler in before.items():
+        for number, handler in stop.before.items():
             signal.signal(number, handler)
+        command.taken_over = stop()  # who has taken a signal ends the program

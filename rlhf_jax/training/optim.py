@@ -26,6 +26,11 @@ class Config:
     adam_eps: float = number(1e-5, above=0, most=1)  # added to the root of the mean squared gradient
     max_grad_norm: float = number(1.0, least=0)  # larger gradients are scaled down to this global norm; 0: never
 
+    def unused(self):
+        """Fields without effect, and why."""
+        if self.schedule == "constant":
+            yield "end_lr", "schedule is constant"
+
 
 def problems(config, *, minibatches=1):
     """(field, what was expected) of the config of a stage."""
@@ -161,12 +166,22 @@ def all_finite(tree):
     return jnp.all(jnp.stack([jnp.all(jnp.isfinite(leaf)) for leaf in leaves])) if leaves else jnp.array(True)
 
 
-def accumulate(grad_fn, batch, weights, microbatches):
+def apart(grads, aux, record):
+    """((gradients, scalars), arrays by row) of a loss whose aux has the arrays under "rows"; {} unless recorded."""
+    scalars = {name: value for name, value in aux.items() if name != "rows"}
+    return (grads, scalars), aux["rows"] if record else {}
+
+
+def accumulate(grad_fn, batch, weights, microbatches, *, has_rows=False):
     """The mean of grad_fn over `microbatches` equal slices of the batch, equal to grad_fn of the whole batch.
 
     grad_fn(slice) returns a pytree of means over the slice. weights [B] are the rows' weights in these means (their
     numbers of tokens, say). A slice is weighted by its share of the weights, so padding does not bias the mean.
+
+    has_rows: grad_fn returns (means, arrays by row), and so does this, with the rows in the order of the batch.
     """
+    if not has_rows:
+        return accumulate(lambda part: (grad_fn(part), {}), batch, weights, microbatches, has_rows=True)[0]
     if microbatches == 1:
         return grad_fn(batch)
     # Rows are dealt out in turn, so every slice is spread evenly over the devices.
@@ -175,11 +190,13 @@ def accumulate(grad_fn, batch, weights, microbatches):
 
     def add(total, part):
         rows, share = part
-        return jax.tree.map(lambda t, x: t + share * x, total, grad_fn(rows)), None
+        means, arrays = grad_fn(rows)
+        return jax.tree.map(lambda t, x: t + share * x, total, means), arrays
 
-    shapes = jax.eval_shape(grad_fn, jax.tree.map(lambda x: x[0], slices[0]))
+    shapes = jax.eval_shape(grad_fn, jax.tree.map(lambda x: x[0], slices[0]))[0]
     zero = jax.tree.map(lambda s: jnp.zeros(s.shape, s.dtype), shapes)
-    return jax.lax.scan(add, zero, (slices[0], shares))[0]
+    means, arrays = jax.lax.scan(add, zero, (slices[0], shares))
+    return means, jax.tree.map(lambda x: x.swapaxes(0, 1).reshape(-1, *x.shape[2:]), arrays)
 
 
 def norm(grads):

@@ -1,8 +1,22 @@
 """One code path for one device or many: a batch's rows are spread over a mesh of all devices, parameters are copied."""
 
+import os
+
 import jax
 import numpy as np
 from jax.sharding import AxisType, NamedSharding, PartitionSpec
+
+from rlhf_jax.errors import InputError
+
+
+def devices():
+    """All devices. Raises InputError where JAX_PLATFORMS requests a kind of device that is not there."""
+    try:
+        return jax.devices()
+    except (RuntimeError, AssertionError) as error:  # an assertion where this JAX was built without CUDA
+        requested, why = os.environ.get("JAX_PLATFORMS", ""), str(error).split("\n")[0]
+        expected = "a kind of device that this machine and this JAX have, or nothing"
+        raise InputError(f"JAX_PLATFORMS: expected {expected}, got {requested!r} {f'({why})' * bool(why)}") from None
 
 
 def mesh():

@@ -30,6 +30,8 @@ class Workdir:
 
     def __post_init__(self):
         self.path = Path(self.path).expanduser().absolute()
+        if self.path.exists() and not self.path.is_dir():
+            raise InputError(f"workdir: {self.path}: expected a folder, got a file")
 
     def __truediv__(self, name: str) -> Path:
         return self.path / name
@@ -71,6 +73,16 @@ class Workdir:
         """Writes a JSONL file of the run, completely or not at all."""
         with self._writing(self.path / name):
             metrics.replace(self.path / name, "".join(json.dumps(row) + "\n" for row in rows))
+
+    def append_line(self, name: str, row: dict) -> None:
+        """Adds a row to a JSONL file of the run, whole and on disk when this returns; needs no lock."""
+        line = json.dumps(row).encode() + b"\n"
+        with self._writing(self.path / name), open(self.path / name, "ab+", buffering=0) as file:
+            if file.tell():
+                file.seek(-1, os.SEEK_END)
+                line = line if file.read(1) == b"\n" else b"\n" + line  # another process died while it wrote
+            file.write(line)
+            os.fsync(file.fileno())
 
     def save_tokenizer(self, tokenizer: Any, made_of: dict) -> None:
         """Writes the tokenizer and what it was made of to text/."""
@@ -139,7 +151,7 @@ class Workdir:
             raise InputError(
                 f"workdir: {path}: expected what the stage was made with; remove {folder} to make it again"
             )
-        here = flat(json.loads(json.dumps(depends)))
+        here = flat(json.loads(json.dumps(depends), parse_constant=lambda _: None))  # as NaN is written
         section = depends["section"]
         free = {f"{section}.{field}" for field in MAY_CHANGE}
         # Contents come last: a place that is another one has other contents, too.

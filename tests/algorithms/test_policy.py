@@ -1,5 +1,6 @@
 """What the policy algorithms share. The policy is a table of the logits of what follows each token."""
 
+import dataclasses
 from functools import cache, partial
 
 import jax
@@ -10,7 +11,7 @@ import pytest
 from rlhf_jax.algorithms import POLICY, policy
 from rlhf_jax.rollout import Apply, Rollout
 from rlhf_jax.training import optim
-from tests.support import TablePolicy, assert_trees_equal
+from tests.support import OPTIMIZED, TablePolicy, assert_trees_equal
 
 IDS, B, R = 256, 6, 3
 BAD = 7  # a token at which `Broken` is not finite
@@ -53,10 +54,10 @@ def begin(name):
 
 @cache
 def learner(name, guard="off", apply=SOUND):
-    """The compiled step, donated as a stage does it."""
+    """The compiled step, donated as a stage does it, and optimized: two programs must round alike."""
     config, tx = made(name)
     step = partial(policy.step, POLICY[name], config=config, apply=apply, tx=tx, guard=guard)
-    return jax.jit(step, donate_argnums=0)
+    return jax.jit(step, donate_argnums=0, compiler_options=OPTIMIZED)
 
 
 @pytest.fixture(scope="module")
@@ -106,6 +107,31 @@ def test_the_trace_of_an_update_by_hand():
         "clip_fraction_epoch_1": 0.0,
         "clip_fraction_epoch_2": 0.375,
     }
+
+
+# What a trace records
+
+
+@BOTH
+@pytest.mark.parametrize("microbatches", [1, 2])
+def test_recording_changes_no_number_and_hands_out_what_the_loss_computed(name, microbatches, rollout):
+    """Bit for bit. In each minibatch, rows_B says which rows of the rollout the arrays are of."""
+    config, tx = made(name)
+    config = dataclasses.replace(config, batch=B, minibatches=1, microbatches=microbatches)
+    parts = {"config": config, "apply": SOUND, "tx": tx}
+    steps = (partial(policy.step, POLICY[name], record=on, **parts) for on in (False, True))
+    plain, traced = (jax.jit(step, compiler_options=OPTIMIZED) for step in steps)
+    expected, expected_numbers = plain(begin(name), rollout)
+    ours, numbers = traced(begin(name), rollout)
+    record = numbers.pop("record")
+    assert_same(ours, expected)
+    assert_trees_equal(numbers, expected_numbers)
+    rows, given = record["update"]["rows_B"], record["rollout"]
+    assert rows.shape == (2, 1, B) and given.rewards_BR.shape == given.raw_advantages_BR.shape == (B, R)
+    tokens = (rollout.tokens_BT, rollout.attend_BT, R)
+    fresh_BR = TablePolicy.logprobs(begin(name).policy, *tokens, temperature=config.temperature)
+    np.testing.assert_allclose(record["update"]["logp_BR"][0, 0], fresh_BR[rows[0, 0]], rtol=1e-5)
+    assert record["minibatch"]["policy_loss"].shape == (2, 1)
 
 
 # Numbers that are not finite (training/optim.py has the rules)

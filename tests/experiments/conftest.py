@@ -10,19 +10,27 @@ import pytest
 
 ROOT = Path(__file__).parents[2]
 
-# Imports once what takes seconds to import, then runs a command line in a fork of itself for each line it reads.
+# Imports once what takes seconds to import, then runs a command line in a fork of itself for each line it reads. The
+# fork ends without Python's cleaning up, which takes seconds as well.
 FORKS = """
-import json, os, runpy, sys, tempfile
+import json, os, runpy, sys, tempfile, traceback
 sys.path.insert(0, "experiments")
-import launch, rlhf_jax.stages, rlhf_jax.data.world, matplotlib.figure, orbax.checkpoint
+import launch, rlhf_jax.stages, rlhf_jax.data.world, rlhf_jax.report.plots, orbax.checkpoint
+rlhf_jax.report.plots._save = lambda plotters, path, **_: (path.parent.mkdir(exist_ok=True), path.touch())
 for line in sys.stdin:
     with tempfile.TemporaryFile("w+") as out, tempfile.TemporaryFile("w+") as err:
         if not (child := os.fork()):
             os.dup2(out.fileno(), 1)
             os.dup2(err.fileno(), 2)
-            sys.argv = json.loads(line)
-            runpy.run_path(sys.argv[0], run_name="__main__")
-            sys.exit()
+            sys.argv, code = json.loads(line), 0
+            try:
+                runpy.run_path(sys.argv[0], run_name="__main__")
+            except SystemExit as error:
+                code = error.code or 0
+            except BaseException:
+                code = traceback.print_exc() or 1
+            sys.stdout.flush(), sys.stderr.flush()
+            os._exit(code)
         code = os.waitstatus_to_exitcode(os.waitpid(child, 0)[1])
         texts = [file.seek(0) or file.read() for file in (out, err)]
         print(json.dumps([code, *texts]), flush=True)

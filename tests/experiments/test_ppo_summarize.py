@@ -135,18 +135,15 @@ def test_fields_that_do_not_go_together_are_one_line(fields, command, tmp_path):
 MINE = "def verb(rows, texts):\n    return [2 + (row['record']['verb'] in text) for row, text in zip(rows, texts)]\n"
 
 
-@pytest.mark.parametrize(("reward", "least", "most"), [("mine.py:verb", 2, 3), ("gold", -1, 1)])
-def test_a_reward_that_is_not_learned_needs_no_reward_model(reward, least, most, command, tmp_path):
+def test_a_reward_that_is_not_learned_needs_no_reward_model(command, tmp_path):
     """A function of rows sees the record that a post was written from."""
     (tmp_path / "mine.py").write_text(MINE)
-    spec = reward if reward == "gold" else f"{tmp_path}/{reward}"
-    fields = {"reward": spec, "sft.steps": 1, "ppo.steps": 1, "ppo.epochs": 1}
+    fields = {"reward": f"{tmp_path}/mine.py:verb", "sft.steps": 1, "ppo.steps": 1, "ppo.epochs": 1}
     result = command(f"--workdir={tmp_path}/run", *(f"--config.{field}={value}" for field, value in fields.items()))
     assert (result.code, result.err) == (0, "")
     summary = json.loads((tmp_path / "run" / "summary.json").read_text())
-    assert least <= summary["ppo/reward"] <= most and least <= summary["ppo/reward_sft"] <= most
-    same = summary["ppo/reward"] == pytest.approx(summary["ppo/gold"], abs=1e-6)  # a reward is float32
-    assert same == (reward == "gold")
+    assert 2 <= summary["ppo/reward"] <= 3 and 2 <= summary["ppo/reward_sft"] <= 3
+    assert "ppo/gold" in summary
     assert not (tmp_path / "run" / "reward").exists() and "reward/accuracy" not in summary
 
 

@@ -141,13 +141,17 @@ def test_what_cannot_be_is_one_line_before_anything_is_written(flags, words, rl,
 @pytest.mark.parametrize(
     ("script", "config", "words"),
     [
-        (RL, "pg_tweets", "rl.py: --config: expected a config whose task is prompts, got one for write\n"),
-        (RL, "ppo_summarize", "rl.py: --config: expected a config whose task is prompts, got one for summarize\n"),
-        (TWEETS, "rl", "pg_tweets.py: --config: expected a config whose task is write, got one for prompts\n"),
-        (PPO, "rl", "ppo_summarize.py: --config: expected a config whose task is summarize, got one for prompts\n"),
+        (
+            RL,
+            "pg_tweets",
+            "rl.py: --config: expected a config whose task is prompts, got one for write; experiments/pg_tweets.py",
+        ),
+        (RL, "ppo_summarize", "task is prompts, got one for summarize; experiments/ppo_summarize.py runs this one\n"),
+        (TWEETS, "rl", "pg_tweets.py: --config: expected a config whose task is write, got one for prompts"),
+        (PPO, "rl", "task is summarize, got one for prompts; experiments/rl.py runs this one\n"),
     ],
 )
-def test_a_config_of_another_script_names_the_task(script, config, words, forks, tmp_path):
+def test_a_config_of_another_script_names_task_and_script(script, config, words, forks, tmp_path):
     result = forks(script, f"--config=configs/{config}.py", f"--workdir={tmp_path}/run")
-    assert (result.code, result.err) == (2, words)
+    assert_refused(result, words)
     assert not (tmp_path / "run").exists()

@@ -42,6 +42,15 @@ def test_top_p_keeps_the_fewest_that_reach_p(logits_V, p):
     assert probs[keep].min() >= np.delete(probs, keep).max(initial=0)
 
 
+keep = jax.jit(sampling.keep)
+
+
+@given(rows, st.sampled_from([0, 1, 3, 7, 9]), st.sampled_from([1e-6, 0.5, 0.9, 1.0]))
+def test_one_program_keeps_what_top_k_and_top_p_keep(logits_V, k, p):
+    expected_V = sampling.top_p(sampling.top_k(jnp.asarray(logits_V), k), p)
+    np.testing.assert_array_equal(keep(logits_V, k, p), expected_V)
+
+
 def test_temperature_zero_takes_the_most_likely():
     logits_V = jnp.log(jnp.array([1.0, 5, 2]))
     token, logp = sampling.draw(jax.random.key(0), logits_V, temperature=0)

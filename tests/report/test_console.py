@@ -1,9 +1,11 @@
 import inspect
 import io
 import re
+import time
 
 import jax.numpy as jnp
 import pytest
+from rich.console import Console
 
 from rlhf_jax.report import console
 from rlhf_jax.report.console import Reporter, Silent, duration, number
@@ -87,6 +89,37 @@ def test_slow_steps_are_reported_every_fifteen_seconds(clock):
         clock[0] += 5
         reporter.update(step, {})
     assert [line.split()[1] for line in lines(stream)] == ["0/1000", "3/1000", "6/1000"]
+
+
+def test_what_is_waited_for_is_said_now_and_then(monkeypatch):
+    """A reward that asks a slow service is no run that hangs."""
+    monkeypatch.setattr(console, "LINE_EVERY", 0.01)
+    stream = io.StringIO()
+    with Reporter(stream) as reporter:
+        with reporter.waiting("the reward of 4 texts"):  # before the first step
+            time.sleep(0.05)
+        reporter.stage("ppo", 3)
+        with reporter.waiting("the reward of 4 texts"):
+            time.sleep(0.05)
+        count = len(lines(stream))
+        time.sleep(0.05)
+    assert lines(stream)[0] == "waits for the reward of 4 texts, 0s"
+    assert lines(stream)[count - 1] == "ppo  0/3  waits for the reward of 4 texts, 0s"
+    assert len(lines(stream)) == count
+
+
+def test_a_bar_says_what_is_waited_for(terminal, clock):
+    reporter = Reporter(terminal)
+    with reporter:
+        reporter.stage("ppo", 3)
+        shown = io.StringIO()
+        with reporter.waiting("the reward of 4 texts"):
+            for seconds in 1, 11:
+                clock[0] += seconds
+                Console(file=shown, width=100).print(reporter._stage.panel())
+        Console(file=shown, width=100).print(reporter._stage.panel())
+    heads = [line.split("0/3")[1].strip() for line in shown.getvalue().splitlines() if "0/3" in line]
+    assert heads == ["", "waits for the reward of 4 texts, 12s", ""]
 
 
 def test_the_pace_is_that_of_the_last_steps(clock):

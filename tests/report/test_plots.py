@@ -7,6 +7,14 @@ from matplotlib.image import imread
 
 from rlhf_jax.report import plots
 
+
+@pytest.fixture(scope="module", autouse=True)
+def drawn(pictures):
+    """Here pictures are drawn."""
+    with pictures():
+        yield
+
+
 # Metrics of a first PPO iteration, in which nothing has changed yet.
 FIRST = {f"ppo/{name}": 0.0 for name in plots.RL if name != "ess"}
 FIRST |= {"ppo/ess_last": 0.0, "ppo/kl_k3": 0.0, "ppo/kl_exact": 0.0}

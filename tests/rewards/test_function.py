@@ -1,4 +1,6 @@
+import contextlib
 import importlib
+import json
 import sys
 from pathlib import Path
 
@@ -9,6 +11,7 @@ from rlhf_jax import rewards
 from rlhf_jax.errors import InputError
 from rlhf_jax.rewards import Completions, function, sentiment
 from rlhf_jax.rewards.function import Function
+from rlhf_jax.training import loop
 from tests.support import error
 
 CASES = Path(__file__).parent / "files"  # reward files as users write them
@@ -104,6 +107,50 @@ def test_a_function_that_raises_is_named_with_its_line():
     line = broken.__code__.co_firstlineno + 1
     expected = f"reward mine.py:broken: KeyError: 'a' (test_function.py:{line})"
     assert error(Function(broken, "mine.py:broken").scores, (), ["a"]) == expected
+
+
+class Boom(BaseException):
+    """No Exception, as SystemExit and a library's own."""
+
+
+def test_whatever_a_function_raises_is_one_line_with_its_own_line():
+    """Not the line of the library that it calls; text over several lines is one."""
+
+    def library(texts):
+        return json.loads("{")
+
+    def boom(texts):
+        raise Boom("two\n  lines")
+
+    def silent(texts):
+        raise ValueError
+
+    for raises, words in (library, "JSONDecodeError: Expecting"), (boom, "Boom: two lines"), (silent, "ValueError"):
+        line = raises.__code__.co_firstlineno + 1
+        message = error(Function(raises, "mine").scores, (), ["a"])
+        assert message.startswith(f"reward mine: {words}") and message.endswith(f" (test_function.py:{line})")
+
+
+@pytest.mark.parametrize("signal", [KeyboardInterrupt, loop.Stopped])
+def test_a_signal_is_no_fault_of_the_function(signal):
+    def interrupted(texts):
+        raise signal
+
+    with pytest.raises(signal):
+        scores(interrupted, ["a"])
+
+
+def test_what_is_waited_for_is_said():
+    waited = []
+
+    @contextlib.contextmanager
+    def waiting(text):
+        waited.append(text)
+        yield
+        waited.append("done")
+
+    Function(lambda texts: [len(waited)] * len(texts), "mine", waiting).scores((), ["a", "b"])
+    assert waited == ["the reward of 2 texts", "done"]
 
 
 # Files

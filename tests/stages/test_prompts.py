@@ -1,4 +1,4 @@
-"""Own prompts and an own reward that reads a column of theirs: no fine-tuning, no reward model, either algorithm."""
+"""Own prompts and an own reward that reads a column of theirs: no fine-tuning, no reward model."""
 
 import json
 
@@ -26,8 +26,9 @@ def mine(rows, texts):
 """
 
 
-@pytest.mark.parametrize("algorithm", ["ppo", "policy_gradient"])
-def test_own_prompts_and_own_reward(algorithm, tmp_path):
+def test_own_prompts_and_own_reward(tmp_path):
+    """With PPO; tests/experiments/test_rl.py has both."""
+    algorithm = "ppo"
     (tmp_path / "own.py").write_text(REWARD)
     often = {"steps": 3, "batch": 8, "eval_every": 2, "lr": 3e-2, "temperature": 1.0, "missing_eos_penalty": 0.0}
     config = configs.Config(

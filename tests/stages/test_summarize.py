@@ -20,11 +20,13 @@ from rlhf_jax.config import Reward, Supervised
 from rlhf_jax.data import sources
 from rlhf_jax.data.tldr import format_query
 from rlhf_jax.models import gpt2
-from rlhf_jax.rewards import gold, sentiment
+from rlhf_jax.rewards import gold
 from rlhf_jax.text import bpe
 from rlhf_jax.training import guard, loop
 from rlhf_jax.training.fit import fit
 from rlhf_jax.training.guard import NonFinite
+from rlhf_jax.viz.rescore import rescore
+from rlhf_jax.viz.verify import IDENTITIES, verify
 from tests.support import (
     Recorder,
     StopsAt,
@@ -61,6 +63,7 @@ def config(tmp_path_factory):
             **often, lr=3e-2, epochs=3, minibatches=2, temperature=0.9, kl_target=0.1, kl_horizon=50, trace_epochs=True
         ),
         evaluation=configs.Evaluation(prompts=12, batch=8, temperature=0.7, samples=2),
+        trace=configs.Trace(every=4),
     )
 
 
@@ -90,9 +93,32 @@ def test_every_stage_leaves_its_record(whole):
         assert saved >= {4, 6} and len(saved) <= 3  # the last two, and the best
         assert [path.name for path in (whole.workdir / stage / "result").iterdir()] == ["6"]
     assert {path.name for path in whole.workdir.iterdir()} == {
-        "lock", "config.json", "summary.json", "samples.jsonl", "plots", "text", *STAGES,
+        "lock", "config.json", "summary.json", "samples.jsonl", "plots", "text", "trace", *STAGES,
     }  # fmt: skip
     assert (whole.workdir / "samples.jsonl").read_bytes() == (whole.workdir / "ppo" / "samples.jsonl").read_bytes()
+
+
+def test_its_trace_is_proved(whole):
+    """Every identity, of every recorded step and evaluation."""
+    names = {path.name.removesuffix(".json.gz") for path in (whole.workdir / "trace").iterdir()}
+    steps, evaluations = ("000001", "000004", "000006"), ("000000", "000002", "000004", "000006")
+    others = ("000001", "000002", "000004", "000006")
+    expected = {f"ppo_iter_{step}" for step in steps} | {f"ppo_eval_{step}" for step in evaluations} | {"manifest.json"}
+    expected |= {f"{stage}_iter_{step}" for stage in ("sft", "reward") for step in others}
+    expected |= {f"{stage}_eval_{step}" for stage in ("sft", "reward") for step in evaluations[1:]}
+    assert names == expected | {f"{stage}_end" for stage in STAGES}
+    results = {each.identity: each for each in verify(whole.workdir)}
+    assert {name: each.breach for name, each in results.items() if each.breach} == {}
+    assert IDENTITIES.keys() - results.keys() == {"baseline"}  # PPO has none
+
+
+def test_its_tokens_are_scored_again(whole):
+    """Of the first iteration, whose policy is the fine-tuned one; the checkpoints are after iterations 4 and 6."""
+    results = rescore(whole.workdir, 1)
+    assert [each.array for each in results] == ["rollout.logp_BR", "rollout.logp_ref_BR", "rollout.score_B"]
+    assert all(each.error <= 1e-4 and not each.where for each in results)
+    assert "expected a recorded iteration of ppo, one of [1, 4, 6], got 2" in error(rescore, whole.workdir, 2)
+    assert "expected 1, or an iteration after a checkpoint (" in error(rescore, whole.workdir, 4)
 
 
 def test_there_are_pictures(whole):
@@ -635,10 +661,7 @@ def test_a_batch_of_more_rows_than_there_are_is_refused_before_anything_is_train
 
 
 REWARDS = """
-from rlhf_jax.rewards import gold, sentiment
-
-def mine(texts):
-    return [len(text) / 10 for text in texts]
+from rlhf_jax.rewards import gold
 
 def ours(rows, texts):
     assert all(row.keys() >= {"prompt", "record"} for row in rows)
@@ -646,11 +669,11 @@ def ours(rows, texts):
 """
 
 
-@pytest.mark.parametrize("kind", ["gold", "sentiment", "mine", "ours"])
+@pytest.mark.parametrize("kind", ["gold", "ours"])
 def test_ppo_learns_by_any_reward_without_a_reward_model(kind, whole, tmp_path):
     """The values start from a zero head."""
     (tmp_path / "own.py").write_text(REWARDS)
-    place = f"{tmp_path}/own.py:{kind}" if kind in ("mine", "ours") else kind
+    place = f"{tmp_path}/own.py:{kind}" if kind == "ours" else kind
     once = {"temperature": whole.steps.config.ppo.temperature}  # one temperature, one program
     changes = {"reward": {"kind": place}, "ppo": {"steps": 2, "eval_every": 0}, "evaluation": once}
     steps = branch(whole.steps, tmp_path / "run", "sft", **changes)
@@ -668,8 +691,6 @@ def test_ppo_learns_by_any_reward_without_a_reward_model(kind, whole, tmp_path):
             assert row["ppo/reward"] == pytest.approx(row["ppo/reward_gold"] + row["ppo/reward_long"], rel=1e-5)
     known = {
         "gold": lambda row, text: gold.score(row["record"], text),
-        "sentiment": lambda row, text: sentiment.compound([text])[0],
-        "mine": lambda row, text: len(text) / 10,
         "ours": lambda row, text: gold.score(row["record"], text) + len(row["prompt"]) / 100,
     }[kind]
     _, questions = steps.setup.questions("prompts")

@@ -17,6 +17,8 @@ from rlhf_jax.evaluate import interval
 from rlhf_jax.models import gpt2
 from rlhf_jax.rewards import sentiment
 from rlhf_jax.training import loop
+from rlhf_jax.viz.trace import Trace
+from rlhf_jax.viz.verify import prove, verify
 from tests.support import (
     Recorder,
     StopsAt,
@@ -60,6 +62,7 @@ def config():
         ),
         alarms=NO_LIMITS,
         evaluation=configs.Evaluation(prompts=12, batch=8, temperature=0.9, samples=2, result="best"),
+        trace=configs.Trace(every=4),
     )
 
 
@@ -71,6 +74,27 @@ def whole(config, tmp_path_factory, compilations):
         steps = stages(config, tmp_path_factory.mktemp("whole"), Recorder(compiled))
         summary = steps.all()
     return types.SimpleNamespace(steps=steps, workdir=steps.workdir.path, summary=summary, reporter=steps.reporter)
+
+
+def test_its_trace_is_proved(whole):
+    """Of both losses on text, and of a policy gradient."""
+    results = {each.identity: each for each in verify(whole.workdir)}
+    assert {name: each.breach for name, each in results.items() if each.breach} == {}
+    assert {"cross-entropy", "rewards", "returns", "baseline", "ratio", "minibatch", "logged", "gain"} <= results.keys()
+
+
+@pytest.mark.parametrize(
+    ("array", "identity"),
+    [("rollout.returns_BR", "returns"), ("rollout.raw_advantages_BR", "baseline"), ("update.logp_BR", "minibatch")],
+)
+def test_a_breach_of_its_trace_is_named(array, identity, whole):
+    found = Trace(whole.workdir)
+    file = found.read(found.names("rl", "iter")[-1])
+    changed = np.array(file.arrays[array])
+    changed.reshape(-1)[0] += 0.01
+    file = dataclasses.replace(file, arrays=file.arrays | {array: changed})
+    breaches = {each.identity: each.breach for each in prove([file], found.manifest) if each.breach}
+    assert identity in breaches and breaches[identity].startswith(f"{file.name}: ")
 
 
 def test_the_summary_has_what_a_reader_looks_for(whole):
@@ -129,7 +153,8 @@ def test_each_iteration_logs_reward_and_collapse(whole):
 def test_after_the_first_evaluation_nothing_is_compiled(whole):
     for stage, steady in (("pretrain", 3), ("sft", 3), ("rl", 3)):
         by = whole.reporter.compiled_by
-        assert by[stage, 5] == by[stage, steady], stage
+        names = set(whole.reporter.compiled[by[stage, steady] : by[stage, 5]])
+        assert names <= {"copy"}, stage  # of the first policy that is better than the one before it
 
 
 def test_the_table_compares_with_best_of_n(whole):

@@ -117,3 +117,11 @@ def test_no_text_has_special_tokens_of_another_kind_either(text):
 def test_special_tokens_and_normalizer_must_be_known(change, message):
     with pytest.raises(InputError, match=f"^{re.escape(message)}"):
         dataclasses.replace(NEOX, **change)
+
+
+def test_bytes_of_tokens_are_those_of_the_text():
+    tokenizer = bpe.BPETokenizer((*bpe.BYTES, "  ", bpe.EOS), (), added=("  ",))
+    text = "a\n  \u20ac\x00\xa0\N{FACE WITH TEARS OF JOY}"
+    assert b"".join(map(tokenizer.token_bytes, tokenizer.encode(text))) == text.encode()
+    assert sorted(map(tokenizer.token_bytes, range(256))) == [bytes([byte]) for byte in range(256)]
+    assert tokenizer.token_bytes(tokenizer.eos_id) == tokenizer.token_bytes(tokenizer.pad_id) == b""

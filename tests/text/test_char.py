@@ -52,3 +52,10 @@ def test_ids_that_it_does_not_have_are_unknown():
 def test_training_needs_a_character():
     with pytest.raises(InputError, match="at least one character"):
         char.train(["", ""])
+
+
+def test_bytes_of_tokens_are_those_of_the_text():
+    tokenizer = char.CharTokenizer("aé ")
+    assert b"".join(map(tokenizer.token_bytes, tokenizer.encode("é a"))) == "é a".encode()
+    assert tokenizer.token_bytes(tokenizer.unk_id) == char.UNKNOWN.encode()
+    assert tokenizer.token_bytes(tokenizer.eos_id) == tokenizer.token_bytes(tokenizer.pad_id) == b""

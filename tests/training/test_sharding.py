@@ -14,7 +14,8 @@ from rlhf_jax.training import sharding
 def test_one_device_and_eight_agree():
     """invariants 8 and 11: in every metric, every parameter and every token; and no two rows share their noise."""
     # NPROC: with fewer threads than devices, XLA's virtual devices can wait for each other forever.
-    flags = {"XLA_FLAGS": "--xla_force_host_platform_device_count=8", "NPROC": "16", "JAX_PLATFORMS": "cpu"}
+    devices = f"{os.environ['XLA_FLAGS']} --xla_force_host_platform_device_count=8"
+    flags = {"XLA_FLAGS": devices, "NPROC": "16", "JAX_PLATFORMS": "cpu"}
     script = Path(__file__).parents[1] / "train_on_devices.py"
     cache = {"JAX_COMPILATION_CACHE_DIR": jax.config.jax_compilation_cache_dir}
     done = subprocess.run(

@@ -1,0 +1,110 @@
+// From log-probs to losses: everything that follows from the recorded arrays of an iteration and the knobs.
+
+import { advantages, clip, kl, losses, masked, policy, policy_gradient, vmap } from "./math.js";
+import { at, get, has } from "./trace.js";
+
+// The recorded hyper-parameters of a file, as knobs.
+export function knobs(file, manifest) {
+  const config = file.config;
+  return {
+    beta: file.numbers[`${file.stage}/kl_coef`] ?? config.kl_coef,
+    gamma: config.gamma,
+    lam: config.lam ?? 1,
+    eps: config.clip ?? 0.2,
+    clipping: manifest.stages[file.stage].algorithm === "ppo",
+  };
+}
+
+// Arrays [B, R] of an iteration under the knobs; `recorded` says whether they are those of the run.
+export function chain(file, manifest, k) {
+  const algorithm = manifest.stages[file.stage].algorithm, config = file.config;
+  const x = (name) => (has(file, name) ? get(file, name).data : null);
+  const mask = x("rollout.mask_BR"), [B, R] = get(file, "rollout.mask_BR").shape;
+  const logp = x("rollout.logp_BR"), logp_ref = x("rollout.logp_ref_BR"), eos = x("rollout.eos_B"), score = x("rollout.score_B");
+  const each = (f) => Float64Array.from(mask, (m, i) => (m ? f(i) : 0));
+  const k1 = each((i) => (logp_ref ? kl.k1(logp[i], logp_ref[i]) : 0));
+  const final = score && Float64Array.from(score, (v, b) => policy.final_score(v, eos[b], config.missing_eos, config.missing_eos_penalty));
+  let rewards = final && vmap((v, k_R, m) => advantages.shape_rewards(v, k_R, m, k.beta), R, final, k1, mask);
+  if (manifest.foreign) rewards = x("rollout.rewards_BR"); // how it was made is not known
+  if (rewards && config.whiten_rewards) rewards = masked.whiten(rewards, mask, false);
+  const values = x("rollout.values_BR");
+  let raw = null, returns = null, deltas = null;
+  if (algorithm === "ppo" && values && rewards) {
+    deltas = vmap((r, v, m) => advantages.deltas(r, v, m, k.gamma), R, rewards, values, mask);
+    raw = vmap((r, v, m) => advantages.gae(r, v, m, k.gamma, k.lam)[0], R, rewards, values, mask);
+    returns = each((i) => raw[i] + values[i]);
+  } else if (algorithm === "policy_gradient" && rewards) {
+    const to_go = config.reward_to_go;
+    returns = to_go ? vmap((r, m) => advantages.discounted_returns(r, m, k.gamma), R, rewards, mask) : each((i) => final[Math.floor(i / R)] - k.beta * k1[i]);
+    const totals = Array.from(final, (v, b) => {
+      const here = mask.subarray(b * R, b * R + R);
+      const source = to_go ? k1 : returns;
+      const sum = masked.sum(source.subarray(b * R, b * R + R), here);
+      return to_go ? v - k.beta * sum : sum / Math.max(masked.sum(here, here), 1);
+    });
+    const baseline = policy_gradient.baseline(totals, config.baseline);
+    raw = each((i) => returns[i] - baseline[Math.floor(i / R)]);
+  } else {
+    raw = x("rollout.raw_advantages_BR") ?? x("rollout.advantages_BR");
+    returns = x("rollout.returns_BR");
+  }
+  const white = raw && config.whiten_advantages ? masked.whiten(raw, mask) : raw;
+  // A policy gradient that takes one step a rollout has no ratio in its loss: -A log p.
+  const plain = algorithm === "policy_gradient" && !(config.epochs > 1 && config.importance);
+  return { B, R, mask, logp, logp_ref, eos, score, final, k1, rewards, values, deltas, raw, returns, white, algorithm, plain };
+}
+
+// One pass of the update, laid back on the rows of the batch: the new log-probs, ratios and losses [B, R]. Tokens that
+// the pass did not use (of other minibatches) have used 0.
+export function pass(file, c, e, k) {
+  if (!has(file, "update.rows_B")) return null;
+  const { B, R, mask, logp } = c;
+  const [, M] = get(file, "update.rows_B").shape;
+  const now = new Float64Array(B * R), ratio = new Float64Array(B * R).fill(1), used = new Uint8Array(B * R);
+  const value = has(file, "update.values_BR") ? new Float64Array(B * R) : null;
+  for (let m = 0; m < M; m++) {
+    const rows = at(get(file, "update.rows_B"), e, m).data, l = at(get(file, "update.logp_BR"), e, m).data;
+    const r = at(get(file, "update.ratio_BR"), e, m).data, v = value && at(get(file, "update.values_BR"), e, m).data;
+    rows.forEach((b, j) => {
+      for (let t = 0; t < R; t++) {
+        if (!mask[b * R + t]) continue;
+        const [to, from] = [b * R + t, j * R + t];
+        now[to] = l[from];
+        ratio[to] = r[from];
+        used[to] = 1;
+        if (value) value[to] = v[from];
+      }
+    });
+  }
+  const token = (i) => losses.ppo_policy(Math.log(ratio[i]), 0, c.white[i], k.clipping ? k.eps : Infinity);
+  const unweighted = c.plain && !k.clipping;
+  const loss = Float64Array.from(mask, (m, i) => (!m ? 0 : unweighted ? losses.policy_gradient(now[i], c.white[i]) : token(i).loss));
+  const clipped = Uint8Array.from(mask, (m, i) => (m && token(i).clipped ? 1 : 0));
+  return { now, ratio, used, value, loss, clipped, logp };
+}
+
+// What each algorithm would give every token to maximize, from the same rollout. `scores` are of the whole batch, which
+// stands in for the group of completions of one prompt.
+export function objectives(c, ps, k, high) {
+  const { B, R, mask, k1, final } = c;
+  const length = Array.from({ length: B }, (_, b) => masked.sum(mask.subarray(b * R, b * R + R), mask.subarray(b * R, b * R + R)));
+  const totals = Array.from(final, (v, b) => v - k.beta * masked.sum(k1.subarray(b * R, b * R + R), mask.subarray(b * R, b * R + R)));
+  const now = ps ? ps.now : c.logp, ratio = ps ? ps.ratio : new Float64Array(mask.length).fill(1);
+  const rloo = advantages.group(totals, "leave_one_out", "none"), grpo = advantages.group([...final], "mean", "group_std");
+  const dr = advantages.group([...final], "mean", "none");
+  const surrogate = (A, i, lo, hi) => Math.min(A * ratio[i], A * clip(ratio[i], 1 - lo, 1 + hi));
+  const k3 = (i) => kl.k3(now[i], c.logp_ref[i]);
+  const of = {
+    REINFORCE: (i, b) => totals[b] * now[i],
+    RLOO: (i, b) => rloo[b] * now[i],
+    GRPO: (i, b) => surrogate(grpo[b], i, k.eps, k.eps) - k.beta * k3(i),
+    "Dr. GRPO": (i, b) => surrogate(dr[b], i, k.eps, k.eps),
+    "clip-higher": (i, b) => surrogate(grpo[b], i, k.eps, high),
+    PPO: (i) => surrogate(c.white ? c.white[i] : 0, i, k.eps, k.eps),
+  };
+  const out = {};
+  for (const [name, f] of Object.entries(of)) {
+    out[name] = Float64Array.from(mask, (m, i) => (m ? f(i, Math.floor(i / R)) : 0));
+  }
+  return { of: out, totals, rloo, grpo, dr, length };
+}
