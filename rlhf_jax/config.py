@@ -174,7 +174,7 @@ def parse(values: Mapping, kind: type = Config, path: str = "") -> Any:
         value = values[name]
         wanted: Any = field.type
         if kind is Config and name == "data":
-            wanted = TASKS[values["task"]].Config if values.get("task") in list(TASKS) else sources.Config
+            wanted = TASKS[values["task"]].Config if values.get("task") in TASKS else sources.Config
         if isinstance(wanted, type) and dataclasses.is_dataclass(wanted):
             if wanted is Reward and isinstance(value, str):
                 parsed[field.name] = fields.expanded(Reward(kind=value))

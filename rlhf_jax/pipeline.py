@@ -16,7 +16,7 @@ from rlhf_jax.algorithms import POLICY
 from rlhf_jax.errors import InputError
 from rlhf_jax.evaluate import seeds
 from rlhf_jax.models import heads, hf
-from rlhf_jax.report import metrics, plots
+from rlhf_jax.report import plots
 from rlhf_jax.report.console import Silent
 from rlhf_jax.rewards import Reward, function, learned
 from rlhf_jax.stages import Setup
@@ -309,7 +309,7 @@ class Stages:
                 continue
             self.reporter.note(f"{name}: seed {i + 1} of {len(folders)}")
             self._fit(self.make(name, i), depends, folder, stop)
-        runs = [metrics.read(folder / name / "metrics.jsonl") for folder in folders]
+        runs = [folder.rows(name) for folder in folders]
         if len(set(map(len, runs))) > 1:
             short = folders[min(range(len(runs)), key=lambda i: len(runs[i]))] / name
             raise InputError(
@@ -330,7 +330,7 @@ class Stages:
     def _conclude(self):
         """Writes plot, samples and summary of the whole run."""
         places = {name: self.place(name) for name in self.names}
-        rows = {name: metrics.read(place / name / "metrics.jsonl") for name, place in places.items()}
+        rows = {name: place.rows(name) for name, place in places.items()}
         (self.workdir / "plots").mkdir(exist_ok=True)
         plots.pipeline(rows, self.workdir / "plots" / "pipeline.png", title=f"seed {self.config.seed}")
         last = self.names[-1]

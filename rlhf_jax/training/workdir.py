@@ -117,6 +117,14 @@ class Workdir:
             raise InputError(f"workdir: {path}: seconds: expected a number; remove {path} to make it again")
         return summary
 
+    def rows(self, stage: str) -> list[dict]:
+        """The rows of the finished stage's metrics.jsonl."""
+        path = self.path / stage / "metrics.jsonl"
+        if not path.exists():
+            again = f"remove {self.path / stage / 'summary.json'} to write its last row again"
+            raise InputError(f"workdir: {path}: expected the metrics of the stage, found none; {again}")
+        return metrics.read(path)
+
     def samples(self, stage: str) -> list[dict]:
         """The rows of the finished stage's samples.jsonl."""
         path = self.path / stage / "samples.jsonl"

@@ -35,6 +35,14 @@ def test_a_summary_without_its_seconds(seconds, workdir):
     assert workdir.finished("sft", 2) and not workdir.finished("sft", 3)
 
 
+def test_metrics_that_are_gone(workdir):
+    remedy = f"remove {workdir.path}/sft/summary.json to write its last row again"
+    expected = f"workdir: {workdir.path}/sft/metrics.jsonl: expected the metrics of the stage, found none; {remedy}"
+    assert error(workdir.rows, "sft") == expected
+    (workdir / "sft" / "metrics.jsonl").write_text('{"step": 1, "time": 2}\n')
+    assert workdir.rows("sft") == [{"step": 1, "time": 2}]
+
+
 @pytest.mark.parametrize(
     ("content", "why"),
     [
