@@ -2,6 +2,7 @@
 
 import dataclasses
 from functools import cache, partial
+from types import SimpleNamespace
 
 import jax
 import jax.numpy as jnp
@@ -132,6 +133,23 @@ def test_recording_changes_no_number_and_hands_out_what_the_loss_computed(name, 
     fresh_BR = TablePolicy.logprobs(begin(name).policy, *tokens, temperature=config.temperature)
     np.testing.assert_allclose(record["update"]["logp_BR"][0, 0], fresh_BR[rows[0, 0]], rtol=1e-5)
     assert record["minibatch"]["policy_loss"].shape == (2, 1)
+
+
+@BOTH
+def test_without_a_trace_the_program_is_that_of_a_loss_that_hands_out_nothing(name, rollout):
+    """To the letter, before XLA has optimized anything."""
+    config, tx = made(name)
+
+    def bare(*args, **parts):
+        value, numbers = POLICY[name].loss(*args, **parts)
+        return value, numbers | {"rows": {}}
+
+    without = SimpleNamespace(**vars(POLICY[name]) | {"loss": bare})
+    step = partial(policy.step, config=config, apply=SOUND, tx=tx)
+    texts = [jax.jit(partial(step, each)).lower(begin(name), rollout).as_text() for each in (POLICY[name], without)]
+    assert texts[0] == texts[1]
+    recording = jax.jit(partial(step, POLICY[name], record=True)).lower(begin(name), rollout).as_text()
+    assert recording != texts[0]
 
 
 # Numbers that are not finite (training/optim.py has the rules)
