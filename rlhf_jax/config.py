@@ -15,6 +15,7 @@ from rlhf_jax.algorithms import ppo as ppos
 from rlhf_jax.data import corpus, sources
 from rlhf_jax.errors import InputError
 from rlhf_jax.models import gpt2
+from rlhf_jax.report import trackers
 from rlhf_jax.rewards import function
 from rlhf_jax.tasks import TASKS
 from rlhf_jax.training import checkpoint
@@ -80,7 +81,13 @@ class Config:
     evaluation: Evaluation = Evaluation()
     keep: checkpoint.Config = checkpoint.Config()
     guard: guards.Config = guards.Config()
+    # Where metrics go besides metrics.jsonl: tensorboard, wandb, mlflow, or several with commas (report/trackers.py).
+    log: str = fields.neutral("tensorboard")
     deterministic: bool = False  # on a GPU, the same seed gives the same run; some operations are slower
+
+    def problems(self):
+        """Checks that no field can make alone."""
+        yield from trackers.problems(self.log)
 
     @property
     def rl(self):

@@ -190,7 +190,7 @@ def test_which_fields_are_neutral():
         *(f"{name}.{field}" for name in STAGES for field in ("microbatches", "save_every")),
         *(f"{name}.{field}" for name in ("ppo", "policy_gradient") for field in ("lanes", "widths", "trace_epochs")),
         *(f"{name}.from_" for name in ("pretrain", "sft", "reward")),
-        *("model.remat", "data.cache", "evaluation.batch", "evaluation.samples", "keep.last", "keep.best"),
+        *("model.remat", "data.cache", "evaluation.batch", "evaluation.samples", "keep.last", "keep.best", "log"),
     }
     assert having("summarize", "neutral") == having("write", "neutral") == both
 
