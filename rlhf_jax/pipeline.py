@@ -234,14 +234,14 @@ class Stages:
 
     def _fit(self, stage, depends, workdir, stop):
         config = configs.tree(self.config)
-        parts = {"keep": self.config.keep, "reporter": self.reporter, "stop": stop}
+        parts = {"keep": self.config.keep, "log": self.config.log, "reporter": self.reporter, "stop": stop}
         return fit(stage, workdir, depends=depends, config=config, **parts).summary
 
     def _of_seeds(self):
         """(folder, what its numbers depend on) of each seed of the last stage, where there are several."""
         for i in range(self.config.seeds if self.config.seeds > 1 else 0):
             depends = self.depends(self.names[-1]) | {"seeds": 1, "index": i}
-            yield Workdir(self.workdir / "seeds" / str(i)), depends
+            yield Workdir(self.workdir / "seeds" / str(i), f"{self.workdir.name} (seed {i})"), depends
 
     def _seeds(self, name, stop):
         """Trains the last stage for several seeds, each in seeds/<index>. The stage's own folder gets their means."""
@@ -257,7 +257,7 @@ class Stages:
         shutil.copytree(folders[0] / name / "result", here / "result", dirs_exist_ok=True)
         shutil.copyfile(folders[0] / name / "samples.jsonl", here / "samples.jsonl")
         self.workdir.write_lines(f"{name}/metrics.jsonl", rows)
-        plots.rl(rows, here / "plots", name)
+        plots.rl(rows, here / "plots", name, title=self.setup.title(f"{self.workdir.name}, {len(folders)} seeds", name))
         summaries = [folder.summary(name) for folder in folders]
         numbers = seeds.numbers(summaries, name)
         seconds = sum(summary["seconds"] for summary in summaries)
@@ -268,7 +268,8 @@ class Stages:
         places = {name: self.place(name) for name in self.names}
         rows = {name: metrics.read(place / name / "metrics.jsonl") for name, place in places.items()}
         (self.workdir / "plots").mkdir(exist_ok=True)
-        plots.pipeline(rows, self.workdir / "plots" / "pipeline.png", title=f"seed {self.config.seed}")
+        title = f"{self.workdir.name}: {self.config.task}, seed {self.config.seed}"
+        plots.pipeline(rows, self.workdir / "plots" / "pipeline.png", title=title)
         last = self.names[-1]
         shutil.copyfile(places[last] / last / "samples.jsonl", self.workdir / "samples.jsonl")
         numbers: dict[str, Any] = {}

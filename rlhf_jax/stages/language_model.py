@@ -34,17 +34,18 @@ def language_model(name: str, setup: Setup, config: supervised.Config, policy) -
 
     def evaluate(state):
         nats_N, tokens_N = perplexity.nll(*setup.over(held_out, lambda batch: logprobs(state.policy, batch)))
-        numbers = {f"eval_{key}": value for key, value in perplexity.perplexity(nats_N, tokens_N)}
+        numbers = dict(perplexity.perplexity(nats_N, tokens_N))
         drawn = setup.over(starts, lambda batch: sample(state.policy, batch), len(questions))
         texts = setup.decode(drawn["response"], drawn["mask"])
         rows = setup.task.judge(questions, texts) | {"eos_rate": drawn["eos_rate"], "length": drawn["mask"].sum(axis=1)}
         numbers |= {key: float(np.mean(values)) for key, values in rows.items()}
         shown = [{key: row[key] for key in ("prompt", "label") if key in row} for row in questions]
-        return Evaluation(numbers, [row | {"completion": text} for row, text in zip(shown, texts, strict=True)])
+        samples = [row | {"completion": text} for row, text in zip(shown, texts, strict=True)]
+        return Evaluation(numbers, samples, tuple(samples[: setup.evaluation.samples]))
 
     def summarize(state, evaluation):
-        def plot(rows, folder):
-            plots.supervised(rows, folder / f"{name}.png", name)
+        def plot(rows, folder, run):
+            plots.supervised(rows, folder / f"{name}.png", name, title=setup.title(run, name))
             return {}
 
         return Summary({}, evaluation.details, plot)
@@ -57,7 +58,7 @@ def language_model(name: str, setup: Setup, config: supervised.Config, policy) -
         step=step,
         learn=learn,
         evaluate=evaluate,
-        best=("eval_loss", min),
+        best=("loss", min),
         result=("policy",),
         summarize=summarize,
         headlines=("loss", "gold", "reward", "eos_rate"),

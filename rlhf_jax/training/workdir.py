@@ -24,10 +24,12 @@ class Workdir:
     """The folder of a run. Raises InputError, in one line, where it cannot be written or read."""
 
     path: Path
+    name: str = ""  # of the run, as people call it; default: the folder's
     _lock: int | None = None
 
     def __post_init__(self):
         self.path = Path(self.path).expanduser().absolute()
+        self.name = self.name or self.path.name
 
     def __truediv__(self, name: str) -> Path:
         return self.path / name
