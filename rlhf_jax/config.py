@@ -14,6 +14,7 @@ from rlhf_jax.algorithms import ppo as ppos
 from rlhf_jax.data import corpus, sources
 from rlhf_jax.errors import InputError, listed, short
 from rlhf_jax.models import gpt2
+from rlhf_jax.report import trackers
 from rlhf_jax.rewards import function
 from rlhf_jax.tasks import TASKS
 from rlhf_jax.training import checkpoint
@@ -101,7 +102,13 @@ class Config:
     keep: checkpoint.Config = checkpoint.Config()
     trace: Trace = Trace()
     guard: guards.Config = guards.Config()
+    # Where metrics go besides metrics.jsonl: tensorboard, wandb, mlflow, or several with commas (report/trackers.py).
+    log: str = fields.neutral("tensorboard")
     deterministic: bool = False  # on a GPU, the same seed gives the same run; some operations are slower
+
+    def problems(self):
+        """Checks that no field can make alone."""
+        yield from trackers.problems(self.log)
 
     def unused(self):
         """Fields without effect, and why; a section stands for all of its fields."""

@@ -289,7 +289,7 @@ class Stages:
 
     def _fit(self, stage, depends, workdir, stop):
         config = configs.tree(self.config)
-        parts = {"keep": self.config.keep, "reporter": self.reporter, "stop": stop}
+        parts = {"keep": self.config.keep, "log": self.config.log, "reporter": self.reporter, "stop": stop}
         if self.config.trace.every:
             parts["recorder"] = recorder.Recorder(workdir, self.config, self.setup.tokenizer)
         return fit(stage, workdir, depends=depends, config=config, **parts).summary
@@ -298,7 +298,7 @@ class Stages:
         """(folder, what its numbers depend on) of each seed of the last stage, where there are several."""
         for i in range(self.config.seeds if self.config.seeds > 1 else 0):
             depends = self.depends(self.names[-1]) | {"seeds": 1, "index": i}
-            yield Workdir(self.workdir / "seeds" / str(i)), depends
+            yield Workdir(self.workdir / "seeds" / str(i), f"{self.workdir.name} (seed {i})"), depends
 
     def _seeds(self, name, stop):
         """Trains the last stage for several seeds, each in seeds/<index>. The stage's own folder gets their means."""
@@ -321,7 +321,7 @@ class Stages:
         shutil.copytree(folders[0] / name / "result", here / "result", dirs_exist_ok=True)
         self.workdir.write_lines(f"{name}/samples.jsonl", folders[0].samples(name))
         self.workdir.write_lines(f"{name}/metrics.jsonl", rows)
-        plots.rl(rows, here / "plots", name)
+        plots.rl(rows, here / "plots", name, title=self.setup.title(f"{self.workdir.name}, {len(folders)} seeds", name))
         summaries = [folder.summary(name) for folder in folders]
         numbers = seeds.numbers(summaries, name)
         seconds = sum(summary["seconds"] for summary in summaries)
@@ -332,7 +332,8 @@ class Stages:
         places = {name: self.place(name) for name in self.names}
         rows = {name: place.rows(name) for name, place in places.items()}
         (self.workdir / "plots").mkdir(exist_ok=True)
-        plots.pipeline(rows, self.workdir / "plots" / "pipeline.png", title=f"seed {self.config.seed}")
+        title = f"{self.workdir.name}: {self.config.task}, seed {self.config.seed}"
+        plots.pipeline(rows, self.workdir / "plots" / "pipeline.png", title=title)
         last = self.names[-1]
         self.workdir.write_lines("samples.jsonl", places[last].samples(last))
         numbers: dict[str, Any] = {}

@@ -258,6 +258,7 @@ def test_which_fields_are_neutral():
             "keep.last",
             "keep.best",
             "trace.every",
+            "log",
         ),
     }
     assert having("summarize", "neutral") == having("write", "neutral") == both
@@ -423,7 +424,7 @@ ALWAYS = {
     *(f"model.{name}" for name in ("parallel_residual", "exact_gelu", "tied", "norm_eps", "dtype", "remat", "init")),
     *(f"alarms.{name}" for name in ("distinct2", "repeat_rate", "entropy", "length", "kl_exact")),
     *(f"evaluation.{name}" for name in ("prompts", "batch", "temperature", "samples", "result")),
-    *("keep.last", "keep.best", "guard.action", "trace.every"),
+    *("keep.last", "keep.best", "guard.action", "trace.every", "log"),
 }
 
 

@@ -32,7 +32,7 @@ MAY_IMPORT = {
     "training/sharding": set(),
     "training/checkpoint": set(),
     "training/guard": {"training/checkpoint", "report/metrics"},
-    "training/loop": {"training/guard", "command"},
+    "training/loop": {"training/guard", "command", "report/metrics"},
     "training/workdir": {"training/checkpoint", "report/metrics"},
     "training/fit": {"training", "report/console", "report/metrics"},
     "stages": {
@@ -48,7 +48,8 @@ MAY_IMPORT = {
         "training",
         "report",
     },
-    "report/metrics": set(),
+    "report/metrics": {"report/trackers"},
+    "report/trackers": set(),
     "report/plots": {"report/metrics"},  # it draws what metrics reads
     "report/console": set(),
     "out_of_memory": {"command", "config"},

@@ -136,7 +136,7 @@ def test_what_changes_no_number_never_refuses_a_workdir(section, config, tmp_pat
             continue
         assert stages(changed(config, **{section: {field: value}}), tmp_path).names == steps.names, field
     together = NEUTRAL | {"sft": {name: value for name, value in NEUTRAL["sft"].items() if name != "eval_every"}}
-    assert stages(changed(config, **together), tmp_path).names == steps.names
+    assert stages(changed(config, **together, log=""), tmp_path).names == steps.names
 
 
 def test_with_dropout_each_microbatch_has_its_own_noise(config, tmp_path):

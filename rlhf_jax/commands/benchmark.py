@@ -9,12 +9,10 @@ import contextlib
 import dataclasses
 import functools
 import math
-import resource
 import shlex
 import shutil
 import statistics
 import subprocess
-import sys
 import tempfile
 import time
 from typing import NamedTuple
@@ -339,12 +337,8 @@ def _result(shape, rows, device):
 
 def _memory():
     """Peak memory until now: {"process_peak_bytes", and "device_peak_bytes" if the device counts it}."""
-    kilo = 1 if sys.platform == "darwin" else 1024
-    peak = {"process_peak_bytes": resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * kilo}
-    stats = jax.local_devices()[0].memory_stats() or {}
-    if "peak_bytes_in_use" in stats:
-        peak["device_peak_bytes"] = stats["peak_bytes_in_use"]
-    return peak
+    process, device = metrics.peak_memory()
+    return {"process_peak_bytes": process} | ({} if device is None else {"device_peak_bytes": device})
 
 
 def in_turn(ours, peer, rounds, reporter):

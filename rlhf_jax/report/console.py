@@ -200,7 +200,7 @@ class _Stage:
     """A stage's progress, pace and last metrics."""
 
     def __init__(self, name, total, start):
-        self.name, self.total, self.step = name, total, start
+        self.name, self.total, self.step, self.start = name, total, start, start
         self.began = time.monotonic()
         self._marks: deque[tuple[int, float]] = deque(maxlen=PACE_STEPS)  # (step, seconds)
         self._numbers = {}
@@ -208,7 +208,8 @@ class _Stage:
 
     def update(self, step, metrics):
         self.step = step
-        self._marks.append((step, time.monotonic()))
+        if step > self.start:  # else it is an evaluation before the first step, which compiles
+            self._marks.append((step, time.monotonic()))
         # A new dict, because another thread renders the bar. An evaluation's metrics stay until the next one.
         self._numbers = self._numbers | {name.split("/")[-1]: float(value) for name, value in metrics.items()}
 

@@ -1,4 +1,4 @@
-"""A run's metrics: metrics.jsonl (the record), TensorBoard events (a view of it), summary.json (the result).
+"""A run's metrics: metrics.jsonl (the record; trackers.py has views of it) and summary.json (the result).
 
 metrics.jsonl has one JSON object per line: {"step": 12, "time": 3.4, "ppo/score": 0.5}. `time` is in seconds of
 training; a resumed run continues from its last kept line. JSON has no NaN, so a value that is not finite is written as
@@ -10,73 +10,94 @@ import json
 import math
 import os
 import platform
+import resource
+import sys
 import time
 from pathlib import Path
 
 import jax
 import numpy as np
-from tensorboardX.event_file_writer import EventsWriter
-from tensorboardX.proto.event_pb2 import Event, SessionLog
-from tensorboardX.proto.summary_pb2 import Summary
 
 from rlhf_jax import jsonfile
 from rlhf_jax.errors import InputError
+from rlhf_jax.report import trackers
 
-EVENTS_EVERY = 10.0  # seconds between flushes of the TensorBoard file: each one waits for the disk
+SAMPLES = "samples"  # name of the texts of an evaluation
+TRACKERS = "trackers.json"  # in the workdir: the keys of runs that other programs keep
 PACKAGES: tuple[str, ...] = ("rlhf_jax", "jax", "jaxlib", "flax", "optax", "orbax-checkpoint")
 PACKAGES += ("numpy", "tensorflow-datasets", "tokenizers")
 
 
 class Writer:
-    """Appends the metrics of one run to workdir/metrics.jsonl and workdir/tensorboard.
+    """Appends the metrics of one run to workdir/metrics.jsonl, and to the trackers of `log` (trackers.py).
 
         with Writer(workdir, resume_step=120) as log:
             log.write(121, {"sft/loss": loss})
 
-    `resume_step` is the last step of the restored checkpoint. Lines after it are dropped, because the run repeats these
-    steps; so is a last line cut short by a kill. None is a new run, which keeps no lines. Raises InputError if the
-    workdir cannot be written or has a damaged file.
+    `resume_step` is the last step whose lines are kept. Those after it are dropped, because the run repeats these
+    steps; so is a last line cut short by a kill. None is a new run, which keeps no lines. name, config ({"ppo.lr":
+    3e-4}) and note (shows a line) are for the trackers. Raises InputError if the workdir cannot be written or has a
+    damaged file, or a tracker cannot start.
     """
 
-    def __init__(self, workdir, *, resume_step=None):
+    def __init__(self, workdir, *, resume_step=None, log="tensorboard", name="", config=None, note=str):
         workdir = Path(workdir).absolute()
-        self._path = workdir / "metrics.jsonl"
+        self._path, keys = workdir / "metrics.jsonl", workdir / TRACKERS
         first_step = 0 if resume_step is None else resume_step + 1
+        resumed = resume_step is not None and self._path.exists()
         try:
-            resumed = resume_step is not None and self._path.exists()
-            kept = [row for row in read(self._path) if row["step"] < first_step] if resumed else []
-            (workdir / "tensorboard").mkdir(parents=True, exist_ok=True)
+            rows = read(self._path) if resumed else []
+            kept = [row for row in rows if row["step"] < first_step]
+            known = jsonfile.read(keys, "the keys of trackers") if resumed and keys.exists() else {}
+            workdir.mkdir(parents=True, exist_ok=True)
+            seen = frozenset(_seen(rows[len(kept) :]))
+            run = trackers.Run(workdir, name, config or {}, first_step, seen, note)
+            self._trackers = trackers.start(log, run, known)
+            if found := {name: tracker.key for name, tracker in self._trackers.items() if tracker.key}:
+                summarize(keys, known | found)
             replace(self._path, "".join(_line(row) for row in kept))
-            # The step in the name keeps a run that resumes within a second from overwriting the earlier file.
-            self._events = EventsWriter(str(workdir / "tensorboard" / "events"), f".{first_step}")
         except OSError as error:
             raise InputError(f"workdir {workdir}: expected a folder that can be written ({error.strerror})") from error
-        # This event makes TensorBoard hide the steps of earlier files from this step on.
-        self._events.write_event(Event(step=first_step, session_log=SessionLog(status=SessionLog.START)))
-        self._flushed = time.monotonic()
         self._started = time.monotonic() - (kept[-1]["time"] if kept else 0.0)
 
     def __enter__(self):
         return self
 
-    def __exit__(self, *exception):
-        self.close()
+    def __exit__(self, kind, *_):
+        self.close(failed=kind is not None)
 
     def write(self, step, values):
         """Records {name: float or 0-d array} at `step`; the names "step" and "time" are reserved."""
         values = {name: float(value) for name, value in values.items()}
-        now = time.monotonic()
-        row = {"step": int(step), "time": round(now - self._started, 3), **values}
+        row = {"step": int(step), "time": round(time.monotonic() - self._started, 3), **values}
         with open(self._path, "ab", buffering=0) as file:
             file.write(_line(row).encode())  # unbuffered: a line is one write, which a kill cannot split
-        scalars = [Summary.Value(tag=name, simple_value=value) for name, value in values.items()]
-        self._events.write_event(Event(wall_time=time.time(), step=int(step), summary=Summary(value=scalars)))
-        if now - self._flushed > EVENTS_EVERY:
-            self._events.flush()
-            self._flushed = now
+        for tracker in self._trackers.values():
+            tracker.write(int(step), values)
 
-    def close(self):
-        self._events.close()
+    def samples(self, step, stage, rows):
+        """Records the texts of an evaluation, before its numbers: a step that has those has its texts."""
+        for tracker in self._trackers.values() if rows else ():
+            tracker.samples(int(step), f"{stage}/{SAMPLES}", rows)
+
+    def flush(self):
+        """Waits until everything is written: before a checkpoint, so that a resumed run loses no step before it."""
+        for tracker in self._trackers.values():
+            tracker.flush()
+
+    def close(self, failed=False):
+        for tracker in self._trackers.values():
+            tracker.close(failed)
+
+
+def _seen(rows):
+    """(step, name) of what is in the rows, and of the samples of their evaluations."""
+    for row in rows:
+        for name in row:
+            yield row["step"], name
+            stage, _, metric = name.rpartition("/")
+            if metric.startswith("eval_"):
+                yield row["step"], f"{stage}/{SAMPLES}"
 
 
 def read(path):
@@ -128,6 +149,14 @@ def environment():
     }
 
 
+def peak_memory():
+    """(bytes of this process, bytes of its fullest device), each the most until now; None where it is not counted."""
+    kilo = 1 if sys.platform == "darwin" else 1024
+    stats = [device.memory_stats() or {} for device in jax.local_devices()]
+    peaks = [each["peak_bytes_in_use"] for each in stats if "peak_bytes_in_use" in each]
+    return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * kilo, max(peaks, default=None)
+
+
 def _version(package):
     try:
         return importlib.metadata.version(package)
@@ -141,14 +170,14 @@ def _line(row):
 
 def _plain(value):
     """The value in JSON's types: an array as a number or lists, a number that is not finite as None."""
+    if type(value) is float:  # first, as rows of metrics hold little else
+        return value if math.isfinite(value) else None
     if hasattr(value, "tolist"):  # numpy and jax, scalars and arrays
-        value = value.tolist()
+        return _plain(value.tolist())
     if isinstance(value, dict):
         return {key: _plain(item) for key, item in value.items()}
     if isinstance(value, list | tuple):
         return [_plain(item) for item in value]
-    if isinstance(value, float) and not math.isfinite(value):
-        return None
     return value
 
 

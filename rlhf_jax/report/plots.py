@@ -1,8 +1,9 @@
-"""Plots of a run, as PNG files: losses, reward accuracy, the PPO dashboard, before and after.
+"""Plots of a run, as PNG files: losses, reward accuracy, the dashboard of reinforcement learning, before and after.
 
 Each function takes rows of `metrics.read`, leaves out metrics that they lack, and returns the saved Figure, or None if
 there is nothing to plot. A colour is a quantity. A faint line is the value at each step, the bold line is its running
-mean, and black dots are held-out evaluations. The number at the end of a curve is the last running mean, or last dot.
+mean, and black dots are held-out evaluations; a ring is the one whose policy was kept. The number at the right of a
+curve is its last running mean, or last dot. Nothing is written inside the axes, where a curve could cross it.
 """
 
 import dataclasses
@@ -22,11 +23,13 @@ STYLE: dict[Any, Any] = {
     "axes.labelcolor": GREY, "axes.edgecolor": "#BBBBBB", "axes.spines.top": False, "axes.spines.right": False,
     "axes.grid": True, "axes.axisbelow": True, "axes.xmargin": 0.02, "axes.ymargin": 0.08,
     "grid.color": "#ECECEC", "grid.linewidth": 0.8, "xtick.color": "#BBBBBB", "ytick.color": "#BBBBBB",
-    "xtick.labelcolor": GREY, "ytick.labelcolor": GREY, "figure.titlesize": 12.5, "figure.titleweight": "bold",
+    "xtick.labelcolor": GREY, "ytick.labelcolor": GREY, "figure.titlesize": 11, "figure.titleweight": "bold",
 }  # fmt: skip
 PANEL, SINGLE = (4.0, 2.75), (5.5, 3.5)  # inches: one panel among others, one alone
 DASHED = 0, (4, 3)
-STEPS: dict[str, Any] = dict(nbins=5, steps=(1, 2, 5, 10), integer=True)  # ticks of a step axis
+STEPS: dict[str, Any] = dict(nbins=5, steps=(1, 2, 5, 10), integer=True, min_n_ticks=1)  # ticks of a step axis
+LONGEST = 14  # characters of a component's name
+WIDE = 9  # characters of a title in an inch
 
 
 def _styled(function):
@@ -44,10 +47,10 @@ def _styled(function):
 
 @dataclasses.dataclass(frozen=True)
 class Curve:
-    name: str  # of the metric, in the rows
+    name: str  # of the metric, without the stage's
     label: str = ""  # written at the curve's end if the panel has several
     color: str = BLUE
-    dots: bool = False  # plots each point: held-out evaluations are few
+    kind: str = "mean"  # mean: a running mean over faint values; line: the values; dots: each of them, as they are few
 
 
 @dataclasses.dataclass(frozen=True)
@@ -55,88 +58,124 @@ class Panel:
     title: str
     unit: str
     curves: tuple[Curve, ...]
-    x: str = "training step"
     view: tuple[float, float] = (-np.inf, np.inf)  # limits of the y axis: for values with bounds, or that diverge
     level: tuple[float, str] | None = None  # a reference value, and its name
 
 
-def _trained(stem, metric, color=BLUE, label="training"):
-    """The curves of a metric: in training, and its held-out evaluations."""
-    return Curve(f"{stem}/{metric}", label, color), Curve(f"{stem}/eval_{metric}", "held out", BLACK, dots=True)
+def _one(metric, color=BLUE, kind="mean"):
+    return (Curve(metric, "", color, kind),)
 
 
-SFT_LOSS = Panel("Fine-tuning loss", "cross-entropy (nats per token)", _trained("sft", "loss"))
-SFT_GOLD = Panel("Gold score of samples", "true reward (at most 1)", (Curve("sft/gold", color=AMBER, dots=True),))
-SFT_REWARD = Panel("Reward of samples", "mean reward", (Curve("sft/reward", color=AMBER, dots=True),))
-PRETRAIN_LOSS = Panel("Pretraining loss", "cross-entropy (nats per token)", _trained("pretrain", "loss"))
-PRETRAIN_REWARD = Panel("Reward of samples", "mean reward", (Curve("pretrain/reward", color=AMBER, dots=True),))
-SUPERVISED = {"pretrain": (PRETRAIN_LOSS, PRETRAIN_REWARD), "sft": (SFT_LOSS, SFT_GOLD, SFT_REWARD)}
-REWARD_LOSS = Panel("Reward model loss", "Bradley-Terry (nats per pair)", _trained("reward", "loss"),
-                    level=(np.log(2), "coin flip"))  # fmt: skip
-ACCURACY = Panel("Reward model accuracy", "pairs ranked as labelled", _trained("reward", "accuracy", GREEN),
-                 view=(0, 1.01), level=(0.5, "coin flip"))  # fmt: skip
-MARGIN = Panel("Reward margin", "score of chosen minus rejected", (Curve("reward/margin", color=PURPLE),))
+def _both(metric, color=BLUE, label="rollouts"):
+    """The curve of a metric in training, and its held-out evaluations."""
+    return Curve(metric, label, color), Curve(f"eval_{metric}", "held out", BLACK, "dots")
 
 
-def _rl(title, unit, *curves, **view):
-    return Panel(title, unit, curves, x="iteration", **view)
-
-
-def _both(metric, color=BLUE):
-    """The curve of a metric in rollouts and its held-out evaluations."""
-    return Curve(metric, "rollouts", color), Curve(f"eval_{metric}", "held out", BLACK, dots=True)
-
-
-RL = {  # names in the rows are without the stage's
-    "score": _rl("Learned score", "reward model's score", *_both("score")),
-    "reward": _rl("Reward", "mean of a rollout", *_both("reward", AMBER)),
-    "gold": _rl("Gold score", "true reward (at most 1)", *_both("gold", AMBER)),
-    "kl": _rl("KL from the reference", "nats per response",
-              Curve("kl", "k1"), Curve("kl_k3", "k3", PURPLE), Curve("kl_exact", "exact", GREEN)),
-    "entropy": _rl("Entropy of the policy", "nats per token", Curve("entropy", color=PURPLE)),
-    "distinct2": _rl("Distinct word bigrams", "share of a rollout's", Curve("distinct2", color=GREEN), view=(0, 1.01)),
-    "repeat_rate": _rl("Samples that repeat a word", "share with one word 4 times", *_both("repeat_rate", PURPLE),
-                       view=(0, 1.01)),
-    "length": _rl("Response length", "tokens", *_both("length")),
-    "eos_rate": _rl("Responses that end", "share with EOS", *_both("eos_rate", GREEN), view=(0, 1.01)),
-    "clip_fraction": _rl("Clip fraction", "share of token ratios clipped", Curve("clip_fraction", color=GREEN),
-                         view=(0, 1)),
-    "approx_kl": _rl("Size of an update", "KL, old to new (nats per token)", Curve("approx_kl")),
-    "ess": _rl("Effective sample size", "share of the tokens, last epoch", Curve("ess_last", color=GREEN),
-               view=(0, 1.01)),
-    "explained_variance": _rl("Explained variance of the value", "1 is perfect, 0 a constant",
-                              Curve("explained_variance", color=PURPLE), view=(-1, 1.01)),
-    "policy_loss": _rl("Policy loss", "surrogate", Curve("policy_loss")),
-    "value_loss": _rl("Value loss", "half the squared error", Curve("value_loss", color=PURPLE)),
+LR = Panel("Learning rate", "at the step's first update", _one("lr", GREY, "line"))
+LOSS = {
+    stage: Panel(f"{name} loss", "cross-entropy (nats per token)", _both("loss", label="training"))
+    for stage, name in (("pretrain", "Pretraining"), ("sft", "Fine-tuning"))
+}
+SAMPLED = (
+    Panel("Gold score of samples", "true reward (at most 1)", _one("eval_gold", AMBER, "dots")),
+    Panel("Reward of samples", "mean reward", _one("eval_reward", AMBER, "dots")),
+)
+COIN = "coin flip"
+ACCURACY = Panel("Reward model accuracy", "pairs ranked as labelled", _both("accuracy", GREEN, "training"),
+                 view=(0, 1.01), level=(0.5, COIN))  # fmt: skip
+REWARD = (
+    Panel("Reward model loss", "Bradley-Terry (nats per pair)", _both("loss", label="training"),
+          level=(np.log(2), COIN)),
+    ACCURACY,
+    Panel("Reward margin", "score of chosen minus rejected", _one("margin", PURPLE)),
+    LR,
+)  # fmt: skip
+RL = {
+    "score": Panel("Learned score", "reward model's score", _both("score")),
+    "reward": Panel("Reward", "mean of a rollout", _both("reward", AMBER)),
+    "gold": Panel("Gold score", "true reward (at most 1)", _both("gold", AMBER)),
+    "kl": Panel("KL from the reference", "nats per response",
+                (Curve("kl", "k1"), Curve("kl_k3", "k3", PURPLE), Curve("kl_exact", "exact", GREEN))),
+    "kl_coef": Panel("KL coefficient", "reward per nat", _one("kl_coef", PURPLE, "line")),
+    "entropy": Panel("Entropy of the policy", "nats per token", _one("entropy", PURPLE)),
+    "distinct2": Panel("Distinct word bigrams", "share of a rollout's", _one("distinct2", GREEN), view=(0, 1.01)),
+    "repeat_rate": Panel("Samples that repeat a word", "share with one word 4 times", _both("repeat_rate", PURPLE),
+                         view=(0, 1.01)),
+    "length": Panel("Response length", "tokens", _both("length")),
+    "eos_rate": Panel("Responses that end", "share with EOS", _both("eos_rate", GREEN), view=(0, 1.01)),
+    "clip_fraction": Panel("Clip fraction", "share of token ratios clipped", _one("clip_fraction", GREEN), view=(0, 1)),
+    "approx_kl": Panel("Size of an update", "KL, old to new (nats per token)", _one("approx_kl")),
+    "ess": Panel("Effective sample size", "share of the tokens, last epoch", _one("ess_last", GREEN), view=(0, 1.01)),
+    "explained_variance": Panel("Explained variance of the value", "1 is perfect, 0 a constant",
+                                _one("explained_variance", PURPLE), view=(-1, 1.01)),
+    "policy_loss": Panel("Policy loss", "surrogate", _one("policy_loss")),
+    "value_loss": Panel("Value loss", "half the squared error", _one("value_loss", PURPLE)),
+    "lr": LR,
 }  # fmt: skip
 
 
 @_styled
-def supervised(rows, path, stage="sft"):
-    """Training and held-out loss of "sft" or "pretrain", and the score of its samples if it was measured."""
-    return _save(_panels(SUPERVISED[stage], rows), path)
+def supervised(rows, path, stage="sft", title=None):
+    """Losses of "sft" or "pretrain", what its samples are worth if that was measured, and the learning rate."""
+    return _save(_panels([LOSS[stage], *SAMPLED, LR], bare(rows, stage)), path, title=title)
 
 
 @_styled
-def rl(rows, directory, stage, *, best_of_n=None):
+def reward(rows, path, stage="reward", title=None):
+    """Loss, accuracy and margin of the reward model, beside what a coin flip scores, and the learning rate."""
+    return _save(_panels(REWARD, bare(rows, stage)), path, title=title)
+
+
+@_styled
+def rl(rows, directory, stage, *, best_of_n=None, title=None):
     """directory/<stage>.png with every panel, and a file for each: {file name without .png: Figure}.
 
-    Gold beside the learned score is over_optimization.png. With best_of_n, evaluate.best_of_n.curve's,
-    reward_over_kl.png sets the policy beside it. Where rows have `_ci95` of a curve, its band is drawn.
+    Gold beside the learned score is over_optimization.png, the parts of a reward are reward_components.png. With
+    best_of_n, evaluate.best_of_n.curve's, reward_over_kl.png sets the policy beside it. Where rows have `_ci95` of a
+    curve, its band is drawn.
     """
     rows = bare(rows, stage)
-    plotters = {name: _panels([panel], rows) for name, panel in RL.items()}
+    panels = RL | {"reward_components": _components(rows)}
+    plotters = {name: _panels([panel], rows, "iteration") for name, panel in panels.items()}
     plotters["over_optimization"] = _score_and_gold(rows, x="kl")
     if best_of_n:
         plotters["reward_over_kl"] = [partial(_frontier, rows=rows, best_of_n=best_of_n)]
     plotters[stage] = [plotter for some in plotters.values() for plotter in some]
-    figures = {name: _save(some, Path(directory) / f"{name}.png") for name, some in plotters.items()}
+    figures = {name: _save(some, Path(directory) / f"{name}.png", title=title) for name, some in plotters.items()}
     return {name: figure for name, figure in figures.items() if figure}
 
 
-def bare(rows, stage):
-    """Rows of metrics without the stage's name before the slash."""
-    return [{name.removeprefix(f"{stage}/"): value for name, value in row.items()} for row in rows]
+@_styled
+def pipeline(rows, path, title):
+    """A whole run in one picture: the losses, what reinforcement learning gained, and what that cost in KL.
+
+    rows is {stage: its rows of metrics}, the last stage the one of reinforcement learning.
+    """
+    panels = LOSS | {"reward": ACCURACY}
+    *before, last = rows
+    plotters = [plotter for stage in before for plotter in _panels([panels[stage]], bare(rows[stage], stage))]
+    found = bare(rows[last], last)
+    gain = _score_and_gold(found, x="step") or _panels([RL["score"], RL["reward"]], found, "iteration")
+    cost = ("kl",) if len(before) == 2 and "reward" in rows else ("kl", "distinct2", "repeat_rate")
+    plotters += gain + _panels([RL[name] for name in cost], found, "iteration")
+    return _save(plotters, path, columns=2, title=title)
+
+
+@_styled
+def before_after(before_N, after_N, path, *, name, win_rate, learner="PPO", title=None):
+    """Scores of the same N prompts under SFT and the learner: both distributions, and the change of each prompt.
+
+    `name` is the name of the score; `win_rate` is (rate, (low, high)) as from evaluate.win_rate.
+    """
+    before_N, after_N = np.asarray(before_N, np.float64), np.asarray(after_N, np.float64)
+    if not before_N.size:
+        return None
+    rate, (low, high) = win_rate
+    between = f"(95% interval {low:.0%} to {high:.0%})"
+    won = f"Win rate of {learner} over SFT: {rate:.0%} of {before_N.size:,} prompts {between}"
+    distributions = partial(_distributions, scores={"SFT": before_N, learner: after_N}, name=name)
+    changes = partial(_changes, change_N=after_N - before_N, name=name, learner=learner)
+    return _save([distributions, changes], path, title=f"{title}\n{won}" if title else won)
 
 
 REUSE = {  # {name in the results of stages/reuse.py: (title, unit)}
@@ -156,62 +195,19 @@ def reuse(results, path):
     return _save(panels, path, title="One rollout, used again")
 
 
-def _reuse(axes, results, name):
-    title, unit = REUSE[name]
-    ends = []
-    for (update, by_uses), color in zip(results.items(), (GREY, AMBER, BLUE), strict=True):
-        uses = np.array([int(uses) for uses in by_uses])
-        values = np.array([numbers[name] for numbers in by_uses.values()])
-        half = np.array([numbers.get(f"{name}_ci95", 0) for numbers in by_uses.values()])
-        axes.fill_between(uses, values - half, values + half, color=color, alpha=0.15, linewidth=0)
-        axes.plot(uses, values, "o-", color=color, linewidth=1.5, markersize=4)
-        ends.append((values[-1], update.replace("_", " "), color))
-    axes.set_xscale("log", base=2)
-    axes.set(title=title, ylabel=unit, xlabel="gradient steps on the rollout", xticks=uses, xticklabels=uses)
-    _label_ends(axes, ends)
+def bare(rows, stage):
+    """Rows of metrics without the stage's name before the slash."""
+    return [{name.removeprefix(f"{stage}/"): value for name, value in row.items()} for row in rows]
 
 
-@_styled
-def reward(rows, path, stage="reward"):
-    """Loss, accuracy and margin of the reward model, beside what a coin flip scores."""
-    return _save(_panels([REWARD_LOSS, ACCURACY, MARGIN], rows), path)
-
-
-@_styled
-def pipeline(rows, path, title):
-    """A whole run in one picture: the losses, what reinforcement learning gained, and what that cost in KL.
-
-    rows is {stage: its rows of metrics}, the last stage the one of reinforcement learning.
-    """
-    panels = {"pretrain": PRETRAIN_LOSS, "sft": SFT_LOSS, "reward": ACCURACY}
-    *before, last = rows
-    plotters = [plotter for stage in before for plotter in _panels([panels[stage]], rows[stage])]
-    found = bare(rows[last], last)
-    gain = _score_and_gold(found, x="step") or _panels([RL["score"], RL["reward"]], found)
-    cost = (
-        [RL["kl"]]
-        if len(before) == 2 and "reward" in rows
-        else [RL[name] for name in ("kl", "distinct2", "repeat_rate")]
-    )
-    return _save(plotters + gain + _panels(cost, found), path, columns=2, title=title)
-
-
-@_styled
-def before_after(before_N, after_N, path, *, name, win_rate, learner="PPO"):
-    """Scores of the same N prompts under SFT and the learner: both distributions, and the change of each prompt.
-
-    `name` is the name of the score; `win_rate` is (rate, (low, high)) as from evaluate.win_rate.
-    """
-    before_N, after_N = np.asarray(before_N, np.float64), np.asarray(after_N, np.float64)
-    if not before_N.size:
-        return None
-    rate, (low, high) = win_rate
-    between = f"(95% interval {low:.0%} to {high:.0%})"
-    title = f"Win rate of {learner} over SFT: {rate:.0%} of {before_N.size:,} prompts {between}"
-    distributions = partial(_distributions, scores={"SFT": before_N, learner: after_N}, name=name)
-    return _save(
-        [distributions, partial(_changes, change_N=after_N - before_N, name=name, learner=learner)], path, title=title
-    )
+def _components(rows):
+    """A panel of the parts of a reward that has several."""
+    found = dict.fromkeys(name for row in rows for name in row if name.startswith("reward_"))
+    names = [name for name in found if not name.endswith("_ci95")]
+    colors = (BLUE, AMBER, GREEN, PURPLE, BLACK, GREY)
+    labels = [_short(name.removeprefix("reward_"), LONGEST) for name in names]
+    curves = [Curve(*each, colors[i % len(colors)]) for i, each in enumerate(zip(names, labels, strict=True))]
+    return Panel("Reward components", "mean of a rollout", tuple(curves))
 
 
 def _save(plotters, path, *, columns=3, title=None):
@@ -222,21 +218,24 @@ def _save(plotters, path, *, columns=3, title=None):
     lines = -(-len(plotters) // columns)
     width, height = PANEL if len(plotters) > 1 else SINGLE
     from matplotlib.figure import Figure
+    from matplotlib.layout_engine import ConstrainedLayoutEngine
 
     figure = Figure(figsize=(width * columns, height * lines + (0.4 if title else 0)))
-    figure.set_layout_engine("constrained", w_pad=0.1, h_pad=0.1, wspace=0.02, hspace=0.04)
+    layout = ConstrainedLayoutEngine(w_pad=0.1, h_pad=0.1, wspace=0.02, hspace=0.04)
     for index, plot in enumerate(plotters, 1):
         plot(figure.add_subplot(lines, columns, index))
     if title:
-        figure.suptitle(title, x=0.012, ha="left")
+        lines = [_short(line, int(WIDE * width * columns)) for line in title.split("\n")]
+        figure.suptitle("\n".join(lines), x=0.012, ha="left")
+    layout.execute(figure)  # here, because savefig would draw twice for it
     Path(path).parent.mkdir(parents=True, exist_ok=True)
     figure.savefig(path)
     return figure
 
 
-def _panels(panels, rows):
+def _panels(panels, rows, x="training step"):
     """A plotter for each panel that has values in `rows`."""
-    return [partial(_panel, panel=panel, rows=rows) for panel in panels if _present(panel, rows)]
+    return [partial(_panel, panel=panel, rows=rows, x=x) for panel in panels if _present(panel, rows)]
 
 
 def _present(panel, rows):
@@ -245,38 +244,68 @@ def _present(panel, rows):
     return [(curve, steps, values) for curve, steps, values in curves if np.isfinite(values).any()]
 
 
-def _panel(axes, panel, rows):
+def _panel(axes, panel, rows, x):
     present, ends = _present(panel, rows), []
+    kept_step = rows[-1].get("eval_best_step")  # if the last evaluation is of the policy of that step
     if panel.level:
         axes.axhline(panel.level[0], color=GREY, linewidth=1, linestyle=DASHED)
         ends.append((*panel.level, GREY))
     for curve, steps, values in present:
-        if curve.dots:
+        label, last = curve.label, values[np.isfinite(values)][-1]
+        if curve.kind != "dots":
+            last = _line(axes, curve, steps, values, rows)
+        elif kept_step is None:
             axes.plot(steps, values, "o-", color=curve.color, markersize=4, linewidth=0.8, label=curve.name, zorder=3)
         else:
-            axes.plot(steps, values, color=curve.color, linewidth=0.7, alpha=0.3)
-            values = smooth(values)
-            band_steps, half = series(rows, f"{curve.name}_ci95")  # of several seeds
-            if len(band_steps) == len(steps):
-                half = smooth(half)
-                axes.fill_between(steps, values - half, values + half, color=curve.color, alpha=0.2, linewidth=0)
-            marker = "o" if len(steps) == 1 else None
-            axes.plot(steps, values, color=curve.color, linewidth=2, marker=marker, label=curve.name)
-        last = values[np.isfinite(values)][-1]
-        ends.append((last, f"{curve.label if len(present) > 1 else ''} {_number(last)}".strip(), curve.color))
-    low, high = np.clip(axes.get_ylim(), *panel.view)
-    if low < high:  # otherwise all values are out of view, and all are shown
-        axes.set_ylim(low, high)
-    axes.set(title=panel.title, ylabel=panel.unit, xlabel=panel.x)
-    _step_ticks(axes)
-    axes.xaxis.set_major_formatter("{x:,.0f}")
+            label = "kept"
+            _with_kept(axes, steps, values, kept_step, curve.color, curve.name)
+        ends.append((last, f"{label if len(present) > 1 else ''} {_number(last)}".strip(), curve.color))
+    axes.set(title=panel.title, ylabel=panel.unit, xlabel=x)
+    _view(axes, panel, np.concatenate([values for *_, values in present]))
+    _ticks(axes, **STEPS)
     _label_ends(axes, ends)
 
 
-def _step_ticks(axes):
+def _line(axes, curve, steps, values, rows):
+    """Plots the curve, and the band of several seeds; returns the last value, or mean."""
+    band_steps, half = series(rows, f"{curve.name}_ci95")
+    seeds = len(band_steps) == len(steps)
+    if curve.kind == "mean":
+        axes.plot(steps, values, color=curve.color, linewidth=0.7, alpha=0.3)
+        values, half = smooth(values), smooth(half) if seeds else half
+    if seeds:
+        axes.fill_between(steps, values - half, values + half, color=curve.color, alpha=0.2, linewidth=0)
+    known = np.pad(np.isfinite(values), 1)
+    alone = np.flatnonzero(known[1:-1] & ~known[:-2] & ~known[2:])  # a line needs two points
+    marker = {"marker": "o", "markersize": 4, "markevery": alone.tolist()} if len(alone) else {}
+    axes.plot(steps, values, color=curve.color, linewidth=2, label=curve.name, **marker)
+    return values[np.isfinite(values)][-1]
+
+
+def _with_kept(axes, x, y, kept_x, color, name):
+    """Plots the points (x, y); the last is of the policy that was kept: a ring at kept_x, under the others."""
+    axes.plot(kept_x, y[-1], "o", color=BLACK, markerfacecolor="none", markersize=9, label="kept")
+    axes.plot(x[:-1], y[:-1], "o-", color=color, markersize=4, linewidth=0.8, label=name, zorder=3)
+
+
+def _view(axes, panel, values):
+    """Cuts the y axis to the panel's view. An axis that leaves values out says so."""
+    low, high = panel.view
+    values = values[np.isfinite(values)]
+    inside = (values >= low) & (values <= high)
+    if not inside.any():  # all are shown
+        return
+    axes.set_ylim(np.clip(axes.get_ylim(), low, high))
+    if not inside.all():
+        beyond = " and ".join(_number(end) for end in (values.min(), values.max()) if not low <= end <= high)
+        axes.set_ylabel(f"{panel.unit}\n(axis cut, values to {beyond})")
+
+
+def _ticks(axes, **where):
     from matplotlib.ticker import MaxNLocator
 
-    axes.xaxis.set_major_locator(MaxNLocator(**STEPS))
+    axes.xaxis.set_major_locator(MaxNLocator(**where))
+    axes.xaxis.set_major_formatter("{x:,.6g}")
 
 
 def _label_ends(axes, ends):
@@ -305,40 +334,56 @@ def _twins(axes, points_N3, over_kl):
         curve = panel.curves[0]
         side.plot(x_N, values, "." if over_kl else "-", color=curve.color, markersize=3, linewidth=0.7, alpha=0.3)
         side.plot(smooth(x_N), smooth(values), color=curve.color, linewidth=2, label=curve.name)
+        if over_kl:
+            _direction(side, smooth(x_N), smooth(values), curve.color)
         side.set_ylabel(panel.title.lower(), color=curve.color)
         side.tick_params(axis="y", labelcolor=curve.color)
         side.grid(visible=side is axes)
     axes.set(title="Learned and gold score", xlabel="iteration")
+    _ticks(axes, **STEPS)
     if over_kl:  # an estimate of KL may be negative: its root is set to 0
         axes.set_xscale("function", functions=(lambda kl: np.sqrt(np.maximum(kl, 0)), np.square))
-        axes.set(title="Over-optimization", xlabel="KL from the reference (nats, square root scale)", xlim=(0, None))
-    _step_ticks(axes)
+        marks = "\N{WHITE CIRCLE} first iteration, \N{BLACK CIRCLE} last, arrows along time"
+        marks += ", values below 0 at 0" * bool((x_N < 0).any())
+        axes.set(title="Over-optimization", xlim=(0, None))
+        axes.set_xlabel(f"KL from the reference (nats, square root scale)\n{marks}")
+        _ticks(axes, nbins=4, steps=(1, 2, 2.5, 5, 10))
+
+
+def _direction(axes, x_N, y_N, color):
+    """Marks where a path starts and ends, and which way it goes."""
+    for i, face in (0, "white"), (-1, color):
+        axes.plot(x_N[i], y_N[i], "o", color=color, markersize=7, markerfacecolor=face, clip_on=False, zorder=4)
+    last = len(x_N) - 1
+    for i in sorted({last // 4, last // 2, 3 * last // 4}):
+        here, there = (x_N[i], y_N[i]), (x_N[min(i + 1, last)], y_N[min(i + 1, last)])
+        if here != there:
+            axes.annotate("", there, here, arrowprops={"arrowstyle": "-|>", "color": color, "mutation_scale": 14})
 
 
 def _frontier(axes, rows, best_of_n):
     """Reward over KL. A policy below the curve of best-of-n has less reward than best-of-n at the same KL."""
-    points_N3 = np.array(best_of_n)
-    axes.plot(points_N3[:, 2], points_N3[:, 1], ".-", color=GREY, linewidth=1, markersize=4, label="best of n")
-    for n, score, nats in points_N3:
-        if int(n) in (1, 4, 16):
-            axes.annotate(
-                f"best of {n:.0f}", (nats, score), (5, -9), textcoords="offset points", color=GREY, fontsize=7
-            )
+    n_N, score_N, nats_N = np.array(best_of_n).T
+    axes.plot(nats_N, score_N, ".-", color=GREY, linewidth=1, markersize=4, label="best of n")
+    ends = [(score_N[-1], f"best of {n_N[-1]:.0f}", GREY)]
     names = "eval_kl_exact", "eval_reward" if any("eval_reward" in row for row in rows) else "eval_score"
     points_N2 = np.array([[row[name] for name in names] for row in rows if all(name in row for name in names)])
     if len(points_N2):
-        axes.plot(*points_N2.T, "o-", color=AMBER, linewidth=1, markersize=3.5, label="policy")
-        axes.plot(*points_N2[-1], "o", color=BLACK, markersize=7, label="kept", zorder=4)
+        kl_N, reward_N = points_N2.T
+        _with_kept(axes, kl_N, reward_N, kl_N[-1], AMBER, "policy")
+        ends.append((reward_N[-1], f"kept {_number(reward_N[-1])}", BLACK))
     axes.set(title="Reward over KL", xlabel="exact KL from the SFT policy (nats per sample)", ylabel="mean reward")
-    axes.legend(frameon=False, loc="lower right")
+    _label_ends(axes, ends)
 
 
 def _distributions(axes, scores, name):
-    for (label, scores_N), color, height in zip(scores.items(), (GREY, BLUE), (0.15, 0.05), strict=True):
+    ends = []
+    for (label, scores_N), color in zip(scores.items(), (GREY, BLUE), strict=True):
         axes.ecdf(scores_N, complementary=True, color=color, linewidth=2, label=label)
         axes.axvline(scores_N.mean(), color=color, linewidth=1, linestyle=DASHED)
-        axes.text(0.02, height, f"{label}, mean {_number(scores_N.mean())}", color=color, transform=axes.transAxes)
-    axes.set(title=f"Distribution of the {name}", xlabel=name, ylabel="share of prompts at or above")
+        ends.append((0.1, f"{label} {_number(scores_N.mean())}", color))
+    axes.set(title=f"Distribution of the {name}", xlabel=f"{name} (dashed: means)", ylabel="share of prompts above")
+    _label_ends(axes, ends)
 
 
 def _changes(axes, change_N, name, learner):
@@ -354,8 +399,29 @@ def _changes(axes, change_N, name, learner):
     )
 
 
+def _reuse(axes, results, name):
+    title, unit = REUSE[name]
+    ends = []
+    for (update, by_uses), color in zip(results.items(), (GREY, AMBER, BLUE), strict=True):
+        uses = np.array([int(uses) for uses in by_uses])
+        values = np.array([numbers[name] for numbers in by_uses.values()])
+        half = np.array([numbers.get(f"{name}_ci95", 0) for numbers in by_uses.values()])
+        axes.fill_between(uses, values - half, values + half, color=color, alpha=0.15, linewidth=0)
+        axes.plot(uses, values, "o-", color=color, linewidth=1.5, markersize=4)
+        ends.append((values[-1], update.replace("_", " "), color))
+    axes.set_xscale("log", base=2)
+    axes.set(title=title, ylabel=unit, xlabel="gradient steps on the rollout", xticks=uses, xticklabels=uses)
+    _label_ends(axes, ends)
+
+
 def _number(value):
     return f"{value:.3g}".replace("-", "\N{MINUS SIGN}")
+
+
+def _short(text, most):
+    """The text without its middle, if it has more characters than that."""
+    half = (most - 3) // 2
+    return text if len(text) <= most else f"{text[:half]}...{text[-half:]}"
 
 
 def smooth(values):

@@ -18,13 +18,21 @@ from rlhf_jax.rollout import Apply
 from rlhf_jax.tasks import Encoded, Task
 from rlhf_jax.text import Tokenizer
 from rlhf_jax.training import guard as guards
-from rlhf_jax.training import sharding
+from rlhf_jax.training import optim, sharding
 
 # The index is folded into the seed: append only; reordering changes the numbers of old runs.
 PURPOSES = (
     *("policy init", "reward head", "evaluation", "pretrain", "sft", "reward", "rl"),
     *("pretrain order", "sft order", "reward order", "rl order"),  # of the rows that a stage trains on
 )
+
+
+class Times(NamedTuple):
+    """When the host saw parts of an iteration end: seconds on the clock of time.monotonic."""
+
+    before: float  # the update before it
+    collected: float  # sampling
+    rewarded: float  # scoring
 
 
 class Step(NamedTuple):
@@ -35,12 +43,13 @@ class Step(NamedTuple):
     rollout: Any = None  # what the update read, if not the batch
     notes: tuple[str, ...] = ()
     record: dict | None = None  # for a trace: {part: {name: array}}; see viz/recorder.py
+    times: Times | None = None  # of an iteration of reinforcement learning
 
 
 class Evaluation(NamedTuple):
     """What a policy or a reward model is worth on held-out rows."""
 
-    numbers: dict  # {name: float}
+    numbers: dict  # {name: float}; in the logs, each has `eval_` before its name
     details: Any = None  # what the stage's `summarize` reads
     samples: tuple[dict, ...] = ()  # completions to show during training
     record: dict | None = None  # for a trace: {part: {name: array}}, and rows of texts
@@ -51,7 +60,7 @@ class Summary(NamedTuple):
 
     numbers: dict  # {name: number or nested}, without the stage's name
     samples: list[dict]
-    plot: Callable[[list[dict], Any], dict]  # (rows of metrics, folder) -> more numbers from these rows
+    plot: Callable[[list[dict], Any, str], dict]  # (rows of metrics, folder, name of the run) -> numbers of these rows
     table: tuple = ()  # rows (name, before, after, change, its 95% interval)
 
 
@@ -70,14 +79,22 @@ class Stage:
     result: tuple[str, ...]  # fields of the state that are saved as its result
     summarize: Callable[[Any, Evaluation], Summary]  # (state, its last evaluation) -> Summary
     headlines: tuple[str, ...] = ()  # numbers of the summary that are shown at the end
-    eligible: Callable = lambda numbers: (
-        True
-    )  # whether a checkpoint with this evaluation may be kept as one of the best
+    eligible: Callable = lambda numbers: True  # whether a checkpoint with this evaluation may be one of the best
+    first: Evaluation | None = None  # of the state at step 0, where it is known already
     keep: Callable | None = None  # (state, Evaluation) -> state, with a copy of the best policy
     complete: Callable | None = None  # (last state, its Evaluation) -> (state of the result, numbers)
     frozen: tuple[str, ...] = ()  # fields that no step changes; checkpoints leave them out
     guard: guards.Config = guards.Config()
-    before: Evaluation | None = None  # of the first state, where it was evaluated
+
+    @functools.cached_property
+    def lr(self) -> np.ndarray:
+        """The learning rate of each optimizer step."""
+        return optim.rates(self.config, getattr(self.config, "updates", self.config.steps))
+
+    def tokens(self, batch: dict, numbers: dict) -> float:
+        """Real tokens of a step: those of its batch, and those of the completions where it has sampled some."""
+        masks = [np.asarray(array) for name, array in batch.items() if "mask" in name]
+        return sum(int(mask.sum()) for mask in masks) + len(masks[0]) * float(numbers.get("length", 0))
 
 
 @dataclasses.dataclass(frozen=True, eq=False)
@@ -98,6 +115,10 @@ class Setup:
     def arrays(self, kind: str) -> Encoded:
         """(train, held-out) arrays of a kind of rows."""
         return self.task.arrays(kind, self.tokenizer)
+
+    def title(self, run: str, stage: str) -> str:
+        """The title of a stage's plots."""
+        return f"{run}: {stage} on {self.task.name}"
 
     def questions(self, kind: str) -> tuple[dict, list[dict]]:
         """(arrays, rows) of the held-out prompts that evaluate a stage which trains on this kind."""

@@ -39,7 +39,7 @@ def language_model(name: str, setup: Setup, config: supervised.Config, policy) -
     def evaluate(state):
         logp_NT, mask_NT = setup.over(held_out, lambda batch: logprobs(state.policy, batch))
         nats_N, tokens_N = perplexity.nll(logp_NT, mask_NT)
-        numbers = {f"eval_{key}": value for key, value in perplexity.perplexity(nats_N, tokens_N)}
+        numbers = dict(perplexity.perplexity(nats_N, tokens_N))
         drawn = setup.over(starts, lambda batch: sample(state.policy, batch), len(questions))
         texts = setup.decode(drawn["response"], drawn["mask"])
         rows = setup.task.judge(questions, texts) | {"eos_rate": drawn["eos_rate"], "length": drawn["mask"].sum(axis=1)}
@@ -49,11 +49,11 @@ def language_model(name: str, setup: Setup, config: supervised.Config, policy) -
         first = {name: array[:SHOWN] for name, array in held_out.items()} | {"logp_NT": logp_NT[:SHOWN]}
         held = {"nats_N": nats_N, "tokens_N": tokens_N}
         record = {"shown": first | {"mask_NT": mask_NT[:SHOWN]}, "held_out": held, "samples": samples[:SHOWN]}
-        return Evaluation(numbers, samples, record=record)
+        return Evaluation(numbers, samples, tuple(samples[: setup.evaluation.samples]), record)
 
     def summarize(state, evaluation):
-        def plot(rows, folder):
-            plots.supervised(rows, folder / f"{name}.png", name)
+        def plot(rows, folder, run):
+            plots.supervised(rows, folder / f"{name}.png", name, title=setup.title(run, name))
             return {}
 
         return Summary({}, evaluation.details, plot)
@@ -66,7 +66,7 @@ def language_model(name: str, setup: Setup, config: supervised.Config, policy) -
         step=step,
         learn=learn,
         evaluate=evaluate,
-        best=("eval_loss", min),
+        best=("loss", min),
         result=("policy",),
         summarize=summarize,
         headlines=("loss", "gold", "reward", "eos_rate"),

@@ -43,11 +43,11 @@ def reward_model(name: str, setup: Setup, config: preference.Config, policy) -> 
         return state.replace(reward=apply.scalar.normalize(state.reward, mean, std)), numbers
 
     def complete(state, evaluation):
-        """Normalizes. `eval_loss` is of the model before this, `eval_loss_normalized` of the model after it."""
+        """Normalizes. `loss` is of the model before this, `loss_normalized` of the model after it."""
         state, numbers = normalize(state)
         margin_N = np.array([row["score_chosen"] - row["score_rejected"] for row in evaluation.details[1]])
         loss = float(np.mean(np.logaddexp(0, -margin_N / numbers["reference_std"])))
-        return state, numbers | {"eval_loss": evaluation.numbers["eval_loss"], "eval_loss_normalized": loss}
+        return state, numbers | {"loss": evaluation.numbers["loss"], "loss_normalized": loss}
 
     def step(state, batch, record=False):
         state, numbers = learn(state, batch)
@@ -66,13 +66,13 @@ def reward_model(name: str, setup: Setup, config: preference.Config, policy) -> 
         lengths = {f"tokens_{side}_N": held_out[f"{side}_mask_NR"].sum(axis=1) for side in ("chosen", "rejected")}
         pairs = {"chosen_N": chosen_N, "rejected_N": rejected_N, **lengths}
         record = {"pairs": pairs, "samples": samples}
-        return Evaluation({"eval_accuracy": rate, "eval_loss": loss}, (ci95, samples), record=record)
+        return Evaluation({"accuracy": rate, "loss": loss}, (ci95, samples), record=record)
 
     def summarize(state, evaluation):
         ci95, samples = evaluation.details
 
-        def plot(rows, folder):
-            plots.reward(rows, folder / "reward.png", name)
+        def plot(rows, folder, run):
+            plots.reward(rows, folder / "reward.png", name, title=setup.title(run, name))
             return {}
 
         return Summary({"accuracy_ci95": ci95}, samples, plot)
@@ -89,7 +89,7 @@ def reward_model(name: str, setup: Setup, config: preference.Config, policy) -> 
         step=step,
         learn=learn,
         evaluate=evaluate,
-        best=("eval_accuracy", max),
+        best=("accuracy", max),
         result=("reward",),
         summarize=summarize,
         headlines=("loss", "accuracy"),

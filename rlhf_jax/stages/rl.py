@@ -7,6 +7,7 @@ The device judges while the host decodes texts and scores them.
 
 import dataclasses
 import functools
+import time
 from collections.abc import Callable
 from typing import Any
 
@@ -18,7 +19,7 @@ from rlhf_jax import alarms, rewards, rollout
 from rlhf_jax.algorithms import policy as policy_algorithm
 from rlhf_jax.evaluate import best_of_n, rouge, win_rate
 from rlhf_jax.report import metrics, plots
-from rlhf_jax.stages import Evaluation, Setup, Stage, Step, Summary, measure
+from rlhf_jax.stages import Evaluation, Setup, Stage, Step, Summary, Times, measure
 from rlhf_jax.training import optim, sharding
 
 PROBES = 64  # held-out completions whose tokens a trace records
@@ -159,8 +160,9 @@ def rl(
         step=parts.step,
         learn=iteration.learn,
         evaluate=parts.evaluate,
-        best=("eval_gold" if "gold" in before.numbers else f"eval_{reward.metric}", max),
-        eligible=lambda numbers: parts.inside({key.removeprefix("eval_"): value for key, value in numbers.items()}),
+        best=("gold" if "gold" in before.numbers else reward.metric, max),
+        eligible=parts.inside,
+        first=parts.evaluation(state, before),
         result=("policy", "value") if algorithm.NEEDS_VALUE else ("policy",),
         summarize=parts.summarize,
         headlines=("score", "reward", "gold", "win_rate", "kl_exact", "eos_rate"),
@@ -168,7 +170,6 @@ def rl(
         complete=parts.complete if keep_best else None,
         frozen=("reference", "reward"),
         guard=setup.guard,
-        before=parts.evaluation(before, state),
     )
 
 
@@ -207,7 +208,17 @@ class _Parts:
         rows = [self.rows[i] for i in np.asarray(batch["index_B"])]
         # An iteration does not need these. With them it would be compiled again whenever their placement changes.
         aside, state = {"best": state.best, "alarms": state.alarms}, state.replace(best=None, alarms=None)
-        scored, completions, components = self.iteration.collect(state, prompts, self.reward, rows, self.setup.decode)
+        collected = 0.0
+
+        def decode(response_BR, mask_BR):
+            nonlocal collected
+            collected = _ready(response_BR)
+            return self.setup.decode(response_BR, mask_BR)
+
+        drawn = self.iteration.sample(state, *prompts)
+        before = _ready(state.step)  # no delay: the device has its next work, the sampling
+        scored, completions, components = self.iteration.score(state, prompts, drawn, self.reward, rows, decode)
+        rewarded = time.monotonic()
         watched = self.iteration.statistics(scored) if self.watch.active else None
         look = self.iteration.look(state, scored) if record else None
         state, numbers = self.iteration.learn(state, scored)
@@ -221,28 +232,30 @@ class _Parts:
         if self.reward.on_host:
             numbers.pop("score")
             numbers |= measure.means(measure.named(self.reward, components))
+        else:
+            rewarded = _ready(scored.score_B)  # no delay: the update follows on the device
+        times = Times(before, collected, rewarded)
         if watched is None:
-            return Step(state, numbers, scored, record=recorded if record else None)
+            return Step(state, numbers, scored, record=recorded if record else None, times=times)
         now = {key: float(value) for key, value in (numbers | watched).items() if key in alarms.WATCHED}
         tracked, tripped = alarms.track(state.alarms, now, self.usual, self.watch)
         place = f"alarm at step {int(state.step)}"
         notes = tuple(f"{place}: {each} (running mean of the last rollouts)" for each in tripped)
         numbers |= {"alarms": int(tracked["tripped"])}
-        return Step(state.replace(alarms=tracked), numbers, scored, notes, recorded if record else None)
+        return Step(state.replace(alarms=tracked), numbers, scored, notes, recorded if record else None, times)
 
     def evaluate(self, state):
         """Measures the policy on the held-out questions, with some completions to show."""
-        return self.evaluation(self.measured(state), state)
+        return self.evaluation(state, self.measured(state))
 
-    def evaluation(self, found, state):
-        """The Evaluation of what was measured."""
+    def evaluation(self, state, found):
+        """The Evaluation of a policy that is measured already."""
         samples = measure.samples(found, state, self.config, self.reward.metric)
         shown = [{"prompt": row["prompt"]} | each for row, each in zip(self.questions, samples, strict=False)]
         tokens = {f"{name}_NR": array[:PROBES] for name, array in found.tokens.items()}
         rows = {f"{name}_N": array for name, array in found.rows.items()}
         record = {"probes": tokens, "rows": rows, "samples": shown[:PROBES]}
-        numbers = {f"eval_{name}": value for name, value in found.numbers.items()}
-        return Evaluation(numbers, found, tuple(shown[: self.setup.evaluation.samples]), record)
+        return Evaluation(found.numbers, found, tuple(shown[: self.setup.evaluation.samples]), record)
 
     def inside(self, numbers):
         """Whether a policy with these numbers is within the limits."""
@@ -283,15 +296,16 @@ class _Parts:
         plot = functools.partial(self.plot, first=first, last=last, curve=curve)
         return Summary(numbers, samples, plot, measure.table(first, last, numbers, metric))
 
-    def plot(self, rows, folder, *, first, last, curve):
+    def plot(self, rows, folder, run, *, first, last, curve):
         """Writes the plots; returns numbers of the updates for the summary."""
-        plots.rl(rows, folder, self.name, best_of_n=curve)
+        title = self.setup.title(run, self.name)
+        plots.rl(rows, folder, self.name, best_of_n=curve, title=title)
         known = "gold" if "gold" in last.rows else self.reward.metric
         before_N, after_N = first.rows[known], last.rows[known]
         learner = self.name.upper() if len(self.name) < 4 else self.name.replace("_", " ")  # PPO
         labels = {"name": known if known == "reward" else f"{known} score", "learner": learner}
         rate = win_rate.win_rate(after_N, before_N)
-        plots.before_after(before_N, after_N, folder / "before_after.png", win_rate=rate, **labels)
+        plots.before_after(before_N, after_N, folder / "before_after.png", win_rate=rate, title=title, **labels)
         return _of_updates(self.name, rows, self.config)
 
 
@@ -300,6 +314,12 @@ def _by_name(recorded):
     names = [field.name for field in dataclasses.fields(rollout.Rollout)]
     arrays = {name: getattr(recorded["rollout"], name) for name in names}
     return recorded | {"rollout": {name: array for name, array in arrays.items() if array is not None}}
+
+
+def _ready(array):
+    """Waits for an array: the time on the clock of time.monotonic."""
+    jax.block_until_ready(array)
+    return time.monotonic()
 
 
 def _usual(iteration, state, batch_at, setup, rounds):
@@ -325,6 +345,6 @@ def _of_updates(name, rows, config):
     if config.trace_epochs:
         for metric in ("approx_kl", "clip_fraction"):
             epochs = [f"{name}/{metric}_epoch_{epoch}" for epoch in range(1, config.epochs + 1)]
-            if epochs[0] in rows[0]:
-                numbers[f"{metric}_first_update"] = [rows[0][key] for key in epochs]
+            if first := next((row for row in rows if epochs[0] in row), None):
+                numbers[f"{metric}_first_update"] = [first[key] for key in epochs]
     return numbers

@@ -19,6 +19,7 @@ class Prompts:
     config: sources.Config
     seed: int  # which prompts are held out
 
+    name = "prompts"
     same_prompt = False
     questions = {"sft": "sft", "prompts": "prompts"}
 
@@ -83,6 +84,7 @@ class Given:
     held_out: float = 0.1  # share of the prompts
     cut: str = "left"  # what happens to a longer prompt: one of batches.CUTS
 
+    name = "prompts"
     same_prompt = False
     questions = {"sft": "sft", "prompts": "prompts"}
 

@@ -15,6 +15,8 @@ __all__ = ["Config", "Summarize", "make", "unused"]
 class Summarize(Prompts):
     """Posts in the TL;DR query format."""
 
+    name = "summarize"
+
     def judge(self, rows, texts):
         """{"gold": the true reward of each text}; nothing where the rows have no record, as those of files."""
         return {"gold": np.array(gold.of_rows(rows, texts))} if self.config.source == "world" else {}

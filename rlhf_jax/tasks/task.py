@@ -36,6 +36,10 @@ class Task(Protocol):
     """A task's values and functions. Each raises InputError, naming the field, file and row at fault."""
 
     @property
+    def name(self) -> str:
+        """What plots call it."""
+
+    @property
     def response_length(self) -> int:
         """R, tokens, EOS included."""
 

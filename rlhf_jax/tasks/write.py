@@ -23,6 +23,7 @@ class Write:
     seed: int  # which texts are held out
     reward: str
 
+    name = "write"
     same_prompt = True
     questions = {"pretrain": "prompts", "sft": "prompts", "prompts": "prompts"}
     prompt_length = 1

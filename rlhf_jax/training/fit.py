@@ -11,7 +11,7 @@ from rlhf_jax.report import metrics
 from rlhf_jax.report.console import Silent, number
 from rlhf_jax.training import checkpoint, guard, loop
 from rlhf_jax.training.checkpoint import Checkpoints
-from rlhf_jax.training.workdir import Workdir
+from rlhf_jax.training.workdir import Workdir, flat
 
 KEEP = checkpoint.Config()
 
@@ -24,13 +24,16 @@ class Fitted:
     summary: dict
 
 
-def fit(stage, workdir, *, depends=None, config=None, keep=KEEP, reporter=None, stop=None, recorder=None) -> Fitted:
+def fit(
+    stage, workdir, *, depends=None, config=None, keep=KEEP, log="tensorboard", reporter=None, stop=None, recorder=None
+) -> Fitted:
     """Trains the stage in workdir/<its name>, from its last checkpoint if it has one.
 
     workdir is a path or a Workdir. depends is what the stage's numbers depend on (default: its own config, the state
-    that it starts from and its first batch), and config is the whole config of the run, for incidents. A folder of
-    another `depends` is refused, and so is one that another process writes to. The result is saved separately: a stage
-    with more steps continues from its last checkpoint. recorder: a viz.recorder.Recorder, which writes a trace.
+    that it starts from and its first batch), and config is the whole config of the run, for incidents and trackers.
+    log names the trackers (report/trackers.py). A folder of another `depends` is refused, and so is one that another
+    process writes to. The result is saved separately: a stage with more steps continues from its last checkpoint.
+    recorder: a viz.recorder.Recorder, which writes a trace.
     """
     workdir = workdir if isinstance(workdir, Workdir) else Workdir(workdir)
     reporter = reporter or Silent()
@@ -41,7 +44,7 @@ def fit(stage, workdir, *, depends=None, config=None, keep=KEEP, reporter=None, 
     with contextlib.ExitStack() as stack:
         stop = stop or stack.enter_context(loop.stop_signal())
         stack.enter_context(stop.at_once())  # but the loop takes a signal after its step (stop.later)
-        state, evaluation, numbers = _train(stage, workdir, config or depends, keep, reporter, stop, recorder)
+        state, evaluation, numbers = _train(stage, workdir, config or depends, keep, log, reporter, stop, recorder)
     summary = _finish(stage, workdir, state, evaluation, numbers, began, reporter, depends.get("seed"), recorder)
     return Fitted(state, summary)
 
@@ -53,19 +56,18 @@ def _depends(stage):
     return {"section": stage.name, stage.name: fields.significant(stage.config), "sha256": digests}
 
 
-def _train(stage, workdir, config, keep, reporter, stop, recorder):
+def _train(stage, workdir, config, keep, log, reporter, stop, recorder):
     """(the result's state, its evaluation, the numbers of the last row)."""
     folder, steps = workdir / stage.name, stage.config.steps
     name, better = stage.best
     incident = _Incidents(stage, workdir, config, reporter)
-    with Checkpoints(folder / "checkpoints", keep, (f"{stage.name}/{name}", better)) as checkpoints:
+    trackers = {"log": log, "name": f"{workdir.name}/{stage.name}", "config": flat(config), "note": reporter.note}
+    with Checkpoints(folder / "checkpoints", keep, (f"{stage.name}/eval_{name}", better)) as checkpoints:
         state, row = _resume(stage, checkpoints, folder, reporter)
         done = int(state.step)
         # The row of the checkpoint's own step is in the checkpoint, and is written again.
-        with metrics.Writer(folder, resume_step=done - 1 if done else None) as log:
+        with metrics.Writer(folder, resume_step=done - 1 if done else None, **trackers) as log:
             reporter.stage(stage.name, steps, start=done)
-            if recorder and stage.before and not done:
-                recorder.evaluation(stage, 0, stage.before)
             parts = {"checkpoints": checkpoints, "log": log, "reporter": reporter, "row": row, "stop": stop}
             parts["recorder"] = recorder
             with stop.later():
@@ -81,7 +83,8 @@ def _train(stage, workdir, config, keep, reporter, stop, recorder):
             if recorder:
                 recorder.evaluation(stage, steps, evaluation)
             numbers = {key: float(value) for key, value in (evaluation.numbers | numbers).items()}
-            named = {f"{stage.name}/{key}": value for key, value in numbers.items()}
+            named = loop.named(stage, numbers, "eval_")
+            log.samples(steps, stage.name, evaluation.samples)
             log.write(steps, named)
             reporter.update(steps, named)
             if wrong := loop.not_finite(named):
@@ -149,14 +152,13 @@ def _began(workdir, name):
 
 
 def _finish(stage, workdir, state, evaluation, numbers, began, reporter, seed, recorder):
-    """Writes plots, samples and, last, the summary, which marks the stage as finished. Names lose their `eval_`."""
+    """Writes plots, samples and, last, the summary, which marks the stage as finished; its names have no `eval_`."""
     folder = workdir / stage.name
     found = stage.summarize(state, evaluation)
-    more = found.plot(metrics.read(folder / "metrics.jsonl"), folder / "plots")
+    more = found.plot(metrics.read(folder / "metrics.jsonl"), folder / "plots", workdir.name)
     workdir.write_lines(f"{stage.name}/samples.jsonl", found.samples)
-    numbers = {key.replace("eval_", ""): value for key, value in numbers.items()}
-    numbers |= found.numbers | more | {"steps": stage.config.steps}
-    numbers = {f"{stage.name}/{key.replace('eval_', '')}": value for key, value in numbers.items()}
+    numbers = numbers | found.numbers | more | {"steps": stage.config.steps}
+    numbers = {f"{stage.name}/{key}": value for key, value in numbers.items()}
     if recorder:
         recorder.finish(stage, numbers, found.samples)
     summary = write_summary(workdir, f"{stage.name}/summary.json", time.monotonic() - began, numbers, seed)

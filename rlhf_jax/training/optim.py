@@ -6,6 +6,7 @@ from typing import Any, NamedTuple
 import flax
 import jax
 import jax.numpy as jnp
+import numpy as np
 import optax
 
 from rlhf_jax.fields import choice, number
@@ -49,6 +50,11 @@ def schedule(config, updates):
     if config.warmup == 0:
         return after
     return optax.join_schedules([optax.linear_schedule(0.0, config.lr, config.warmup), after], [config.warmup])
+
+
+def rates(config, updates):
+    """The learning rate [updates] of each optimizer step."""
+    return np.broadcast_to(jax.jit(schedule(config, updates))(np.arange(updates)), updates)
 
 
 def adamw(config, updates):

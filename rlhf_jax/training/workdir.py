@@ -26,12 +26,14 @@ class Workdir:
     """The folder of a run. Raises InputError, in one line, where it cannot be written or read."""
 
     path: Path
+    name: str = ""  # of the run, as people call it; default: the folder's
     _lock: int | None = None
 
     def __post_init__(self):
         self.path = Path(self.path).expanduser().absolute()
         if self.path.exists() and not self.path.is_dir():
             raise InputError(f"workdir: {self.path}: expected a folder, got a file")
+        self.name = self.name or self.path.name
 
     def __truediv__(self, name: str) -> Path:
         return self.path / name

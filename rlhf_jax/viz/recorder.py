@@ -44,7 +44,7 @@ class Recorder:
         """Writes the arrays and texts of an evaluation of the state after `step` steps."""
         record = dict(evaluation.record or {})
         samples = record.pop("samples", [])
-        numbers = {f"{stage.name}/{name}": value for name, value in evaluation.numbers.items()}
+        numbers = {f"{stage.name}/eval_{name}": value for name, value in evaluation.numbers.items()}
         self._write(stage, "eval", step, record, numbers, {}, list(samples))
 
     def finish(self, stage, numbers, samples) -> None:

@@ -19,6 +19,7 @@ import pytest
 from rlhf_jax import checkpoint
 from rlhf_jax.report import metrics
 from rlhf_jax.training.checkpoint import by_name
+from tests.support import logged
 
 ROOT = Path(__file__).parents[2]
 FIELDS = {"data.made": 100, "data.length": 10, "evaluation.prompts": 8, "evaluation.batch": 8, "evaluation.samples": 0}
@@ -131,8 +132,7 @@ def left(workdir):
         kept = {name: value for name, value in summary.items() if not name.endswith("seconds")}
         found[str(path.relative_to(workdir))] = kept
     for stage in stages:
-        rows = metrics.read(workdir / stage / "metrics.jsonl")
-        found[f"{stage} metrics"] = [{name: row[name] for name in row if name != "time"} for row in rows]
+        found[f"{stage} metrics"] = logged(workdir, stage)
         found[f"{stage} samples"] = (workdir / stage / "samples.jsonl").read_text()
         found[f"{stage} checkpoints"] = sorted(path.name for path in (workdir / stage / "checkpoints").iterdir())
     return found
@@ -183,15 +183,15 @@ def test_killed_at_any_moment_it_loses_nothing(whole, start, tmp_path, request):
 def test_stopped_while_it_evaluates_it_loses_nothing(whole, start, tmp_path):
     """At the first of a stage, and at the same again where the run goes on; the best checkpoint is kept.
 
-    Pretraining has 5 evaluations, fine-tuning as many; policy gradient begins with one of the policy before it.
+    Pretraining has 6 evaluations, fine-tuning as many; policy gradient begins with one of the policy before it.
     """
     line, undisturbed, _ = whole
     place = (glob.escape(str(undisturbed.parent)) + "/evaluations", "changed")
     stopped = {"place": place, "number": signal.SIGTERM}
     log, line = tmp_path / "log", [*line, f"--workdir={tmp_path / 'run'}"]
-    for stage, count in ("pretrain", 1), ("rl", 11), ("rl", 2):
+    for stage, count in ("pretrain", 2), ("rl", 12), ("rl", 2):
         assert start(line, log, count=count, **stopped)[0] == 3, log.read_text()
-        assert len(metrics.read(tmp_path / "run" / stage / "metrics.jsonl")) == 2
+        assert len(metrics.read(tmp_path / "run" / stage / "metrics.jsonl")) == 3
     assert log.read_text().count("stopped after step 2 of 9; the same command goes on from there") == 3
     assert start(line, log)[0] == 0, log.read_text()
     assert "damaged" not in log.read_text()

@@ -132,6 +132,18 @@ def test_the_pace_is_that_of_the_last_steps(clock):
     assert lines(stream)[-1] == "ppo  100/200  1.00 s/step  1m40s left"
 
 
+def test_the_pace_leaves_out_the_first_step_of_this_start(clock):
+    """It compiles; before it, the evaluation of step 0 or the row of the checkpoint is shown."""
+    for start in 0, 5:
+        stream = io.StringIO()
+        reporter = Reporter(stream)
+        reporter.stage("ppo", start + 10, start=start)
+        for step, seconds in enumerate((1, 40, 2, 2), start=start):
+            clock[0] += seconds
+            reporter.update(step, {})
+        assert lines(stream)[-1].endswith("2.00 s/step  14s left")
+
+
 def test_an_evaluation_stays_until_the_next_one():
     stream = io.StringIO()
     reporter = Reporter(stream)

@@ -1,6 +1,9 @@
+import importlib.machinery
 import json
 import math
 import struct
+import sys
+import types
 
 import jax.numpy as jnp
 import numpy as np
@@ -8,9 +11,12 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 from tensorboardX.proto.event_pb2 import Event, SessionLog
+from tensorboardX.proto.plugin_hparams_pb2 import HParamsPluginData
 
+from rlhf_jax import config as configs
 from rlhf_jax.errors import InputError
-from rlhf_jax.report import metrics
+from rlhf_jax.report import metrics, trackers
+from tests.support import error
 
 
 def events(workdir):
@@ -161,16 +167,220 @@ def test_tensorboard_hides_the_steps_that_are_repeated(tmp_path):
     assert marks == [0, 1] and values == [1, 2]
 
 
+def test_tensorboard_has_a_text_once(tmp_path):
+    """On the disk before the numbers of its evaluation, it is not written by a run that repeats the step."""
+    rows = [{"completion": "c"}]
+    with metrics.Writer(tmp_path) as log:
+        log.samples(2, "a", rows)
+        assert [event.step for event in events(tmp_path) if event.HasField("summary")] == [2]
+        log.write(2, {"a/eval_x": 1.0})
+        log.write(3, {"a/x": 1.0})
+    with metrics.Writer(tmp_path, resume_step=1) as log:
+        for step in (2, 3):
+            log.samples(step, "a", rows)
+    assert [event.step for event in events(tmp_path) if event.HasField("summary")] == [2, 2, 3, 3]
+    metrics.Writer(tmp_path).close()
+    assert not [event for event in events(tmp_path) if event.HasField("summary")]  # a new run is not the old one's
+
+
 def test_tensorboard_is_flushed_while_the_run_goes_on(tmp_path, clock):
     with metrics.Writer(tmp_path) as log:
-        clock[0] += metrics.EVENTS_EVERY + 1
+        clock[0] += trackers.FLUSH_EVERY + 1
         log.write(1, {"x": 1.0})
         assert [event.step for event in events(tmp_path) if event.HasField("summary")] == [1]
 
 
+def test_tensorboard_has_all_that_is_before_a_checkpoint(tmp_path):
+    with metrics.Writer(tmp_path) as log:
+        log.write(1, {"x": 1.0})
+        log.flush()
+        assert [event.step for event in events(tmp_path) if event.HasField("summary")] == [1]
+
+
+def test_tensorboard_has_samples_as_text_and_the_config_as_hyperparameters(tmp_path):
+    config = {"ppo.lr": 0.5, "model.remat": False, "task": "write", "seed": 3}
+    rows = [{"prompt": "a\n\nb", "completion": "*c*\ud800", "score": 1.25}, {"prompt": "", "completion": "d"}]
+    with metrics.Writer(tmp_path, config=config) as log:
+        log.samples(4, "ppo", rows)
+        log.samples(5, "ppo", [])
+    first, second = [event for event in events(tmp_path) if event.HasField("summary")]
+    (value,) = first.summary.value
+    assert value.metadata.plugin_data.plugin_name == "hparams"
+    start = HParamsPluginData.FromString(value.metadata.plugin_data.content).session_start_info
+    assert {name: getattr(value, value.WhichOneof("kind")) for name, value in start.hparams.items()} == config
+    (value,) = second.summary.value
+    assert (second.step, value.tag, value.metadata.plugin_data.plugin_name) == (4, "ppo/samples/text_summary", "text")
+    assert value.tensor.string_val[0].decode() == (
+        "score 1.25\n\nprompt\n\n    a\n    \n    b\n\ncompletion\n\n    *c*\\ud800"
+        "\n\n---\n\nprompt\n\n    \n\ncompletion\n\n    d"
+    )
+
+
+# Programs that may be installed
+
+
+class Service:
+    """Stands in for the modules wandb and mlflow: remembers what it is given, run by run."""
+
+    def __init__(self, monkeypatch):
+        self.runs, self.fails = {}, False
+        wandb = types.SimpleNamespace(init=self.init, Settings=dict, Table=lambda columns, rows: (columns, rows))
+        entities = types.SimpleNamespace(
+            Metric=lambda name, number, now, step: (step, name, number), Param=lambda field, value: (field, value)
+        )
+        mlflow = types.SimpleNamespace(MlflowClient=lambda: self, entities=entities, get_tracking_uri=lambda: "here")
+        for name, module in (("wandb", wandb), ("mlflow", mlflow)):
+            module.__spec__ = importlib.machinery.ModuleSpec(name, None, origin="here")
+            monkeypatch.setitem(sys.modules, name, module)
+
+    def begin(self, key, name, config):
+        self.runs.setdefault(key, {"name": name, "config": config, "rows": [], "texts": [], "ended": []})
+        return key
+
+    # wandb
+
+    def init(self, *, project, name, id, resume, dir, config, settings):
+        assert (project, resume) == ("rlhf_jax", "allow")
+        run = types.SimpleNamespace(
+            id=self.begin(id or f"wandb{len(self.runs)}", name, config), offline=True, dir=f"{dir}/files"
+        )
+        run.define_metric = lambda name, step_metric: None
+        run.log = lambda values: self.add(
+            run.id, values["step"], {name: values[name] for name in values.keys() - {"step"}}
+        )
+        run.finish = lambda exit_code: self.runs[run.id]["ended"].append(exit_code)
+        return run
+
+    def add(self, key, step, values):
+        if self.fails:
+            raise ConnectionError("no network\nat all")
+        for name, value in values.items():
+            self.runs[key]["texts" if isinstance(value, tuple) else "rows"].append((step, name, value))
+
+    # mlflow
+
+    def get_experiment_by_name(self, name):
+        return None
+
+    def create_experiment(self, name):
+        return name
+
+    def create_run(self, experiment, run_name):
+        assert experiment == "rlhf_jax"
+        key = self.begin(f"mlflow{len(self.runs)}", run_name, {})
+        return types.SimpleNamespace(info=types.SimpleNamespace(run_id=key))
+
+    def update_run(self, key, status):
+        assert key in self.runs
+
+    def log_batch(self, key, metrics=(), params=()):
+        self.add(key, None, {})
+        self.runs[key]["rows"] += metrics
+        self.runs[key]["config"] |= params
+
+    def log_text(self, key, text, path):
+        self.add(key, 0, {path: (text,)})
+
+    def set_terminated(self, key, status):
+        self.runs[key]["ended"].append(status)
+
+
+@pytest.fixture
+def service(monkeypatch):
+    return Service(monkeypatch)
+
+
+SAMPLE = [{"prompt": "p", "completion": "c", "score": 1.0}]
+
+
+@pytest.mark.parametrize("name", ["wandb", "mlflow"])
+def test_another_program_gets_each_number_once(name, service, tmp_path):
+    """The rows that a resumed run repeats are there already; a new run in the folder is another one there."""
+    parts = {"log": name, "name": "demo/a", "config": {"ppo.lr": 0.5}}
+    with pytest.raises(KeyboardInterrupt), metrics.Writer(tmp_path, **parts) as log:
+        for step in range(3):
+            log.write(step, {"a/x": step} | ({"a/eval_x": 0} if step == 2 else {}))
+        log.samples(2, "a", SAMPLE)
+        raise KeyboardInterrupt
+    with metrics.Writer(tmp_path, resume_step=0, **parts) as log:
+        for step in range(1, 5):
+            log.write(step, {"a/x": step, "a/y": 9})
+            log.samples(step, "a", SAMPLE)
+    (run,) = service.runs.values()
+    assert run["name"] == "demo/a" and {field: str(value) for field, value in run["config"].items()} == {
+        "ppo.lr": "0.5"
+    }
+    assert [row for row in run["rows"] if row[1] == "a/x"] == [(step, "a/x", step) for step in range(5)]
+    assert [step for step, name, _ in run["rows"] if name == "a/y"] == [1, 2, 3, 4]
+    assert len(run["texts"]) == 4 and len(run["ended"]) == 2 and run["ended"][0] != run["ended"][1]
+    metrics.Writer(tmp_path, **parts).close()
+    assert len(service.runs) == 2
+
+
+def test_a_program_that_fails_ends_no_run(service, tmp_path):
+    notes = []
+    with metrics.Writer(tmp_path, log="tensorboard,wandb, mlflow", note=notes.append) as log:
+        service.fails = True
+        for step in range(3):
+            log.write(step, {"x": 1.0})
+        log.samples(2, "a", SAMPLE)
+    failed = [note for note in notes if "failed" in note]
+    assert failed == [
+        f"log: {name} failed (ConnectionError: no network); metrics.jsonl has everything"
+        for name in ("wandb", "mlflow")
+    ]
+    assert len(metrics.read(tmp_path / "metrics.jsonl")) == 3 and (tmp_path / "tensorboard").exists()
+
+
+def test_a_program_that_does_not_start_is_an_error(service, tmp_path):
+    service.init = None
+    sys.modules["wandb"].init = service.init
+    message = error(metrics.Writer, tmp_path, log="wandb")
+    assert message == "log: wandb did not start (TypeError: 'NoneType' object is not callable)"
+
+
+@pytest.mark.parametrize(
+    ("log", "expected"),
+    [
+        ("tensorbord", "log: expected tensorboard, wandb, mlflow, or several of them with commas, got 'tensorbord'"),
+        ("tensorboard,wandb", "log: expected wandb to be installed (pip install wandb), got 'tensorboard,wandb'"),
+        ("mlflow", "log: expected mlflow to be installed (pip install mlflow), got 'mlflow'"),
+    ],
+)
+def test_what_cannot_be_logged_to_is_an_error_before_anything_is_written(log, expected, tmp_path, monkeypatch):
+    (tmp_path / "wandb").mkdir()  # a folder that wandb has left is no module
+    monkeypatch.syspath_prepend(tmp_path)
+    monkeypatch.setattr(trackers.importlib.util, "find_spec", absent(trackers.importlib.util.find_spec))
+    assert error(configs.check, configs.Config(log=log)) == expected
+    assert error(metrics.Writer, tmp_path / "run", log=log) == expected
+    assert not (tmp_path / "run" / "metrics.jsonl").exists()
+
+
+def absent(find_spec):
+    """find_spec where neither is installed; a folder is still found."""
+    return lambda name: found if (found := find_spec(name)) and not found.origin else None
+
+
+def test_several_trackers_and_none(tmp_path):
+    assert trackers.chosen(" tensorboard,tensorboard ,wandb,") == ["tensorboard", "wandb"]
+    with metrics.Writer(tmp_path, log="") as log:
+        log.write(1, {"x": 1.0})
+    assert [path.name for path in tmp_path.iterdir()] == ["metrics.jsonl"]
+
+
+def test_the_peak_of_the_fullest_device(monkeypatch):
+    devices = [types.SimpleNamespace(memory_stats=lambda n=n: n and {"peak_bytes_in_use": n}) for n in (3, 7, None)]
+    monkeypatch.setattr(metrics.jax, "local_devices", lambda: devices)
+    process, device = metrics.peak_memory()
+    assert process > 1e7 and device == 7
+    devices[:2] = []
+    assert metrics.peak_memory()[1] is None
+
+
 def test_summary_is_sorted_json(tmp_path):
     path = tmp_path / "summary.json"
-    metrics.summarize(path, {"b": jnp.float32(0.5), "a": {"ci95": (np.float64(0.25), math.inf), "n": 3, "name": "x"}})
+    interval = np.float64(0.25), np.float64("inf")
+    metrics.summarize(path, {"b": jnp.float32(0.5), "a": {"ci95": interval, "n": 3, "name": "x"}})
     text = path.read_text()
     assert json.loads(text) == {"a": {"ci95": [0.25, None], "n": 3, "name": "x"}, "b": 0.5}
     assert text.index('"a"') < text.index('"b"') and len(text.splitlines()) > 5

@@ -3,21 +3,17 @@ import numpy as np
 import pytest
 from hypothesis import given
 from hypothesis import strategies as st
+from matplotlib.figure import Figure
 from matplotlib.image import imread
 
 from rlhf_jax.report import plots
 
 
 @pytest.fixture(scope="module", autouse=True)
-def drawn(pictures):
+def files(pictures):
     """Here pictures are drawn."""
     with pictures():
         yield
-
-
-# Metrics of a first PPO iteration, in which nothing has changed yet.
-FIRST = {f"ppo/{name}": 0.0 for name in plots.RL if name != "ess"}
-FIRST |= {"ppo/ess_last": 0.0, "ppo/kl_k3": 0.0, "ppo/kl_exact": 0.0}
 
 
 def rows(n=80, every=20, **curves):
@@ -52,7 +48,7 @@ def is_picture(path):
     return 300 < height < 3000 and 500 < width < 3000 and 5_000 < path.stat().st_size < 1_000_000
 
 
-SFT = rows(sft__loss=lambda s: 5 / s, sft__eval_loss=lambda s: 6 / s, sft__gold=lambda s: s / 100)
+SFT = rows(sft__loss=lambda s: 5 / s, sft__eval_loss=lambda s: 6 / s, sft__eval_gold=lambda s: s / 100)
 REWARD = rows(
     reward__loss=lambda s: 0.7 / s, reward__accuracy=lambda s: 1 - 0.5 / s, reward__eval_accuracy=lambda s: 0.75,
     reward__eval_loss=lambda s: 0.4, reward__margin=lambda s: s / 50,
@@ -60,17 +56,15 @@ REWARD = rows(
 PPO = rows(
     ppo__score=lambda s: s / 40, ppo__eval_score=lambda s: s / 50, ppo__gold=lambda s: 0.5 + s * (120 - s) / 2e4,
     ppo__kl=lambda s: s / 8, ppo__kl_exact=lambda s: s / 8.1, ppo__kl_k3=lambda s: s / 7.9,
-    ppo__clip_fraction=lambda s: 0.1, ppo__length=lambda s: 12, ppo__eos_rate=lambda s: 0.95,
-    ppo__explained_variance=lambda s: 1 - 1 / s, ppo__policy_loss=lambda s: -0.01, ppo__value_loss=lambda s: 1 / s,
-    ppo__approx_kl=lambda s: 0.001, ppo__entropy=lambda s: 1 / s,
+    ppo__length=lambda s: 12,
 )  # fmt: skip
 
 
 def test_supervised_plots_training_and_held_out_loss(tmp_path):
     figure = plots.supervised(SFT, tmp_path / "plots" / "sft.png")
     curves = plotted(figure)
-    assert curves.keys() == {"sft/loss", "sft/eval_loss", "sft/gold"}
-    np.testing.assert_array_equal(curves["sft/eval_loss"], [[20, 40, 60, 80], [6 / 20, 6 / 40, 6 / 60, 6 / 80]])
+    assert curves.keys() == {"loss", "eval_loss", "eval_gold"}
+    np.testing.assert_array_equal(curves["eval_loss"], [[20, 40, 60, 80], [6 / 20, 6 / 40, 6 / 60, 6 / 80]])
     assert figure.axes[0].get_xlabel() == "training step" and "nats per token" in figure.axes[0].get_ylabel()
     assert [line.get_marker() for line in figure.axes[0].lines] == ["None", "None", "o"]
     assert "held out 0.075" in texts(figure)
@@ -80,14 +74,13 @@ def test_supervised_plots_training_and_held_out_loss(tmp_path):
 def test_what_was_not_measured_is_left_out(tmp_path):
     some = [{"step": 1, "time": 0.1, "sft/loss": 2.0, "sft/eval_loss": np.nan}, {"step": 2, "time": 0.2}]
     figure = plots.supervised(some, tmp_path / "sft.png")
-    assert plotted(figure).keys() == {"sft/loss"} and len(figure.axes) == 1
+    assert plotted(figure).keys() == {"loss"} and len(figure.axes) == 1
     assert texts(figure) == ["2"]  # a curve alone in its panel needs no name
 
 
 def test_reward_is_plotted_with_a_coin_flip(tmp_path):
     figure = plots.reward(REWARD, tmp_path / "reward.png")
-    metrics = {"loss", "eval_loss", "accuracy", "eval_accuracy", "margin"}
-    assert plotted(figure).keys() == {f"reward/{name}" for name in metrics}
+    assert plotted(figure).keys() == {"loss", "eval_loss", "accuracy", "eval_accuracy", "margin"}
     levels = [axes.lines[0].get_ydata()[0] for axes in figure.axes[:2]]
     np.testing.assert_allclose(levels, [np.log(2), 0.5])
     assert texts(figure).count("coin flip") == 2 and is_picture(tmp_path / "reward.png")
@@ -104,8 +97,7 @@ def test_rl_plots_a_dashboard_and_a_file_per_panel(ppo):
     figures, folder = ppo
     names = {name.removeprefix("ppo/") for name in PPO[19] if name.startswith("ppo/")}
     assert plotted(figures["ppo"]).keys() == names
-    absent = {"reward", "distinct2", "repeat_rate", "ess"}  # of other runs
-    assert figures.keys() == plots.RL.keys() - absent | {"over_optimization", "ppo"}
+    assert figures.keys() == {"score", "gold", "kl", "length", "over_optimization", "ppo"}  # the rest is of other runs
     assert {path.stem for path in folder.iterdir()} == figures.keys()
     assert all(is_picture(path) for path in folder.iterdir())
     assert plotted(figures["kl"]).keys() == {"kl", "kl_k3", "kl_exact"}
@@ -131,13 +123,80 @@ def test_over_optimization_has_score_and_gold_over_kl_on_two_axes(ppo):
     assert middle - low == pytest.approx((high - low) / 2)
 
 
-def test_a_value_that_diverges_does_not_hide_the_others(tmp_path):
-    values = [-80.0, 0.2, 0.5, 0.9]
-    some = [{"step": s, "time": s, "ppo/explained_variance": value} for s, value in enumerate(values)]
-    low, high = plots.rl(some, tmp_path, "ppo")["explained_variance"].axes[0].get_ylim()
+def drawn(panel, rows):
+    """The axes of one panel, without a file."""
+    axes = Figure().add_subplot()
+    plots._panel(axes, panel, rows, "iteration")
+    return axes
+
+
+def at(*values, name="explained_variance"):
+    return [{"step": step, "time": step, name: value} for step, value in enumerate(values)]
+
+
+def test_a_value_that_diverges_does_not_hide_the_others_and_the_cut_axis_says_so():
+    axes = drawn(plots.RL["explained_variance"], at(-80.0, 0.2, np.nan, 0.9))
+    low, high = axes.get_ylim()
     assert low == -1 and 0.9 < high <= 1.01
-    low, high = plots.rl(some[:1], tmp_path, "ppo")["explained_variance"].axes[0].get_ylim()
-    assert low < -80 < high  # without other values, it is shown
+    assert axes.get_ylabel().endswith("(axis cut, values to \N{MINUS SIGN}80)")
+    assert "cut" not in drawn(plots.RL["explained_variance"], at(0.2, 0.9)).get_ylabel()
+    low, high = (axes := drawn(plots.RL["explained_variance"], at(-80.0, -3.0))).get_ylim()
+    assert low < -80 and high > -3 and "cut" not in axes.get_ylabel()  # without other values, they are shown
+
+
+def test_a_point_between_gaps_is_seen():
+    line = drawn(plots.RL["kl_coef"], at(1.0, 2.0, np.nan, 3.0, np.nan, name="kl_coef")).lines[0]
+    assert line.get_marker() == "o" and line.get_markevery() == [3]
+
+
+def test_the_learning_rate_is_plotted_as_it_is():
+    values = np.linspace(0, 1, 200) ** 2
+    axes = drawn(plots.LR, at(*values, name="lr"))
+    assert len(axes.lines) == 1 and axes.lines[0].get_ydata().tolist() == values.tolist()
+    assert [text.get_text() for text in axes.texts] == ["1"]
+
+
+def test_the_kept_policy_has_a_ring_around_its_dot():
+    """The last evaluation is that policy's, which is of step 10."""
+    some = [{"step": step, "time": 0, "eval_reward": step / 10} for step in (0, 10, 20)]
+    some.append({"step": 20, "time": 0, "eval_reward": 1.0, "eval_best_step": 10.0})
+    axes = drawn(plots.RL["reward"], some)
+    ring, dots = axes.lines
+    assert (ring.get_xdata(), ring.get_ydata()) == ([10], [1]) and ring.get_markerfacecolor() == "none"
+    assert dots.get_xdata().tolist() == [0, 10, 20] and dots.get_zorder() > ring.get_zorder()
+    assert [text.get_text() for text in axes.texts] == ["1"]
+
+
+def test_a_reward_of_several_parts_has_a_panel_of_them():
+    some = [{"step": 1, "time": 0, "reward": 3.0, "reward_brief": 1.0, "reward_ci95": 1, "reward_brief_ci95": 1,
+             "reward_a_very_long_name_of_a_part": 2.0, "eval_reward_brief": 0.0}]  # fmt: skip
+    panel = plots._components(some)
+    assert [curve.name for curve in panel.curves] == ["reward_brief", "reward_a_very_long_name_of_a_part"]
+    assert [text.get_text() for text in drawn(panel, some).texts] == ["brief 1", "a_ver..._part 2"]
+    assert not plots._components(at(1.0, name="reward")).curves
+
+
+def test_the_parts_of_a_path_say_which_way_it_goes():
+    """A hollow circle at the first of 9 points, a full one at the last, arrows at a quarter, half, three quarters."""
+    points_N3 = np.array([[kl, kl / 2, 1 - kl] for kl in (0.01, 1, 2, 3, 2, 1, 2, 3, 4)])
+    axes = Figure().add_subplot()
+    plots._twins(axes, points_N3, over_kl=True)
+    *_, start, end = axes.lines
+    assert (start.get_xdata(), start.get_markerfacecolor()) == ([0.01], "white")
+    assert (end.get_xdata(), end.get_markerfacecolor()) == ([4], plots.BLUE)
+    arrows = [(text.xyann[0], text.xy[0]) for text in axes.texts]
+    assert arrows == [(2, 3), (2, 1), (2, 3)]
+    assert len(axes.get_xticks()) > 2 and "first iteration" in axes.get_xlabel()
+
+
+def test_titles_name_the_run_and_its_task(tmp_path):
+    figure = plots.supervised(SFT[:2], tmp_path / "a.png", title="demo: sft on summarize")
+    assert figure.get_suptitle() == "demo: sft on summarize"
+    figure = plots.reward(REWARD[:2], tmp_path / "b.png", title=f"{'x' * 200}: reward on summarize")
+    assert len(figure.get_suptitle()) < 110 and figure.get_suptitle().endswith("reward on summarize")
+    win_rate = (0.5, (0.1, 0.9))
+    figure = plots.before_after([0.5], [0.5], tmp_path / "c.png", name="score", win_rate=win_rate, title="demo")
+    assert figure.get_suptitle().startswith("demo\nWin rate of PPO over SFT: 50%")
 
 
 def test_pipeline_is_the_run_in_four_panels(tmp_path):
@@ -145,7 +204,7 @@ def test_pipeline_is_the_run_in_four_panels(tmp_path):
     assert [axes.get_title("left") for axes in figure.axes if axes.get_title("left")] == [
         "Fine-tuning loss", "Reward model accuracy", "Learned and gold score", "KL from the reference",
     ]  # fmt: skip
-    assert {"sft/loss", "reward/accuracy", "score", "gold", "kl"} <= plotted(figure).keys()
+    assert {"loss", "accuracy", "score", "gold", "kl"} <= plotted(figure).keys()
     assert figure.get_suptitle() == "A run" and is_picture(tmp_path / "run.png")
 
 
@@ -163,7 +222,7 @@ def test_pipeline_of_a_reward_without_a_model_shows_what_it_cost(tmp_path):
     )  # fmt: skip
     pretrain = rows(pretrain__loss=lambda s: 5 / s)
     figure = plots.pipeline({"pretrain": pretrain, "sft": SFT, "rl": some}, tmp_path / "run.png", "A run")
-    assert plotted(figure).keys() >= {"pretrain/loss", "sft/loss", "reward", "kl", "distinct2", "repeat_rate"}
+    assert plotted(figure).keys() >= {"loss", "reward", "kl", "distinct2", "repeat_rate"}
     curve = [(1, 0.2, 0.0), (2, 0.4, 0.2), (4, 0.6, 0.6)]
     figures = plots.rl(some, tmp_path, "rl", best_of_n=curve)
     assert plotted(figures["reward_over_kl"]).keys() == {"best of n", "policy", "kept"}
@@ -177,7 +236,7 @@ def test_before_after_shows_both_distributions_and_the_changes(tmp_path):
     distributions, changes = figure.axes
     assert plotted(figure).keys() == {"SFT", "PPO"}
     assert plotted(figure)["PPO"][1].tolist() == [1, 0.75, 0.5, 0.25, 0]  # all are >= 0.5, three of four are >= 0.6
-    assert texts(figure) == ["SFT, mean 0.525", "PPO, mean 0.7"]
+    assert texts(figure) == ["SFT 0.525", "PPO 0.7"]
     assert "50% better, 25% worse" in changes.get_xlabel()
     better, worse = (patch.get_data().values for patch in changes.patches)
     np.testing.assert_allclose(better, [0.5, 0.3, 0, 0])
@@ -195,12 +254,15 @@ def test_no_rows_plot_nothing(tmp_path):
 
 
 def test_one_iteration_can_be_plotted(tmp_path):
-    figures = plots.rl([{"step": 0, "time": 0.0, **FIRST}], tmp_path, "ppo")
-    assert {name.removeprefix("ppo/") for name in FIRST} <= plotted(figures["ppo"]).keys()
-    assert [line.get_marker() for line in figures["score"].axes[0].lines] == ["None", "o"]  # one point needs a marker
-    heights = sorted(label.xy[1] for label in figures["kl"].axes[0].texts)
+    """Nothing has changed in it yet: every value is 0."""
+    names = {curve.name for panel in plots.RL.values() for curve in panel.curves}
+    some = [{"step": 0, "time": 0.0} | dict.fromkeys(sorted(names), 0.0)]
+    panels = {name: drawn(panel, some) for name, panel in plots.RL.items()}
+    assert names <= {line.get_label() for axes in panels.values() for line in axes.lines}
+    assert [line.get_marker() for line in panels["entropy"].lines] == ["None", "o"]  # one point needs a marker
+    heights = sorted(label.xy[1] for label in panels["kl"].texts)
     assert min(np.diff(heights)) > 0.07  # three zeros, three labels
-    plots.before_after([0.5], [0.5], tmp_path / "d.png", name="score", win_rate=(0.5, (0.1, 0.9)))
+    assert plots.rl([row | {"ppo/score": 0, "ppo/gold": 0, "ppo/kl": 0} for row in at(0.0)], tmp_path, "ppo")
 
 
 def test_matplotlib_is_left_as_it_was(tmp_path):

@@ -20,9 +20,10 @@ from rlhf_jax.config import Reward, Supervised
 from rlhf_jax.data import sources
 from rlhf_jax.data.tldr import format_query
 from rlhf_jax.models import gpt2
+from rlhf_jax.report import metrics
 from rlhf_jax.rewards import gold
 from rlhf_jax.text import bpe
-from rlhf_jax.training import guard, loop
+from rlhf_jax.training import guard, loop, optim
 from rlhf_jax.training.fit import fit
 from rlhf_jax.training.guard import NonFinite
 from rlhf_jax.viz.rescore import rescore
@@ -105,7 +106,7 @@ def test_its_trace_is_proved(whole):
     others = ("000001", "000002", "000004", "000006")
     expected = {f"ppo_iter_{step}" for step in steps} | {f"ppo_eval_{step}" for step in evaluations} | {"manifest.json"}
     expected |= {f"{stage}_iter_{step}" for stage in ("sft", "reward") for step in others}
-    expected |= {f"{stage}_eval_{step}" for stage in ("sft", "reward") for step in evaluations[1:]}
+    expected |= {f"{stage}_eval_{step}" for stage in ("sft", "reward") for step in evaluations}
     assert names == expected | {f"{stage}_end" for stage in STAGES}
     results = {each.identity: each for each in verify(whole.workdir)}
     assert {name: each.breach for name, each in results.items() if each.breach} == {}
@@ -143,14 +144,45 @@ def test_the_summary_has_what_was_promised(whole):
 def test_every_step_is_logged_once_and_the_last_evaluation_after_it(whole):
     for stage in STAGES:
         rows = logged(whole.workdir, stage)
-        assert [row["step"] for row in rows] == [1, 2, 3, 4, 5, 6, 6]
-        assert [any("eval" in name for name in row) for row in rows] == [0, 1, 0, 1, 0, 0, 1]
+        assert [row["step"] for row in rows] == [0, 1, 2, 3, 4, 5, 6, 6]
+        evaluated = [all(name.startswith(f"{stage}/eval_") for name in row if name != "step") for row in rows]
+        assert evaluated == [1, 0, 0, 0, 0, 0, 0, 1]
+        assert [any("eval_" in name for name in row) for row in rows] == [1, 0, 1, 0, 1, 0, 0, 1]
+        kept = rows[0].keys() - {"step"}  # what is measured at the end is measured at the start
+        assert kept and kept <= rows[2].keys() and kept <= rows[-1].keys()
+
+
+def test_step_0_is_the_state_before_training(whole):
+    """That of PPO is the policy that the summary compares with."""
+    for name in ("score", "gold", "kl_exact"):
+        assert logged(whole.workdir, "ppo")[0][f"ppo/eval_{name}"] == whole.summary[f"ppo/{name}_sft"]
+    stage = whole.steps.make("sft")
+    numbers = loop.named(stage, stage.evaluate(stage.state).numbers, "eval_")
+    assert logged(whole.workdir, "sft")[0] == {"step": 0} | numbers
+
+
+def test_each_step_logs_its_rate_its_seconds_and_the_memory(whole):
+    for stage in STAGES:
+        rows = metrics.read(whole.workdir / stage / "metrics.jsonl")[1:7]
+        config = whole.steps.make(stage).config
+        each = getattr(config, "epochs", 1) * getattr(config, "minibatches", 1)
+        expected = optim.rates(config, 6 * each)[::each]
+        np.testing.assert_allclose([row[f"{stage}/lr"] for row in rows], expected, rtol=1e-6)
+        for row in rows:
+            seconds = row[f"{stage}/seconds"]
+            parts = [row.get(f"{stage}/seconds_{part}", 0) for part in ("collect", "reward", "learn")]
+            assert seconds > 0 and row[f"{stage}/tokens_per_second"] > 0 and row[f"{stage}/host_memory_gib"] > 0.1
+            assert sum(parts) == (pytest.approx(seconds, rel=1e-2) if stage == "ppo" else 0) and min(parts) >= 0
+            assert f"{stage}/device_memory_gib" not in row  # a CPU has none of its own
+    batch, row = whole.steps.make("ppo").batch_at(0), logged(whole.workdir, "ppo")[1]
+    tokens = np.asarray(batch["prompt_mask_BP"]).sum() + 8 * row["ppo/length"]
+    assert whole.steps.make("ppo").tokens(batch, {"length": row["ppo/length"]}) == pytest.approx(tokens)
 
 
 def test_what_was_reported(whole):
     assert whole.reporter.stages == [(stage, 6, 0) for stage in STAGES]
-    # At steps 2, 4 and 6 of PPO; fine-tuning and the reward model have none to show.
-    assert [len(rows) for rows in whole.reporter.shown if rows] == [2, 2, 2]
+    # At steps 2, 4 and 6 of fine-tuning and of PPO; the reward model has none to show.
+    assert [len(rows) for rows in whole.reporter.shown if rows] == [2] * 6
     (table,) = whole.reporter.tables
     for name, before, after, change, interval in table:
         assert (before, after) == (whole.summary[f"ppo/{name}_sft"], whole.summary[f"ppo/{name}"])
@@ -164,9 +196,9 @@ def test_the_total_of_a_sample_is_what_ppo_maximizes(whole):
     """Invariant 7: with the KL coefficient of the moment, which the controller moves, and the score after the rule for
     a missing EOS."""
     rows = logged(whole.workdir, "ppo")
-    coefficients = [rows[2]["ppo/kl_coef"], rows[4]["ppo/kl_coef"], float(last(whole.steps, "ppo")["kl_coef"])]
+    coefficients = [rows[3]["ppo/kl_coef"], rows[5]["ppo/kl_coef"], float(last(whole.steps, "ppo")["kl_coef"])]
     assert len({0.05, *coefficients}) == 4
-    for shown, kl_coef in zip([rows for rows in whole.reporter.shown if rows], coefficients, strict=True):
+    for shown, kl_coef in zip([rows for rows in whole.reporter.shown if rows][3:], coefficients, strict=True):
         for row in shown:
             assert row.keys() == {"prompt", "completion", "score", "kl", "total", "gold"}
             assert row["total"] + kl_coef * row["kl"] in (pytest.approx(row["score"]), pytest.approx(-1))
@@ -184,7 +216,8 @@ def test_a_finished_run_is_left_alone(whole, config):
     summary = pipeline.run(config, whole.workdir, reporter)
     assert times() == before
     assert reporter.stages == []
-    assert reporter.notes[-3:] == [f"{stage}: finished with this config, skipped" for stage in STAGES]
+    assert reporter.notes[-5:-2] == [f"{stage}: finished with this config, skipped" for stage in STAGES]
+    assert [note.split(":")[0] for note in reporter.notes[-2:]] == ["results", "next"]
     assert numbers(summary) == numbers(whole.summary)
 
 
@@ -223,7 +256,7 @@ def test_the_reward_models_loss_is_of_the_model_as_it_was_trained_and_the_normal
     margin_N = np.array([row["score_chosen"] - row["score_rejected"] for row in samples(whole.workdir, "reward")])
     raw_N = margin_N * whole.summary["reward/reference_std"]
     evaluated = [row for row in logged(whole.workdir, "reward") if "reward/eval_loss" in row]
-    assert [row["step"] for row in evaluated] == [2, 4, 6]
+    assert [row["step"] for row in evaluated] == [0, 2, 4, 6]
     assert [row["step"] for row in evaluated if "reward/eval_loss_normalized" in row] == [6]
     final = evaluated[-1]
     assert final["reward/eval_loss"] == pytest.approx(np.logaddexp(0, -raw_N).mean(), rel=1e-4)
@@ -282,12 +315,12 @@ def test_ppo_is_compared_with_its_start_on_the_same_held_out_prompts(whole):
     assert summary["ppo/gold_sft_sd"] == pytest.approx(np.std(gold_of["sft"]))
     assert summary["ppo/win_rate"] == np.mean((gains > 0) + (gains == 0) / 2)
     assert summary["ppo/win_rate_ci95"][0] < summary["ppo/win_rate"] < summary["ppo/win_rate_ci95"][1]
-    assert summary["ppo/clip_fraction"] == logged(whole.workdir, "ppo")[5]["ppo/clip_fraction"]
+    assert summary["ppo/clip_fraction"] == logged(whole.workdir, "ppo")[6]["ppo/clip_fraction"]
 
 
 def test_the_first_update_is_logged_epoch_by_epoch(whole):
     """As running means, so that the last is what is logged of the whole update."""
-    first, second, *_ = logged(whole.workdir, "ppo")
+    first, second = logged(whole.workdir, "ppo")[1:3]
     for name in "ppo/approx_kl", "ppo/clip_fraction":
         traced = whole.summary[f"{name}_first_update"]
         assert traced == [first[f"{name}_epoch_{epoch}"] for epoch in (1, 2, 3)] == sorted(traced)
@@ -299,7 +332,7 @@ def test_ppo_starts_where_fine_tuning_ended(whole):
 
     What is logged is summed over a response; an estimator is of a token.
     """
-    first, second, *_ = logged(whole.workdir, "ppo")
+    first, second = logged(whole.workdir, "ppo")[1:3]
     for name in ("kl", "kl_k2", "kl_k3", "kl_exact"):
         assert abs(first[f"ppo/{name}"]) / first["ppo/length"] <= 1e-6
     for name in ("kl", "kl_exact"):
@@ -310,7 +343,7 @@ def test_ppo_starts_where_fine_tuning_ended(whole):
 
 def test_what_is_never_negative(whole):
     """invariant 15"""
-    for row in logged(whole.workdir, "ppo")[:6]:
+    for row in logged(whole.workdir, "ppo")[1:7]:
         assert row["ppo/entropy"] >= 0 and row["ppo/kl_exact"] >= 0 and row["ppo/kl_k3"] >= 0
         assert row["ppo/kl_coef"] >= 0 and row["ppo/explained_variance"] <= 1
 
@@ -362,7 +395,7 @@ def test_a_policy_that_does_not_learn_stays_where_it_was(whole, tmp_path):
     still = {"lr": 1e-30, "epochs": 1, "minibatches": 1, "value_init": "zero", "steps": 3}
     steps = branch(whole.steps, tmp_path, "sft", "reward", ppo=still)
     summary = steps.one("ppo")
-    rows = logged(tmp_path, "ppo")[:3]
+    rows = logged(tmp_path, "ppo")[1:4]
     for row in rows:
         for name in ("kl", "kl_k2", "kl_k3", "kl_exact"):
             assert abs(row[f"ppo/{name}"]) / row["ppo/length"] <= 1e-6
@@ -379,14 +412,14 @@ def test_dropout_is_for_fine_tuning_alone(whole, config, tmp_path):
     noisy = stages(changed(config, model={"dropout": 0.5}), tmp_path / "noisy")
     noisy.one("sft")
     ours, theirs = logged(tmp_path / "noisy", "sft"), logged(whole.workdir, "sft")
-    assert all(a["sft/loss"] != b["sft/loss"] for a, b in zip(ours[:6], theirs[:6], strict=True))
+    assert all(a["sft/loss"] != b["sft/loss"] for a, b in zip(ours[1:7], theirs[1:7], strict=True))
     steps = branch(whole.steps, tmp_path / "run", "sft", "reward", model={"dropout": 0.5})
     for name in "reward", "ppo":
         stage = steps.make(name)
         state = stage.state
         for i in range(3):
             done = stage.step(state, stage.batch_at(i))
-            state, row = done.state, logged(whole.workdir, name)[i]
+            state, row = done.state, logged(whole.workdir, name)[i + 1]
             assert {f"{name}/{key}": float(value) for key, value in done.numbers.items()}.items() <= row.items()
 
 
@@ -398,7 +431,7 @@ def test_the_seed_decides_everything(whole, config, tmp_path):
     assert_trees_equal(trained(again, "sft", "policy"), trained(whole.steps, "sft", "policy"))
     other = stages(changed(config, seed=2), tmp_path / "other")
     other.one("sft")
-    assert logged(other.workdir.path, "sft")[0]["sft/loss"] != logged(whole.workdir, "sft")[0]["sft/loss"]
+    assert logged(other.workdir.path, "sft")[1]["sft/loss"] != logged(whole.workdir, "sft")[1]["sft/loss"]
     assert differ(trained(other, "sft", "policy"), trained(whole.steps, "sft", "policy"))
 
 
@@ -421,7 +454,7 @@ def test_a_run_that_was_stopped_in_every_stage_ends_as_one_that_was_not(whole, c
     summary = steps.all()
     assert reporter.stages == [("ppo", 6, 2)] and "ppo: goes on after step 2" in reporter.notes
     assert numbers(summary) == numbers(whole.summary)
-    assert len({row["ppo/kl_coef"] for row in logged(tmp_path, "ppo")[:6]}) > 1  # the controller's state is saved too
+    assert len({row["ppo/kl_coef"] for row in logged(tmp_path, "ppo")[1:7]}) > 1  # the controller's state is saved too
     for stage in STAGES:
         assert logged(tmp_path, stage) == logged(whole.workdir, stage)
         assert samples(tmp_path, stage) == samples(whole.workdir, stage)
@@ -645,7 +678,7 @@ def test_updates_may_be_skipped_up_to_a_limit(limit, whole, config, tmp_path):
             run_stage(steps, stage)
         return
     run_stage(steps, stage)
-    assert [row["sft/skipped"] for row in logged(tmp_path, "sft")[:4]] == [0, 1, 2, 2]
+    assert [row["sft/skipped"] for row in logged(tmp_path, "sft")[1:5]] == [0, 1, 2, 2]
     assert sorted(path.name for path in (tmp_path / "incident").iterdir()) == ["sft-2", "sft-3"]
     assert sum("skipped, " in note for note in steps.reporter.notes) == 2
     assert checkpoint.load(tmp_path / "sft", 4)["step"] == 4
@@ -679,7 +712,8 @@ def test_ppo_learns_by_any_reward_without_a_reward_model(kind, whole, tmp_path):
     steps = branch(whole.steps, tmp_path / "run", "sft", **changes)
     assert configs.stages(steps.config) == ["sft", "ppo"]
     summary = steps.all()
-    first, *_ = rows = logged(tmp_path / "run", "ppo")
+    rows = logged(tmp_path / "run", "ppo")[1:3]
+    first = rows[0]
     assert first["ppo/value"] == 0 and rows[1]["ppo/value"] != 0
     assert not (tmp_path / "run" / "reward").exists() and not [name for name in first if name == "ppo/score"]
     assert last(steps, "ppo").get("reward") is None
@@ -750,9 +784,9 @@ def test_rows_of_files_go_all_the_way(files):
 
 def test_a_policy_gradient_learns_by_a_reward_model(files):
     rows = logged(files.workdir, "policy_gradient")
-    assert [row["step"] for row in rows] == [1, 2, 3, 4, 5, 6, 6]
-    assert all("policy_gradient/score" in row and "policy_gradient/value" not in row for row in rows[:6])
-    assert abs(rows[0]["policy_gradient/kl"]) / rows[0]["policy_gradient/length"] <= 1e-6
+    assert [row["step"] for row in rows] == [0, 1, 2, 3, 4, 5, 6, 6]
+    assert all("policy_gradient/score" in row and "policy_gradient/value" not in row for row in rows[1:7])
+    assert abs(rows[1]["policy_gradient/kl"]) / rows[1]["policy_gradient/length"] <= 1e-6
     assert files.summary["policy_gradient/kl_exact"] > 1e-3
     policy = trained(files.steps, "policy_gradient", "policy")
     assert differ(policy, trained(files.steps, "sft", "policy"))
@@ -763,7 +797,7 @@ def test_rows_of_files_have_no_gold(files):
     names = {name for stage in ("sft", "reward", last) for row in logged(files.workdir, stage) for name in row}
     names |= files.summary.keys() | {row[0] for row in files.reporter.tables[0]}
     assert not [name for name in names if "gold" in name]
-    shown = [rows for rows in files.reporter.shown if rows][0]
+    shown = [rows for rows in files.reporter.shown if rows][-1]
     assert all(row.keys() == {"prompt", "completion", "score", "kl", "total"} for row in shown)
 
 

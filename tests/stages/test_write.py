@@ -142,11 +142,11 @@ def test_what_the_policy_is_worth_is_measured_on_samples_that_it_was_not_chosen_
 
 
 def test_each_iteration_logs_reward_and_collapse(whole):
-    for row in logged(whole.workdir, "rl")[:6]:
+    for row in logged(whole.workdir, "rl")[1:7]:
         for name in ("reward", "distinct2", "repeat_rate", "entropy", "length", "kl_exact", "kl", "ess"):
             assert f"rl/{name}" in row and f"rl/{name}_ci95" not in row, name
         assert row["rl/kl_exact"] >= 0 and row["rl/entropy"] >= 0 and row["rl/alarms"] == 0
-    first = logged(whole.workdir, "rl")[0]
+    first = logged(whole.workdir, "rl")[1]
     assert first["rl/kl_exact"] < 1e-6 and first["rl/ess"] == pytest.approx(1, abs=1e-5)
 
 
@@ -235,8 +235,8 @@ def test_ppo_runs_on_the_same_task_by_one_field(whole, tmp_path):
     steps = branch(whole.steps, tmp_path, "pretrain", "sft", algorithm="ppo")
     summary = steps.one("rl")
     rows = logged(tmp_path, "rl")
-    assert {"rl/clip_fraction", "rl/value_loss", "rl/ess_last", "rl/reward"} <= rows[0].keys()
-    assert rows[0]["rl/reward"] == pytest.approx(logged(whole.workdir, "rl")[0]["rl/reward"])  # the same rollout
+    assert {"rl/clip_fraction", "rl/value_loss", "rl/ess_last", "rl/reward"} <= rows[1].keys()
+    assert rows[1]["rl/reward"] == pytest.approx(logged(whole.workdir, "rl")[1]["rl/reward"])  # the same rollout
     assert summary["rl/kl_exact"] > 0
 
 
@@ -256,12 +256,13 @@ def test_an_alarm_ends_the_learning_and_says_so(whole, tmp_path):
     steps.one("rl")
     rows = logged(tmp_path, "rl")
     # The first rollout is the SFT policy's. The second is another's, and trips: the learning ends with it.
-    tripped = [row["rl/alarms"] for row in rows[:6]]
+    rows = rows[1:7]
+    tripped = [row["rl/alarms"] for row in rows]
     frozen = tripped.index(1)
     assert tripped[0] == 0 and tripped[frozen:] == [1] * (6 - frozen) and frozen <= 3
-    for row in rows[frozen + 1 : 6]:
+    for row in rows[frozen + 1 :]:
         assert {name for name in row if "eval_" not in name} == {"step", "rl/alarms"}
-    evaluated = [row["rl/eval_reward"] for row in rows[frozen:6] if "rl/eval_reward" in row]
+    evaluated = [row["rl/eval_reward"] for row in rows[frozen:] if "rl/eval_reward" in row]
     assert len(evaluated) > 1 and len(set(evaluated)) == 1
     assert any(note.startswith(f"rl: alarm at step {frozen + 1}: kl_exact") for note in steps.reporter.notes)
 
@@ -290,9 +291,9 @@ def test_a_writer_learns_by_a_reward_model_of_its_own_pairs(whole, tmp_path):
     assert steps.reporter.stages == [("reward", 6, 0), ("rl", 6, 0)]
     rows = steps.task.rows("preferences").held_out
     assert len(samples(tmp_path, "reward")) == len(rows) > 1
-    for row in logged(tmp_path, "rl")[:6]:
+    for row in logged(tmp_path, "rl")[1:7]:
         assert np.isfinite(row["rl/score"]) and np.isfinite(row["rl/reward"]) and row["rl/score"] != row["rl/reward"]
-    assert logged(tmp_path, "rl")[0]["rl/reward"] == logged(whole.workdir, "rl")[0]["rl/reward"]  # the same rollout
+    assert logged(tmp_path, "rl")[1]["rl/reward"] == logged(whole.workdir, "rl")[1]["rl/reward"]  # the same rollout
     assert 0 <= summary["reward/accuracy"] <= 1
     assert {"rl/score_before", "rl/score_after", "rl/reward_before", "rl/reward_after"} <= summary.keys()
     scores = [row["score_rl"] for row in samples(tmp_path, "rl")]
@@ -327,7 +328,7 @@ def test_stories_learn_by_a_persons_own_reward_and_bpe(config, tmp_path):
     assert all(np.asarray(sentiment.compound(texts)) + [len(text) / 100 + 1 for text in texts] > 1.6)
     assert 0 < len(happy) < len(everything)
     assert {"pretrain/loss", "rl/reward_after"} <= summary.keys()
-    row = logged(tmp_path / "run", "rl")[0]
+    row = logged(tmp_path / "run", "rl")[1]
     parts = [row[f"rl/reward_{name}"] for name in ("happy", "long", "one")]
     assert row["rl/reward"] == pytest.approx(sum(parts), rel=1e-5) and parts[2] == 1
     assert summary["pretrain/reward_one"] == 1

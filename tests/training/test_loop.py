@@ -7,7 +7,7 @@ import types
 import numpy as np
 import pytest
 
-from rlhf_jax.stages import Evaluation, Step
+from rlhf_jax.stages import Evaluation, Step, Times
 from rlhf_jax.training import checkpoint, loop
 from rlhf_jax.training.guard import NonFinite
 
@@ -27,13 +27,16 @@ class Story:
 
     name, frozen = "a", ("reference",)
     waits = False  # of an incident
-    keep = None
+    keep = first = None
+    lr = np.arange(100) / 100
 
     def __init__(self, *, stop_after=None, wrong=None, skips=(), signal_in=None, best=(), checkpoints=None):
         self.told = []
-        self.rows = {}  # step -> numbers, as logged last
+        self.rows = {}  # step -> numbers, as logged last, without those of the machine
+        self.used = {}  # step -> those of the machine
         self.saved = {}  # step -> (notes, numbers compared by)
         self.shown, self.notes = [], []
+        self.texts = {}  # step -> samples, as logged
         self.stop_after = stop_after  # the step in which the signal comes
         self.signal_in = signal_in  # the evaluation in which it comes
         self.wrong = wrong or {}  # step -> a number that is not finite
@@ -68,21 +71,34 @@ class Story:
             self.requested = True
             assert self.raises
             raise loop.Stopped
-        return Evaluation({"eval_loss": float(state.step)}, "details", (f"sample {state.step}",))
+        return Evaluation({"loss": float(state.step)}, "details", (f"sample {state.step}",))
+
+    def tokens(self, batch, numbers):
+        assert numbers["loss"] and batch.startswith("batch")
+        return 60
 
     def eligible(self, numbers):
-        assert numbers.keys() == {"eval_loss"}
+        assert numbers.keys() == {"loss"}
         return True
 
     def write(self, step, numbers):
         self.told.append(f"log {step}")
-        self.rows[step] = {name: value for name, value in numbers.items() if name != "a/skipped"}
+        self.rows[step] = trained(numbers)
+        self.used[step] = {name: value for name, value in numbers.items() if name.removeprefix("a/") in MACHINE}
 
     def update(self, step, numbers):
         assert self.rows[step].items() <= numbers.items()  # what is shown is what was logged
 
-    def samples(self, rows):
-        self.shown += rows
+    def samples(self, *args):
+        """The reporter's, and the log's."""
+        if len(args) == 1:
+            self.shown += args[0]
+        elif args[2]:
+            assert args[1] == "a"
+            self.texts[args[0]] = args[2]
+
+    def flush(self):
+        self.told.append("flush")
 
     def note(self, text):
         self.notes.append(text)
@@ -90,8 +106,10 @@ class Story:
     def save(self, step, state, notes, found):
         assert step == state.step and state.reference is None
         assert self.rows[step].items() <= notes["row"]["numbers"].items()
+        assert self.told.pop() == "flush"  # what a resumed run will not log again is on the disk
         self.told.append(f"save {step}")
-        self.saved[step] = notes, found
+        row = notes["row"] | {"numbers": trained(notes["row"]["numbers"])}
+        self.saved[step] = {"row": row}, found
         if self.checkpoints:
             self.checkpoints.save(step, {"steps": np.array([step])}, notes, found)
 
@@ -116,6 +134,15 @@ class Story:
         self.raises = False
 
 
+MACHINE = ("lr", "seconds", "seconds_collect", "seconds_reward", "seconds_learn", "tokens_per_second")
+MACHINE += ("host_memory_gib", "device_memory_gib")
+
+
+def trained(numbers):
+    """What a row has of the training itself."""
+    return {name: value for name, value in numbers.items() if name.removeprefix("a/") not in (*MACHINE, "skipped")}
+
+
 def test_the_device_is_busy_with_a_step_while_the_one_before_is_read():
     story = Story()
     assert story.run(3).step == 3
@@ -126,7 +153,8 @@ def test_the_last_step_is_saved_and_left_to_the_caller_to_evaluate():
     story = Story()
     story.run(6, eval_every=2, save_every=3)
     assert [line for line in story.told if "step" not in line] == [
-        "log 1", "evaluate 2", "log 2", "log 3", "save 3", "evaluate 4", "log 4", "log 5", "log 6", "save 6",
+        "evaluate 0", "log 0", "log 1", "evaluate 2", "log 2", "log 3", "save 3", "evaluate 4", "log 4", "log 5",
+        "log 6", "save 6",
     ]  # fmt: skip
     assert [story.saved[step][0]["row"]["complete"] for step in (3, 6)] == [True, False]
 
@@ -142,15 +170,14 @@ def test_the_best_evaluation_is_saved():
 def test_a_checkpoint_that_is_not_eligible_is_none_of_the_best():
     """It is saved where one is due, with its evaluation in the row, but it has no number that it is compared by."""
     story = Story(best=(2, 4))
-    story.eligible = lambda numbers: numbers["eval_loss"] != 2
+    story.eligible = lambda numbers: numbers["loss"] != 2
     story.run(6, eval_every=2)
     assert list(story.saved) == [4, 6] and story.rows[2]["a/eval_loss"] == 2
     story.run(6, eval_every=2, save_every=2)
     assert {step: found for step, (_, found) in story.saved.items()} == {2: None, 4: {"a/eval_loss": 4}, 6: None}
     assert story.saved[2][0]["row"] == {
-        "numbers": {"a/loss": 1, "a/skipped": 0, "a/eval_loss": 2},
-        "complete": True,
-    }
+        "numbers": {"a/loss": 1, "a/eval_loss": 2}, "complete": True,
+    }  # fmt: skip
 
 
 def test_what_an_evaluation_found_may_be_put_aside():
@@ -164,6 +191,7 @@ def test_what_an_evaluation_found_may_be_put_aside():
     story.keep = keep
     story.run(6, eval_every=2)
     assert found == [(2, "details"), (4, "details")] and story.shown == ["sample 2", "sample 4"]
+    assert story.texts == {step: (f"sample {step}",) for step in (0, 2, 4)}
 
 
 def test_what_is_put_aside_stays_in_the_state():
@@ -181,7 +209,8 @@ def test_notes_of_a_step_are_shown_under_the_stages_name():
 def test_an_evaluation_is_in_the_row_of_its_step():
     story = Story()
     story.run(3, eval_every=2)
-    assert story.rows == {1: {"a/loss": 0.5}, 2: {"a/loss": 1.0, "a/eval_loss": 2.0}, 3: {"a/loss": 1.5}}
+    evaluated = {0: {"a/eval_loss": 0.0}, 2: {"a/loss": 1.0, "a/eval_loss": 2.0}}
+    assert story.rows == evaluated | {1: {"a/loss": 0.5}, 3: {"a/loss": 1.5}}
 
 
 @pytest.mark.parametrize(("start", "steps"), [(2, [3, 4]), (4, [])])
@@ -210,7 +239,8 @@ def test_an_evaluation_that_a_signal_came_before_runs_now():
     assert story.told[:4] == ["evaluate 2", "log 2", "save 2", "step 3"]
     assert story.rows[2] == {"a/loss": 7, "a/eval_loss": 2}
     notes, found = story.saved[2]
-    assert notes["row"] == {"numbers": {"a/loss": 7, "a/eval_loss": 2}, "complete": True} and found["a/eval_loss"] == 2
+    row = {"numbers": {"a/loss": 7, "a/eval_loss": 2}, "complete": True}
+    assert notes["row"] == row and found["a/eval_loss"] == 2
 
 
 def test_a_signal_in_that_evaluation_stops_the_run_once_more():
@@ -270,7 +300,109 @@ def test_a_stop_does_not_wait_for_an_evaluation(when):
     with pytest.raises(loop.Stopped, match="stopped after step 2 of 9"):
         story.run(9, eval_every=2)
     assert story.told[-2:] == ["log 2", "save 2"] and story.rows[2] == {"a/loss": 1}
-    assert story.saved[2][0]["row"] == {"numbers": {"a/loss": 1, "a/skipped": 0}, "complete": False}
+    assert story.saved[2][0]["row"] == {"numbers": {"a/loss": 1}, "complete": False}
+
+
+# Step 0
+
+
+def test_the_evaluation_before_any_step_is_step_0():
+    """Known already, it is not made again; and where there is none but the last, there is none at step 0."""
+    story = Story()
+    story.run(2, eval_every=2)
+    assert story.told[:3] == ["evaluate 0", "log 0", "step 1"] and story.rows[0] == {"a/eval_loss": 0}
+    known = Story()
+    known.first = Evaluation({"loss": 7.0}, None, ("sample",))
+    known.run(2)
+    assert known.told[:2] == ["log 0", "step 1"]
+    assert known.rows[0] == {"a/eval_loss": 7} and known.texts == {0: ("sample",)}
+    never = Story()
+    never.run(2)
+    assert 0 not in never.rows
+
+
+def test_a_signal_before_any_step_stops_the_run_and_leaves_nothing():
+    story = Story(signal_in=0)
+    with pytest.raises(loop.Stopped, match="stopped after step 0 of 9"):
+        story.run(9, eval_every=2)
+    assert story.told == ["evaluate 0"] and not story.rows
+
+
+# What a step used
+
+
+class Timed(Story):
+    """A device that needs 10 s a step, one after another. The host needs 1 s for a batch, and 100 s to evaluate."""
+
+    now = ready = 100.0
+    parts = None  # of an iteration: seconds until it is sampled, and scored
+
+    def batch_at(self, step):
+        self.now += 1
+        return super().batch_at(step)
+
+    def step(self, state, batch):
+        done = super().step(state, batch)
+        before, self.ready = self.ready, max(self.now, self.ready) + 10
+        loss, ready = Loss(), self.ready
+        loss.wait = lambda: setattr(self, "now", max(self.now, ready))
+        if not self.parts:
+            return done._replace(numbers=done.numbers | {"loss": loss})
+        collected, rewarded = (self.ready - 10 + seconds for seconds in self.parts)
+        self.now = max(self.now, rewarded)  # the host has seen it
+        return done._replace(numbers=done.numbers | {"loss": loss}, times=Times(before, collected, rewarded))
+
+    def evaluate(self, state):
+        self.now += 100
+        return super().evaluate(state)
+
+
+class Loss:
+    """A number that the device is not done with."""
+
+    def __float__(self):
+        self.wait()
+        return 0.5
+
+
+@pytest.fixture
+def timed(monkeypatch):
+    story = Timed()
+    monkeypatch.setattr(loop.time, "monotonic", lambda: story.now)
+    return story
+
+
+def test_seconds_are_those_of_the_device_without_evaluations(timed):
+    """The batch of the first step, and of the first after an evaluation, is fetched while the device waits."""
+    timed.run(5, eval_every=3)
+    assert [timed.used[step]["a/seconds"] for step in range(1, 6)] == [11, 10, 10, 11, 10]
+    assert [timed.used[step]["a/tokens_per_second"] for step in (1, 2)] == [5.455, 6]
+    assert timed.used[0] == {} and all(used["a/host_memory_gib"] > 0.01 for step, used in timed.used.items() if step)
+
+
+def test_an_iteration_has_three_parts(timed):
+    """Sampled after 6 of 10 s, scored after 7. The first and the fourth wait for their prompts too."""
+    timed.parts = (6, 7)
+    timed.run(5, eval_every=3)
+    parts = [[timed.used[step][f"a/seconds_{part}"] for part in ("collect", "reward", "learn")] for step in range(1, 6)]
+    assert parts == [[7, 1, 3], [6, 1, 3], [6, 1, 3], [7, 1, 3], [6, 1, 3]]
+    assert [timed.used[step]["a/seconds"] for step in range(1, 6)] == [11, 10, 10, 11, 10]
+
+
+def test_the_learning_rate_is_that_of_the_first_update_of_a_step_and_a_skipped_one_does_not_move_it():
+    """Here 100 updates of 50 steps, two a step."""
+    story = Story(skips=(2,))
+    story.waits = True
+    story.run(50)
+    assert [story.used[step]["a/lr"] for step in (1, 2, 3, 50)] == [0, 0.02, 0.02, 0.96]
+
+
+def test_a_step_that_learns_nothing_uses_nothing():
+    story = Story()
+    step = story.step
+    story.step = lambda state, batch: step(state, batch)._replace(numbers={"alarms": 1})
+    story.run(2)
+    assert story.used == {1: {}, 2: {}} and story.rows[1] == {"a/alarms": 1}
 
 
 # What is not finite
@@ -306,7 +438,7 @@ def test_where_updates_may_be_skipped_each_step_is_waited_for():
 
 def test_an_evaluation_that_is_not_finite_ends_the_run():
     story = Story()
-    story.evaluate = lambda state: Evaluation({"eval_loss": float("nan")})
+    story.evaluate = lambda state: Evaluation({"loss": float("nan")})
     with pytest.raises(NonFinite, match="step 2: a/eval_loss not finite"):
         story.run(9, eval_every=2, save_every=1)
     assert list(story.saved) == [1]

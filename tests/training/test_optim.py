@@ -1,3 +1,4 @@
+import dataclasses
 from functools import cache
 
 import jax
@@ -306,3 +307,11 @@ def test_skipping_is_as_if_the_bad_ones_had_not_been(grads):
     ours, theirs = (run("skip", *([[grad, grad]] for grad in some))[0] for some in (grads, fine))
     np.testing.assert_array_equal(ours.policy, theirs.policy)
     assert ours.skipped == len(grads) - len(fine) and ours.step == len(grads)
+
+
+@pytest.mark.parametrize("schedule", optim.SCHEDULES)
+def test_the_rates_are_the_schedule_at_each_step(schedule):
+    config = optim.Config(lr=0.8, schedule=schedule, warmup=2, end_lr=0.1)
+    lr = optim.schedule(config, 5)
+    np.testing.assert_allclose(optim.rates(config, 5), [lr(i) for i in range(5)], rtol=1e-6)
+    assert optim.rates(dataclasses.replace(config, warmup=0), 3).shape == (3,)  # a constant schedule is a number
