@@ -222,7 +222,7 @@ def section(config, stage) -> str:
 def place(config, workdir, stage) -> Path:
     """The folder of the run that a stage is in: `workdir`, or that of the stage's `from`."""
     other = getattr(getattr(config, section(config, stage)), "from_", "")
-    return Path(other or workdir)
+    return Path(other or workdir).expanduser()
 
 
 def sections(config, stage) -> list[str]:

@@ -9,7 +9,7 @@ from typing import NamedTuple
 
 import rlhf_jax
 from rlhf_jax import config as configs
-from rlhf_jax import fields
+from rlhf_jax import fields, jsonfile
 from rlhf_jax.data import batches, files
 from rlhf_jax.errors import InputError
 from rlhf_jax.pretrained import Sample
@@ -42,7 +42,7 @@ def rows_of(prompt: str | None, prompts: str | None) -> list[dict]:
     if prompts is None:
         return [{"prompt": prompt}]
     try:
-        return list(files.read(prompts, ("prompt",), extra=True))
+        return list(files.read(os.path.expanduser(prompts), ("prompt",), extra=True))
     except InputError as error:
         raise InputError(f"prompts: {error}") from None
 
@@ -56,7 +56,7 @@ def generate(workdir, rows: list[dict], settings: Settings, *, out=None, reporte
     result. Returns the new results. Raises InputError, before anything is written.
     """
     fields.check(settings)
-    reporter, n = reporter or Silent(), settings.n
+    reporter, n, out = reporter or Silent(), settings.n, os.path.expanduser(out) if out else None
     model = rlhf_jax.load(workdir, settings.stage)
     if settings.scores and model.reward is None:
         raise InputError("scores: expected a run whose reward model is finished, there is none")
@@ -143,7 +143,7 @@ def _open(out, made_of: dict) -> int:
             return 0
         if not beside.exists():
             raise InputError(f"out: {out}: expected a new file, or one that this command has begun")
-        there, here = (flat(values) for values in (json.loads(beside.read_text()), json.loads(json.dumps(made_of))))
+        there, here = flat(jsonfile.read(beside)), flat(json.loads(json.dumps(made_of)))
         for name in sorted(here.keys() | there.keys()):
             if there.get(name) != here.get(name):
                 what = {"rows": "other prompts", "run": "other weights"}.get(name, f"{name} = {there.get(name)!r}")

@@ -21,7 +21,7 @@ from pathlib import Path
 import jax
 import numpy as np
 
-from rlhf_jax.errors import InputError
+from rlhf_jax.errors import InputError, listed
 from rlhf_jax.fields import number
 
 FOLDERS = ("checkpoints", "result")  # of a stage: its states to resume from, and its result
@@ -72,7 +72,7 @@ class Checkpoints:
         )
         self._keeps_best = config.best > 0 and bool(self._metric)
         handlers = {"state": ocp.PyTreeCheckpointHandler(), "data": ocp.JsonCheckpointHandler()}
-        with self._errors():
+        with self._errors("read" if read_only else "write"):
             self._manager = ocp.CheckpointManager(self.directory, options=options, item_handlers=handlers)
         self._ranks = {}  # by step; Orbax has none for pending writes
         for step in self.steps:
@@ -134,7 +134,7 @@ class Checkpoints:
             except _Damage as error:
                 damaged.append(f"{self.directory / str(step)}: {error}")
         if damaged:
-            raise InputError(f"no undamaged checkpoint: {'; '.join(damaged)}")
+            raise InputError(f"no undamaged checkpoint: {listed(damaged, '; ')}")
         return None
 
     def put_aside(self, step):
@@ -197,15 +197,15 @@ class Checkpoints:
         return value if self._better is max else -value
 
     @contextlib.contextmanager
-    def _errors(self):
-        """Turns errors of a folder that cannot be written, or of a full disk, into InputError."""
+    def _errors(self, what="write"):
+        """Turns errors of a folder that cannot be read or written, or of a full disk, into InputError."""
         try:
             yield
         except InputError:
             raise
         except (OSError, ValueError) as error:
             reason = getattr(error, "strerror", None) or _first_line(error)
-            raise InputError(f"{self.directory}: cannot write the checkpoint ({reason})") from error
+            raise InputError(f"{self.directory}: cannot {what} the checkpoint ({reason})") from error
 
 
 class _Damage(Exception):

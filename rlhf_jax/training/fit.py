@@ -99,7 +99,10 @@ def _train(stage, workdir, config, keep, log, reporter, stop, recorder):
 def _resume(stage, checkpoints, folder, reporter):
     """(state, row of its step) of the newest sound checkpoint; without one, the stage's first state and None."""
     frozen = {name: getattr(stage.state, name) for name in stage.frozen}
-    restored = checkpoints.restore(stage.state.replace(**dict.fromkeys(frozen)))
+    try:
+        restored = checkpoints.restore(stage.state.replace(**dict.fromkeys(frozen)))
+    except InputError as error:  # all of them are damaged
+        raise InputError(f"workdir: {error}; remove {folder / 'checkpoints'} to train {stage.name} again") from None
     if restored is None:
         return stage.state, None
     if restored.step > stage.config.steps:

@@ -16,6 +16,7 @@ from typing import Any
 
 import numpy as np
 
+from rlhf_jax import jsonfile
 from rlhf_jax.errors import InputError
 
 SCHEMA = 1
@@ -137,9 +138,9 @@ def _replace(path, data):
 
 def _read_json(name, data):
     try:
-        record = json.loads(data)
+        record = jsonfile.parse(data.decode())
     except ValueError as error:
-        raise InputError(f"{name}: expected JSON ({error})") from None
+        raise InputError(f"{name}: expected JSON ({jsonfile.why(error)})") from None
     if not isinstance(record, dict):
         raise InputError(f"{name}: expected an object in JSON, got {type(record).__name__}")
     return record

@@ -104,14 +104,18 @@ def test_what_cannot_be_done_is_named_before_anything_is_written(folder, tmp_pat
         "out.jsonl: expected a new file, or one that this command has begun"
     )
     assert out.read_text() == "mine"
+    (tmp_path / "out.jsonl.made_of.json").write_text("[]")
+    assert support.error(generate, folder, ROWS, Settings(), out=out).endswith("expected a JSON object (got list)")
     assert support.error(generate, folder, ROWS, Settings(), out=tmp_path / "no" / "out.jsonl").endswith(
         "No such file or directory"
     )
 
 
-def test_prompts_of_a_file_or_of_the_command_line(tmp_path):
+def test_prompts_of_a_file_or_of_the_command_line(tmp_path, monkeypatch):
+    monkeypatch.setenv("HOME", str(tmp_path))
     path = support.write_rows(tmp_path / "prompts.jsonl", ROWS)
     assert command.rows_of(None, path) == ROWS and command.rows_of("", None) == [{"prompt": ""}]
+    assert command.rows_of(None, "~/prompts.jsonl") == ROWS
     expected = "prompt: expected either --prompt=TEXT or --prompts=FILE"
     assert support.error(command.rows_of, None, None) == support.error(command.rows_of, "a", path) == expected
     assert support.error(command.rows_of, None, "no.jsonl").startswith("prompts: no.jsonl: ")

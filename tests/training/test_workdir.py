@@ -1,9 +1,13 @@
 """Files of a workdir that were damaged or edited: one line that names the file and the remedy."""
 
 import json
+import types
 
 import pytest
 
+from rlhf_jax.errors import InputError
+from rlhf_jax.report.console import Silent
+from rlhf_jax.training import fit
 from rlhf_jax.training.workdir import Workdir
 from tests.support import error
 
@@ -69,6 +73,17 @@ def test_a_damaged_config_of_a_stage(content, why, workdir):
     message = error(workdir.check, "sft", {"section": "sft", "sft": {"steps": 2}})
     assert message.startswith(f"workdir: {workdir.path}/sft/config.json: expected {why.split(' .')[0]}")
     assert message.endswith(f"; remove {workdir.path}/sft to make it again")
+
+
+def test_checkpoints_that_are_all_damaged(tmp_path):
+    def restore(like):
+        raise InputError("no undamaged checkpoint: 2: damaged")
+
+    state = types.SimpleNamespace(replace=lambda **_: None)
+    stage = types.SimpleNamespace(name="sft", frozen=(), state=state)
+    message = error(fit._resume, stage, types.SimpleNamespace(restore=restore), tmp_path, Silent())
+    again = f"remove {tmp_path}/checkpoints to train sft again"
+    assert message == f"workdir: no undamaged checkpoint: 2: damaged; {again}"
 
 
 def test_a_folder_in_the_place_of_a_file(workdir):
