@@ -80,11 +80,16 @@ def _stop(number, _=None):
     with contextlib.suppress(OSError):
         if os.isatty(1):
             os.write(1, SHOW_CURSOR)
-    _say(f"stopped by {signal.Signals(number).name}")
+    _end(f"stopped by {signal.Signals(number).name}")
+
+
+def _end(message):
+    """Ends the program with exit code STOPPED, and without Python's cleaning up: with that, other lines may follow."""
+    _say(message)
     if "multiprocessing" in sys.modules:
         for child in sys.modules["multiprocessing"].active_children():
             child.kill()
-    os._exit(STOPPED)  # an exception could be caught, or only be reported
+    os._exit(STOPPED)  # no exception: it could be caught, or only be reported
 
 
 @contextlib.contextmanager
@@ -99,6 +104,9 @@ def errors(place=""):
         message, code = _explained(error, place)
         if not code:
             raise
+        if code == STOPPED:
+            _flush()
+            _end(message)
         leave(message, code)
 
 
@@ -136,12 +144,17 @@ def out_of_memory(error):
 
 def leave(message, code=BAD_INPUT):
     """Writes one line to standard error and ends the program with the exit code."""
-    try:
-        sys.stdout.flush()
-    except OSError:  # a closed pipe, a full disk: Python would try again at the end, and say so
-        os.dup2(os.open(os.devnull, os.O_WRONLY), 1)
+    _flush()
     _say(message)
     sys.exit(code)
+
+
+def _flush():
+    """Writes what is left of the output. Where it cannot be written, Python does not try again at the end."""
+    try:
+        sys.stdout.flush()
+    except OSError:  # a closed pipe, a full disk
+        os.dup2(os.open(os.devnull, os.O_WRONLY), 1)
 
 
 def _say(message):

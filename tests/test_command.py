@@ -231,8 +231,6 @@ def line(monkeypatch, capfd):
         (OutOfMemory("sft: out of memory: 3 GiB"), 5, "sft: out of memory: 3 GiB"),
         (MemoryError("Unable to allocate 2 TiB"), 5, "out of memory: Unable to allocate 2 TiB"),
         (OutOfDeviceMemory("RESOURCE_EXHAUSTED: Out"), 5, "out of memory: RESOURCE_EXHAUSTED: Out"),
-        (KeyboardInterrupt(), 3, "stopped by SIGINT"),
-        (BrokenPipeError(32, "Broken pipe"), 3, "stopped, as nothing reads its output any more"),
         (OSError(28, "No space left", "runs/x"), 2, "workdir: runs/x: No space left"),
         (OSError(28, "No space left"), 2, "workdir: runs: No space left"),
     ],
@@ -247,11 +245,44 @@ def test_a_fault_of_ours_is_no_line():
         raise ZeroDivisionError
 
 
-def test_a_stop_and_a_number_that_is_not_finite_have_codes_of_their_own(line):
-    from rlhf_jax.training import guard, loop
+def test_a_number_that_is_not_finite_has_a_code_of_its_own(line):
+    from rlhf_jax.training import guard
 
-    assert line(loop.Stopped("stopped after step 3")) == (3, "train.py: stopped after step 3\n")
     assert line(guard.NonFinite("sft step 3")) == (4, "train.py: sft step 3\n")
+
+
+@pytest.mark.parametrize(
+    ("error", "said"),
+    [
+        ("KeyboardInterrupt", "stopped by SIGINT"),
+        ("BrokenPipeError(32, 'Broken pipe')", "stopped, as nothing reads its output any more"),
+        ("Stopped('stopped after step 3')", "stopped after step 3"),
+    ],
+)
+def test_a_stop_is_one_line_whatever_python_would_say_at_the_end(error, said):
+    """And the last thing that the program does: a pool of processes may complain, and JAX takes its time."""
+    code = f"""
+import atexit
+atexit.register(print, "cleaning up", file=sys.stderr)
+class Stopped(BaseException):
+    exit_code = 3
+print("output")
+with command.errors():
+    raise {error}
+"""
+    with started(code) as process:
+        assert ended(process) == (3, f"train.py: {said}\n") and process.stdout.read() == b"output\n"
+
+
+def test_a_pipe_that_nobody_reads_is_one_line():
+    with started("with command.errors():\n    while True:\n        print('x' * 9999, flush=True)") as process:
+        process.stdout.close()
+        assert ended(process) == (3, "train.py: stopped, as nothing reads its output any more\n")
+
+
+def test_a_full_disk_under_the_output_is_one_line():
+    with open("/dev/full", "w") as full, started("with command.errors():\n    print('x' * 99999)", full) as process:
+        assert ended(process) == (2, "train.py: standard output: No space left on device\n")
 
 
 def test_arguments_that_cannot_be_are_an_input_error():
