@@ -375,6 +375,10 @@ async def _lines(job: Job) -> AsyncIterator[str]:
             yield f"data: {json.dumps(finite(item), allow_nan=False)}\n\n"
     except InputError as error:
         yield f"data: {json.dumps({'event': 'error', 'message': str(error)})}\n\n"
+    except Exception as error:
+        message = f"{type(error).__name__} in the server; its terminal has more"
+        yield f"data: {json.dumps({'event': 'error', 'message': message})}\n\n"
+        raise
 
 
 async def _chunks(job: Job, usage: bool) -> AsyncIterator[str]:

@@ -7,6 +7,7 @@ import socket
 import threading
 from concurrent.futures import ThreadPoolExecutor
 
+import jax
 import numpy as np
 import pytest
 
@@ -277,7 +278,7 @@ def test_votes_are_preference_rows(client, run, tmp_path, monkeypatch):
     evaluation = configs.Evaluation(temperature=1.0, samples=0)
     setup = Setup(1, task, run.model.tokenizer, run.model.apply, evaluation)
     section = configs.Reward(steps=1, batch=8, eval_every=0)
-    stage = reward_model("reward", setup, section, run.model.params)
+    stage = reward_model("reward", setup, section, jax.tree.map(np.array, run.model.params))
     assert np.isfinite(stage.step(stage.state, stage.batch_at(0)).numbers["loss"])
 
 
