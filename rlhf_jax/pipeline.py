@@ -61,7 +61,8 @@ def _results(workdir, only):
     files = [name for name in ("summary.json", "samples.jsonl", "report.html") if (folder / name).exists()]
     yield f"results in {folder}: {', '.join([*files, *plots])}"
     stage = f" --stage={only}" if only else ""
-    yield f"next: python experiments/export_hf.py --workdir={workdir}{stage} --out=exported"
+    yield f"next: python experiments/serve.py --workdir={workdir}"
+    yield f"      python experiments/export_hf.py --workdir={workdir}{stage} --out=exported"
 
 
 class Stages:

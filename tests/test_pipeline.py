@@ -53,12 +53,13 @@ def test_the_last_lines_say_where_the_results_are_and_what_comes_next(tmp_path):
     (tmp_path / "sft" / "plots").mkdir(parents=True)
     for name in "sft/plots/sft.png", "sft/summary.json", "summary.json", "samples.jsonl":
         (tmp_path / name).touch()
-    results, then = pipeline._results(tmp_path, "")
+    results, see, then = pipeline._results(tmp_path, "")
     assert results == f"results in {tmp_path}: summary.json, samples.jsonl, sft/plots/"
-    assert then == f"next: python experiments/export_hf.py --workdir={tmp_path} --out=exported"
-    results, then = pipeline._results(tmp_path, "sft")
+    assert see == f"next: python experiments/serve.py --workdir={tmp_path}"
+    assert then.strip() == f"python experiments/export_hf.py --workdir={tmp_path} --out=exported"
+    results, _, then = pipeline._results(tmp_path, "sft")
     assert results == f"results in {tmp_path}/sft: summary.json, plots/"
-    assert then == f"next: python experiments/export_hf.py --workdir={tmp_path} --stage=sft --out=exported"
+    assert then.strip() == f"python experiments/export_hf.py --workdir={tmp_path} --stage=sft --out=exported"
 
 
 @pytest.mark.parametrize(
