@@ -14,7 +14,7 @@ see: .venv/installed  ## the page of the small run that is in the package
 	$(PY) experiments/serve.py
 
 test: .venv/installed-test  ## the whole suite
-	$(PY) -m pytest -q -n 2 --dist loadfile
+	$(PY) -m pytest -q -n 2 --dist loadfile --no-loadscope-reorder
 
 lint: .venv/installed-test
 	$(PY) -m ruff check .

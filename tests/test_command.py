@@ -180,6 +180,7 @@ MODULES = [
     path for path in sorted((ROOT / "rlhf_jax").rglob("*.py")) if '__name__ == "__main__"' in path.read_text("utf-8")
 ]
 LIGHT = {"contextlib", "errno", "os", "signal", "sys", "threading", "json", "pathlib", "dataclasses", "argparse"}
+LIGHT |= {"secrets"}
 
 
 @pytest.mark.parametrize("path", [*COMMANDS, *MODULES], ids=lambda path: path.name)

@@ -7,11 +7,14 @@ unipo WORKDIR FILE.json     the recorded iterations in UNIPO's JSON
 pack WORKDIR FOLDER         a copy of a trace with fewer rows of text and fewer steps, for a package
 """
 
-import argparse
+from rlhf_jax import command
+
+if __name__ == "__main__":
+    command.begin()  # the imports below take seconds
+
 import logging
 import sys
 
-from rlhf_jax.errors import InputError
 from rlhf_jax.report.console import Reporter
 from rlhf_jax.viz import export, pack
 from rlhf_jax.viz.rescore import rescore
@@ -20,10 +23,10 @@ from rlhf_jax.viz.verify import IDENTITIES, verify
 
 def main(argv, reporter) -> int:
     """The command line: the exit code."""
-    parser = argparse.ArgumentParser(prog="python -m rlhf_jax.viz", description="The trace of a run.")
+    parser = command.parser(prog="python -m rlhf_jax.viz", description="The trace of a run.")
     commands = parser.add_subparsers(required=True, metavar="COMMAND")
 
-    def command(name, run, text, *names):
+    def add(name, run, text, *names):
         parsed = commands.add_parser(name, help=text, description=text)
         parsed.add_argument("workdir", help="the folder of a run, or its folder `trace`")
         for each in names:
@@ -31,12 +34,12 @@ def main(argv, reporter) -> int:
         parsed.set_defaults(run=run)
         return parsed
 
-    command("verify", _verify, "recompute every identity of a trace in float64")
-    again = command("rescore", _rescore, "score the recorded tokens of an iteration again, with its checkpoint")
+    add("verify", _verify, "recompute every identity of a trace in float64")
+    again = add("rescore", _rescore, "score the recorded tokens of an iteration again, with its checkpoint")
     again.add_argument("--iter", type=int, required=True, dest="iteration", help="a recorded iteration")
-    command("export", _export, "write the page with this trace as static files, to a new folder", "out")
-    command("unipo", _unipo, "write the recorded iterations in UNIPO's JSON, to a new file", "out")
-    small = command("pack", _pack, "write a smaller copy of a trace, to a new folder", "out")
+    add("export", _export, "write the page with this trace as static files, to a new folder", "out")
+    add("unipo", _unipo, "write the recorded iterations in UNIPO's JSON, to a new file", "out")
+    small = add("pack", _pack, "write a smaller copy of a trace, to a new folder", "out")
     small.add_argument("--command", default="", help="the command that made the run, for the manifest")
     args = parser.parse_args(argv)
     return args.run(args, reporter) or 0
@@ -86,10 +89,6 @@ def _pack(args, reporter):
 
 if __name__ == "__main__":
     logging.getLogger("absl").setLevel(logging.CRITICAL)  # Orbax's: its errors are raised as well
-    with Reporter() as reporter:
-        try:
-            code = main(sys.argv[1:], reporter)
-        except InputError as error:
-            sys.stderr.write(f"{error}\n")
-            code = 2
+    with command.errors(), Reporter() as reporter:
+        code = main(sys.argv[1:], reporter)
     sys.exit(code)

@@ -16,7 +16,7 @@ FORKS = """
 import json, os, runpy, sys, tempfile, traceback
 sys.path.insert(0, "experiments")
 import launch, rlhf_jax.stages, rlhf_jax.data.world, rlhf_jax.report.plots, orbax.checkpoint
-rlhf_jax.report.plots._save = lambda plotters, path, **_: (path.parent.mkdir(exist_ok=True), path.touch())
+rlhf_jax.report.plots._save = lambda plotters, path, **_: (path.parent.mkdir(parents=True, exist_ok=True), path.touch())
 for line in sys.stdin:
     with tempfile.TemporaryFile("w+") as out, tempfile.TemporaryFile("w+") as err:
         if not (child := os.fork()):

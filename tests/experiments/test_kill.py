@@ -52,7 +52,7 @@ KILLER = """
 import glob, json, os, runpy, sys, time
 sys.path.insert(0, "experiments")
 import launch, rlhf_jax.stages, rlhf_jax.data.world, rlhf_jax.report.plots, orbax.checkpoint
-rlhf_jax.report.plots._save = lambda plotters, path, **_: (path.parent.mkdir(exist_ok=True), path.touch())
+rlhf_jax.report.plots._save = lambda plotters, path, **_: (path.parent.mkdir(parents=True, exist_ok=True), path.touch())
 def seen(pattern, kind):
     there = {}
     for path in glob.glob(pattern):
@@ -189,7 +189,7 @@ def test_stopped_while_it_evaluates_it_loses_nothing(whole, start, tmp_path):
     place = (glob.escape(str(undisturbed.parent)) + "/evaluations", "changed")
     stopped = {"place": place, "number": signal.SIGTERM}
     log, line = tmp_path / "log", [*line, f"--workdir={tmp_path / 'run'}"]
-    for stage, count in ("pretrain", 2), ("rl", 12), ("rl", 2):
+    for stage, count in ("pretrain", 2), ("rl", 13), ("rl", 2):
         assert start(line, log, count=count, **stopped)[0] == 3, log.read_text()
         assert len(metrics.read(tmp_path / "run" / stage / "metrics.jsonl")) == 3
     assert log.read_text().count("stopped after step 2 of 9; the same command goes on from there") == 3

@@ -43,7 +43,7 @@ def test_help_with_a_config_lists_every_field_with_its_value_and_comment(forks):
     for part in (
         "--config.ppo.lr=0.5 float. peak learning rate --config",
         "--config.ppo.schedule=linear linear|cosine|constant. of the learning rate, after the warm-up --config",
-        "--config.data.skip_bad=false bool. leave out rows without text, and say how many --config",
+        "--config.data.skip_bad=false bool. leave out rows without text, or without a known character, and say how",
         "guard: What happens if an update is not finite. --config",
     ):
         assert part in text
