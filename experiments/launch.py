@@ -45,10 +45,7 @@ def launch(task, only=None, job=pipeline.run):
             script = f"experiments/{SCRIPTS[theirs]} runs this one"
             raise InputError(f"--config: expected a config whose task is {task}, got one for {theirs}; {script}")
         config, given = read_config()
-        # Compiled programs are kept, so a second start takes seconds.
-        cache = Path(os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache", "rlhf_jax", "xla")
-        jax.config.update("jax_compilation_cache_dir", str(cache))
-        jax.config.update("jax_persistent_cache_min_compile_time_secs", 0)
+        keep_compiled()
         if config.deterministic:  # JAX reads it with the first device, in the next line
             os.environ["XLA_FLAGS"] = f"{os.environ.get('XLA_FLAGS', '')} --xla_gpu_deterministic_ops=true"
         sharding.devices()
@@ -56,6 +53,13 @@ def launch(task, only=None, job=pipeline.run):
             job(config, WORKDIR.value, reporter, only=only, given=given)
 
     start(main, "config", "workdir")
+
+
+def keep_compiled():
+    """Keeps compiled programs, so that a second start takes seconds."""
+    cache = Path(os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache", "rlhf_jax", "xla")
+    jax.config.update("jax_compilation_cache_dir", str(cache))
+    jax.config.update("jax_persistent_cache_min_compile_time_secs", 0)
 
 
 def start(main, *required):
