@@ -14,8 +14,9 @@ from pathlib import Path
 
 from launch import flags, start
 
+from rlhf_jax import command
 from rlhf_jax.commands import benchmark
-from rlhf_jax.errors import InputError
+from rlhf_jax.errors import InputError, OutOfMemory
 from rlhf_jax.report import metrics
 from rlhf_jax.report.console import Reporter
 from rlhf_jax.training import sharding
@@ -45,7 +46,13 @@ def main():
     if out and (not out.parent.is_dir() or out.is_dir()):
         raise InputError(f"out: expected a file in a folder that exists, got {OUT.value}")
     with Reporter() as reporter:
-        result = benchmark.measure(shape, iterations=ITERATIONS.value, rounds=rounds, peer=peer, reporter=reporter)
+        try:
+            result = benchmark.measure(shape, iterations=ITERATIONS.value, rounds=rounds, peer=peer, reporter=reporter)
+        except (MemoryError, RuntimeError) as error:
+            if not command.out_of_memory(error):
+                raise
+            less = f"--batch={shape.algorithm.batch} is too large for shape {shape.name} here"
+            raise OutOfMemory(f"out of memory: {less} ({error})") from error
         benchmark.show(result, reporter)
     if out:
         metrics.summarize(out, result)

@@ -13,6 +13,7 @@ if __name__ == "__main__":
     command.begin()  # the imports below take seconds
 
 import functools
+import logging
 import math
 import sys
 from pathlib import Path
@@ -197,5 +198,6 @@ def main(argv, reporter):
 
 
 if __name__ == "__main__":
+    logging.getLogger("absl").setLevel(logging.CRITICAL)  # Orbax's: its errors are raised as well
     with command.errors(), Reporter() as reporter:
         main(sys.argv[1:], reporter)

@@ -39,7 +39,7 @@ class Function:
     def __init__(self, function: Callable, name: str, waiting: Callable = contextlib.nullcontext):
         """waiting(text): a context that says what is waited for, as report/console.py: Reporter.waiting."""
         self._function, self.name, self._waiting = function, name, waiting
-        self.takes_rows = _takes_rows(function)
+        self.takes_rows = _takes_rows(function, name)
 
     def __call__(self, params: Any, completions: Completions) -> dict[str, np.ndarray]:
         """{"reward": [N]}, or {"reward_<component>": [N]} where the function returns several, float32."""
@@ -149,11 +149,23 @@ def _raised(error: BaseException, file: str) -> str:
     return f"{type(error).__name__}{f': {message}' if message else ''}{where}"
 
 
-def _takes_rows(function: Callable) -> bool:
-    """Whether the function takes rows and texts: it has two parameters without a default."""
+def _takes_rows(function: Callable, name: str) -> bool:
+    """Whether the function takes rows and texts: it has two parameters without a default.
+
+    Raises InputError for one that can be called with neither texts nor rows and texts.
+    """
     try:
-        parameters = inspect.signature(function).parameters.values()
-    except (TypeError, ValueError):
+        signature = inspect.signature(function)
+    except (TypeError, ValueError):  # of a function in C
         return False
-    needed = [p for p in parameters if p.default is p.empty and p.kind in (p.POSITIONAL_ONLY, p.POSITIONAL_OR_KEYWORD)]
-    return len(needed) == 2
+    kinds = (inspect.Parameter.POSITIONAL_ONLY, inspect.Parameter.POSITIONAL_OR_KEYWORD)
+    needed = [each for each in signature.parameters.values() if each.default is each.empty and each.kind in kinds]
+    takes_rows = len(needed) == 2
+    expected = f"reward {name}: expected a function of texts, or of rows and texts, got one of {signature}"
+    try:
+        signature.bind(*((), ()) if takes_rows else ((),))
+    except TypeError:
+        raise InputError(expected) from None
+    if inspect.iscoroutinefunction(function):
+        raise InputError(f"{expected}, async")
+    return takes_rows

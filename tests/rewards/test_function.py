@@ -47,6 +47,20 @@ def test_a_function_of_rows_and_texts():
     np.testing.assert_array_equal(reward.scores(rows, ["4", "4"])["reward"], [1, 0.5])
 
 
+@pytest.mark.parametrize("parameters", ["", "a, b, c", "texts, *, key", "**texts"])
+def test_a_function_of_other_parameters_is_refused_before_it_is_called(parameters):
+    function = eval(f"lambda {parameters}: []")
+    expected = f"reward mine: expected a function of texts, or of rows and texts, got one of ({parameters})"
+    assert error(Function, function, "mine") == expected
+
+
+def test_an_async_function_is_refused():
+    async def score(texts):
+        return []
+
+    assert error(Function, score, "mine").endswith("got one of (texts), async")
+
+
 def test_a_function_is_given_copies():
     """What it does to its lists is not done to ours."""
 
