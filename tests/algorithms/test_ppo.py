@@ -179,6 +179,8 @@ def test_loss_by_hand(tables):
     np.testing.assert_allclose(loss, policy + 0.1 * value, rtol=1e-6)
     names = ("policy_loss", "value_loss", "clip_fraction", "approx_kl", "ratio", "ratio_square", "value_clip_fraction")
     assert metrics.keys() == {*names, "rows"}
+    of_tokens = metrics["rows"]["policy_loss_BR"][done.mask_BR], metrics["rows"]["value_square_BR"][done.mask_BR] / 2
+    np.testing.assert_allclose([x.mean() for x in of_tokens], [policy, value], rtol=1e-5)
 
 
 def test_the_first_gradient_is_the_policy_gradient(tables):
