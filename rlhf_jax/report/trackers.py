@@ -1,7 +1,7 @@
 """A run's metrics in other programs: TensorBoard, Weights & Biases, MLflow. The record itself is metrics.jsonl.
 
 `--config.log=tensorboard,wandb` chooses them. wandb and mlflow must be installed; their own environment variables say
-where to: WANDB_MODE=offline, WANDB_PROJECT, MLFLOW_TRACKING_URI, MLFLOW_EXPERIMENT_NAME.
+where to: WANDB_MODE=offline, WANDB_PROJECT, MLFLOW_TRACKING_URI (default: the current folder), MLFLOW_EXPERIMENT_NAME.
 """
 
 import importlib.util
