@@ -50,10 +50,13 @@ def started(code, stdout=subprocess.PIPE):
 
 
 def read(process, words):
-    """Waits until the program has written these words."""
+    """What the program has written, up to these words."""
     got = b""
     while not got.endswith(words):
-        got += process.stdout.read(1)
+        byte = process.stdout.read(1)
+        assert byte, process.stderr.read().decode()  # it has ended
+        got += byte
+    return got
 
 
 def ended(process):
@@ -143,20 +146,15 @@ os.write(1, f"{child.pid} ready".encode())
 time.sleep(60)
 """
     with started(code) as process:
-        said = b""
-        while not said.endswith(b"ready"):
-            said += process.stdout.read(1)
+        said = read(process, b"ready")
         process.send_signal(signal.SIGINT)
-        assert ended(process)[0] == 3
-        pid = int(said.split()[0])
+        assert process.wait(10) == 3
+        child = Path("/proc", said.split()[0].decode(), "stat")
         for _ in range(100):
-            try:
-                os.kill(pid, 0)
-            except ProcessLookupError:
-                return
-            if Path(f"/proc/{pid}/stat").read_text().split()[2] == "Z":
+            if not child.exists() or child.read_text().split()[2] == "Z":  # it has ended, if nobody has looked yet
                 return
             time.sleep(0.05)
+        os.kill(int(child.parent.name), signal.SIGKILL)
         pytest.fail("the child is still there")
 
 
