@@ -4,6 +4,7 @@ import ast
 import contextlib
 import os
 import pty
+import select
 import signal
 import subprocess
 import sys
@@ -53,6 +54,7 @@ def read(process, words):
     """What the program has written, up to these words."""
     got = b""
     while not got.endswith(words):
+        assert select.select([process.stdout], [], [], 20)[0], "it hangs"
         byte = process.stdout.read(1)
         assert byte, process.stderr.read().decode()  # it has ended
         got += byte
