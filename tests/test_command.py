@@ -41,9 +41,8 @@ for number in command.SIGNALS:
 
 @contextlib.contextmanager
 def started(code, stdout=subprocess.PIPE):
-    with subprocess.Popen(
-        [sys.executable, "-c", BEGIN + code], cwd=ROOT, stdout=stdout, stderr=subprocess.PIPE, bufsize=0
-    ) as process:
+    line, buffered = [sys.executable, "-c", BEGIN + code], os.environ | {"PYTHONUNBUFFERED": ""}
+    with subprocess.Popen(line, cwd=ROOT, env=buffered, stdout=stdout, stderr=subprocess.PIPE, bufsize=0) as process:
         try:
             yield process
         finally:
@@ -284,6 +283,17 @@ def test_a_pipe_that_nobody_reads_is_one_line():
 def test_a_full_disk_under_the_output_is_one_line():
     with open("/dev/full", "w") as full, started("with command.errors():\n    print('x' * 99999)", full) as process:
         assert ended(process) == (2, "train.py: standard output: No space left on device\n")
+    code = "print('not written yet')\nwith command.errors():\n    raise command.InputError('bad')"
+    with open("/dev/full", "w") as full, started(code, full) as process:
+        assert ended(process) == (2, "train.py: bad\n")
+
+
+def test_the_last_line_is_written_once(monkeypatch, capfd):
+    """Whichever thread comes first."""
+    monkeypatch.setattr(command, "_said", False)
+    monkeypatch.setattr(sys, "argv", ["train.py"])
+    command._say("stopped"), command._say("stopped again")
+    assert capfd.readouterr().err == "train.py: stopped\n"
 
 
 def test_arguments_that_cannot_be_are_an_input_error():
