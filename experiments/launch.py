@@ -5,6 +5,7 @@ from rlhf_jax import command
 command.begin()  # the imports below take seconds, and Ctrl-C is one line from here on
 
 # ruff: noqa: E402
+import dataclasses
 import difflib
 import importlib.machinery
 import importlib.util
@@ -231,7 +232,7 @@ def _fields(config, path=""):
             shown = str(value).lower() if isinstance(value, bool) else value
             yield from _entry(f"--config.{path}{name}={shown}", f"{kind}. {said.get(field.name, '')}")
     for name, section in vars(config).items():
-        if fields.dataclasses.is_dataclass(section):
+        if dataclasses.is_dataclass(section):
             yield f"\n{path}{name}: {type(section).__doc__.splitlines()[0]}"
             yield from _fields(section, f"{path}{name}.")
 

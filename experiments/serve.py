@@ -8,9 +8,7 @@
 The URL has the token of this launch. Programs send it as a key to the completions API of OpenAI that is under /v1.
 """
 
-import os
 import secrets
-import sys
 from pathlib import Path
 
 from launch import WORKDIR, flags, start
@@ -43,10 +41,8 @@ def _serve(reporter):
         reporter.note(f"no playground: {run.missing}")
     elif run:
         reporter.note(f"OpenAI's clients: base_url={address}/v1 api_key={token}")
-    command.taken_over = True  # at a signal the server ends the requests first
+    command.taken_over = True  # the server ends its requests at a signal, then raises it again: exit code 3
     server.serve(server.app(run, token=token, trace=trace, warm=True), listener)
-    sys.stdout.flush()
-    os._exit(0)  # at once: nothing is being written, and the text in progress has no reader
 
 
 def _export(reporter):

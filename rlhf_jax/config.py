@@ -103,7 +103,7 @@ class Config:
     trace: Trace = Trace()
     guard: guards.Config = guards.Config()
     # Where metrics go besides metrics.jsonl: tensorboard, wandb, mlflow, or several with commas (report/trackers.py).
-    log: str = fields.neutral("tensorboard")
+    log: str = fields.neutral(trackers.DEFAULT)
     deterministic: bool = False  # on a GPU, the same seed gives the same run; some operations are slower
 
     def problems(self):

@@ -58,7 +58,7 @@ def _results(workdir, only):
     """Lines that say where the results of a run, or of one stage of it, are, and what comes next."""
     folder = workdir / only
     plots = sorted({f"{path.parent.relative_to(folder)}/" for path in folder.rglob("plots/*.png")})
-    files = [name for name in ("summary.json", "samples.jsonl", "report.html") if (folder / name).exists()]
+    files = [name for name in ("summary.json", "samples.jsonl") if (folder / name).exists()]
     yield f"results in {folder}: {', '.join([*files, *plots])}"
     stage = f" --stage={only}" if only else ""
     yield f"next: python experiments/serve.py --workdir={workdir}"

@@ -34,7 +34,7 @@ MAY_IMPORT = {
     "training/guard": {"training/checkpoint", "report/metrics"},
     "training/loop": {"training/guard", "command", "report/metrics"},
     "training/workdir": {"training/checkpoint", "report/metrics"},
-    "training/fit": {"training", "report/console", "report/metrics"},
+    "training/fit": {"training", "report/console", "report/metrics", "report/trackers"},
     "stages": {
         "rollout",
         "generate",

@@ -40,7 +40,7 @@ class Writer:
     damaged file, or a tracker cannot start.
     """
 
-    def __init__(self, workdir, *, resume_step=None, log="tensorboard", name="", config=None, note=str):
+    def __init__(self, workdir, *, resume_step=None, log=trackers.DEFAULT, name="", config=None, note=str):
         workdir = Path(workdir).absolute()
         self._path, keys = workdir / "metrics.jsonl", workdir / TRACKERS
         first_step = 0 if resume_step is None else resume_step + 1

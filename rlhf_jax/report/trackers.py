@@ -199,7 +199,8 @@ class _Service:
 
 
 SERVICES: dict[str, Callable[[Run, str], Tracker]] = {"wandb": Wandb, "mlflow": MLflow}
-NAMES = ("tensorboard", *SERVICES)
+DEFAULT = "tensorboard"
+NAMES = (DEFAULT, *SERVICES)
 
 
 def chosen(log: str) -> list[str]:

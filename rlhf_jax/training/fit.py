@@ -7,7 +7,7 @@ from typing import Any
 
 from rlhf_jax import fields
 from rlhf_jax.errors import InputError
-from rlhf_jax.report import metrics
+from rlhf_jax.report import metrics, trackers
 from rlhf_jax.report.console import Silent, number
 from rlhf_jax.training import checkpoint, guard, loop
 from rlhf_jax.training.checkpoint import Checkpoints
@@ -25,7 +25,16 @@ class Fitted:
 
 
 def fit(
-    stage, workdir, *, depends=None, config=None, keep=KEEP, log="tensorboard", reporter=None, stop=None, recorder=None
+    stage,
+    workdir,
+    *,
+    depends=None,
+    config=None,
+    keep=KEEP,
+    log=trackers.DEFAULT,
+    reporter=None,
+    stop=None,
+    recorder=None,
 ) -> Fitted:
     """Trains the stage in workdir/<its name>, from its last checkpoint if it has one.
 

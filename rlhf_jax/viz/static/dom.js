@@ -43,7 +43,7 @@ export const scale = (lo, hi, from, to) => {
 };
 
 // Round values between lo and hi, about n of them.
-export function ticks(lo, hi, n = 5) {
+function ticks(lo, hi, n = 5) {
   const raw = (hi - lo) / n || 1, power = 10 ** Math.floor(Math.log10(raw));
   const step = [1, 2, 5, 10].map((k) => k * power).find((k) => k >= raw);
   const out = [];
@@ -103,7 +103,7 @@ export function axes(svg, width, height, [x0, x1], [y0, y1], { xt = "", yt = "",
 }
 
 // The number at a tick: no more digits than it needs.
-export const tick = (v) => String(Number(v.toPrecision(4))).replace("-", "−");
+const tick = (v) => String(Number(v.toPrecision(4))).replace("-", "−");
 
 export const path = (points) => points.map(([x, y], i) => `${i ? "L" : "M"}${x.toFixed(1)} ${y.toFixed(1)}`).join("");
 

@@ -12,7 +12,7 @@ export function visible(text, keep = "\n") {
 }
 
 // A token: its spaces and line ends can be seen.
-export function tokenText(token) {
+function tokenText(token) {
   return token.special || visible(token.text, "").replaceAll("\\u{a}", "\u23ce").replaceAll(" ", "\u2423");
 }
 
@@ -30,7 +30,7 @@ export function parts(prompt) {
 }
 
 // The pieces of a text that its words split it into: [text, word or null]. Python counts characters, not UTF-16 units.
-export function marked(text, words) {
+function marked(text, words) {
   const characters = [...text];
   const pieces = [];
   let end = 0;

@@ -173,7 +173,7 @@ const samplesView = {
 };
 
 // Rows of samples.jsonl of either task as {prompt, before, after}, each side {completion, score, gold, ...}.
-export function pairsOf(samples) {
+function pairsOf(samples) {
   return samples.map((row) => {
     const nested = Object.keys(row).filter((k) => row[k] && typeof row[k] === "object");
     if (nested.length === 2) return { prompt: row.prompt ?? "", before: row[nested[0]], after: row[nested[1]] };

@@ -44,7 +44,7 @@ export async function read(folder, manifest, name) {
   }
 }
 
-export async function gunzip(data) {
+async function gunzip(data) {
   const stream = new Blob([data]).stream().pipeThrough(new DecompressionStream("gzip"));
   return new Uint8Array(await new Response(stream).arrayBuffer());
 }

@@ -6,7 +6,7 @@ import { at, get, has } from "./trace.js";
 const CLOSE = 1e-5, SCORED = 1e-4, COARSE = 0.1;
 
 // Every claim of an iteration: {identity, array, actual, expected, tolerance}.
-export function* claims(file, manifest) {
+function* claims(file, manifest) {
   const config = file.config, stage = file.stage, algorithm = manifest.stages[stage].algorithm;
   const { pad_id, eos_id } = manifest.tokenizer;
   const x = (name) => get(file, name).data;

@@ -133,7 +133,7 @@ const map = {
   },
 };
 
-export function jump(event, id) {
+function jump(event, id) {
   event.preventDefault();
   const title = document.getElementById(`${id}-title`);
   title?.scrollIntoView();
