@@ -267,7 +267,7 @@ def test_a_path_that_is_too_long_is_missing():
 
 
 @pytest.mark.parametrize(
-    ("content", "told"),
+    ("content", "reason"),
     [
         ("", "expected the config of a run (Expecting value)"),
         ("[]", "expected the config of a run (got list)"),
@@ -276,10 +276,10 @@ def test_a_path_that_is_too_long_is_missing():
         ('{"task": []}', "seed: missing, expected int"),
     ],
 )
-def test_a_damaged_config_of_a_run_is_named_with_its_remedy(content, told, tmp_path):
+def test_a_damaged_config_of_a_run_is_named_with_its_remedy(content, reason, tmp_path):
     (tmp_path / "config.json").write_text(content)
     again = "; the command that trains the run writes it again"
-    assert error(configs.read, tmp_path) == f"workdir: {tmp_path}/config.json: {told}{again}"
+    assert error(configs.read, tmp_path) == f"workdir: {tmp_path}/config.json: {reason}{again}"
 
 
 def test_a_config_of_a_run_is_in_its_ranges(tmp_path):

@@ -35,7 +35,7 @@ def python(title):
 def demo(tmp_path, monkeypatch, finished):
     """The current folder has runs/demo, whose tokens are characters."""
     folder, tokenizer = tmp_path / "runs" / "demo", char.train([README])
-    config = gpt2.Config(layers=1, heads=1, head_size=8, width=8, context=128, vocab_size=tokenizer.vocab_size)
+    config = gpt2.Config(layers=1, heads=1, head_size=8, width=8, context=160, vocab_size=tokenizer.vocab_size)
     tokenizer.save(folder / "text")
     whole = configs.Config(model=config, data=sources.Config(response_length=9))
     (folder / "config.json").write_text(json.dumps(configs.tree(whole)))

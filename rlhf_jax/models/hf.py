@@ -123,8 +123,8 @@ def _import(arrays, shapes, config):
     names = {path: hf_layout.name(path, config).removeprefix(prefix if bare else "") for path in shapes}
     problems = _problems(arrays, names, shapes, "" if bare else prefix, config)
     if any(problems):
-        told = "; ".join(listed(messages, "; ") for messages in problems if messages)
-        raise InputError(f"{hf_layout.model_type(config)} checkpoint: {told}")
+        reasons = "; ".join(listed(messages, "; ") for messages in problems if messages)
+        raise InputError(f"{hf_layout.model_type(config)} checkpoint: {reasons}")
     # Largest first: an array is in memory twice while it is copied.
     paths = sorted(shapes, key=lambda path: -math.prod(shapes[path]))
     leaves = {}

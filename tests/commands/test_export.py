@@ -192,8 +192,12 @@ def other_heads(folder):
         (lambda folder: shutil.rmtree(folder / "ppo" / "result"), "", "expected the folder of a run or a stage with"),
         (lambda folder: shutil.rmtree(folder / "text"), "", "tokenizer.json: No such file"),
         *(
-            (lambda folder, text=text: (folder / "ppo" / "summary.json").write_text(text), "", f"summary.json: {told}")
-            for text, told in (
+            (
+                lambda folder, text=text: (folder / "ppo" / "summary.json").write_text(text),
+                "",
+                f"summary.json: {reason}",
+            )
+            for text, reason in (
                 ("", "expected the summary of a stage .Expecting value.; remove .* again"),
                 ("[]", "expected the summary of a stage .got list.; remove .* again"),
                 (

@@ -65,7 +65,7 @@ def test_a_file_is_read_and_what_is_skipped_is_told(tmp_path):
 
 @pytest.mark.parametrize("kind", corpus.KINDS)
 def test_eos_is_not_written_as_text(kind, tmp_path):
-    """Nor told apart from a story that begins with it."""
+    """It cannot be distinguished from a story that begins with it."""
     rows = [{"text": f"<|endoftext|> {i} <|endoftext|>", "label": 1} for i in range(50)]
     (tmp_path / "rows.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
     (train, held_out), notes = corpus.load(

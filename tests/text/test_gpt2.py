@@ -159,8 +159,8 @@ def test_a_special_token_may_be_in_the_vocabulary(tmp_path):
     ],
 )
 def test_what_is_not_read_right_is_refused_in_one_short_line(files, message, folder):
-    told = support.error(gpt2.from_files, beside(folder, **files))
-    assert message in told and len(told) < 250
+    found = support.error(gpt2.from_files, beside(folder, **files))
+    assert message in found and len(found) < 250
 
 
 def test_a_tokenizer_json_must_have_the_added_tokens(tmp_path):
@@ -171,10 +171,10 @@ def test_a_tokenizer_json_must_have_the_added_tokens(tmp_path):
     expected = (
         "expected the added tokens of added_tokens.json with their ids: '<0>', '<1>', '<2>', '<3>', '<4>' and 2 more"
     )
-    told = support.error(gpt2.from_files, tmp_path)
-    assert told.startswith(
+    found = support.error(gpt2.from_files, tmp_path)
+    assert found.startswith(
         f"{tmp_path}/tokenizer.json: expected the added tokens of added_tokens.json"
-    ) and told.endswith(expected.split(" with ")[1])
+    ) and found.endswith(expected.split(" with ")[1])
 
 
 def check(tokenizer, rows):

@@ -165,8 +165,8 @@ def test_other_spellings_of_the_same(field, value):
     ],
 )
 def test_the_field_of_another_kind_is_named(field, value, message):
-    told = error(changed("gpt2", field, value))
-    assert told.startswith(message) and len(told) < 250
+    found = error(changed("gpt2", field, value))
+    assert found.startswith(message) and len(found) < 250
 
 
 @pytest.mark.parametrize("field", ["single_word", "lstrip", "rstrip"])

@@ -79,16 +79,16 @@ def browser():
 @pytest.fixture
 def visit(browser, site):
     """visit(hash, width, dark, routes, ready): opens the page. At the end: no error and no request to elsewhere."""
-    opened, told = [], types.SimpleNamespace(problems=[], expected=())
+    opened, seen = [], types.SimpleNamespace(problems=[], expected=())
 
     def visit(place="", *, width=1280, dark=False, routes=None, ready=True):
         scheme = "dark" if dark else "light"
         page = browser.new_page(viewport={"width": width, "height": 900}, color_scheme=scheme, reduced_motion="reduce")
         opened.append(page)
-        page.on("console", lambda message: told.problems.append(message.text) if message.type == "error" else None)
-        page.on("pageerror", lambda error: told.problems.append(str(error)))
-        page.on("dialog", lambda dialog: told.problems.append(dialog.message))
-        page.on("request", lambda request: request.url.startswith(site) or told.problems.append(request.url))
+        page.on("console", lambda message: seen.problems.append(message.text) if message.type == "error" else None)
+        page.on("pageerror", lambda error: seen.problems.append(str(error)))
+        page.on("dialog", lambda dialog: seen.problems.append(dialog.message))
+        page.on("request", lambda request: request.url.startswith(site) or seen.problems.append(request.url))
         for name, body in (routes or {}).items():
             page.route(f"**/{name}", functools.partial(_fulfill, body))
         page.goto(site + place)
@@ -98,11 +98,11 @@ def visit(browser, site):
     def _fulfill(body, route):
         route.fulfill(status=404) if body is None else route.fulfill(body=body)
 
-    visit.told = told
+    visit.seen = seen
     yield visit
     for page in opened:
         page.close()
-    assert [each for each in told.problems if not any(word in each for word in told.expected)] == []
+    assert [each for each in seen.problems if not any(word in each for word in seen.expected)] == []
 
 
 # The server

@@ -184,7 +184,7 @@ def test_a_breach_is_a_banner_that_names_it(visit):
     ],
 )
 def test_a_trace_that_cannot_be_read_is_said(routes, words, visit):
-    visit.told.expected = ("404",)
+    visit.seen.expected = ("404",)
     assert words in visit(f"#iter={LAST.step}", routes=routes, ready=False).inner_text("#banner")
 
 
