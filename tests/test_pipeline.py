@@ -13,7 +13,7 @@ from rlhf_jax import config as configs
 from rlhf_jax import out_of_memory, pipeline
 from rlhf_jax.data import batches, sources
 from rlhf_jax.errors import OutOfMemory
-from rlhf_jax.models import gpt2, hf
+from rlhf_jax.models import decoder, hf
 from rlhf_jax.text import bpe
 from rlhf_jax.text import hf as text_hf
 from tests.support import changed, error, on_disk, opened, smallest, stages, write_rows
@@ -509,7 +509,7 @@ def test_weights_that_are_a_pickle_are_not_taken(config, tmp_path, hub_server):
 def test_pretrained_weights_of_gpt_neox(config, tmp_path):
     """From a folder. Both tables of a token id get the rows that the checkpoint lacks."""
     sizes = {"heads": 2, "head_size": 16, "width": 32, "init": str(PARITY.parents[1] / "neox_parity")}
-    sizes |= gpt2.NEOX | {"context": 32}
+    sizes |= decoder.NEOX | {"context": 32}
     steps = pretrained(config, tmp_path, characters=90, **sizes)
     params = steps._policy_init()
     for name in "wte", "unembed":

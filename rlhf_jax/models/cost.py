@@ -2,7 +2,7 @@
 
 FLOPs are those of matrix products; a multiplication and its addition are two. Norms, softmax, GELU and the look-up of
 embeddings are not counted: they are a few percent in all but the narrowest models. Attention counts the pairs that a
-causal mask leaves. The last layer counts what the selected tokens need (`select` in gpt2.py). A backward pass costs
+causal mask leaves. The last layer counts what the selected tokens need (`select` in decoder.py). A backward pass costs
 twice its forward pass, once for the gradient of each factor. What is computed twice to save memory counts once.
 """
 

@@ -12,7 +12,7 @@ from typing import Any
 import jax
 import jax.numpy as jnp
 
-from rlhf_jax.models import gpt2
+from rlhf_jax.models import decoder
 from rlhf_jax.ops import kl, logprobs
 
 NEVER = -1e9  # the logit of an id that the tokenizer does not have
@@ -22,14 +22,14 @@ NEVER = -1e9  # the logit of an id that the tokenizer does not have
 class LanguageModel:
     """GPT-2 with its projection onto the vocabulary: the token embedding if tied, else a table of its own."""
 
-    config: gpt2.Config
+    config: decoder.Config
     chunk: int = 2048  # tokens projected onto the vocabulary at a time
     ids: int = 0  # ids that the tokenizer has; those beyond are never sampled. 0: all of the vocabulary
 
     def init(self, key):
         """Random parameters."""
         c, tokens_BT = self.config, jnp.zeros((1, 1), jnp.int32)
-        trunk = gpt2.GPT2(c).init(key, tokens_BT, jnp.ones_like(tokens_BT))["params"]
+        trunk = decoder.Decoder(c).init(key, tokens_BT, jnp.ones_like(tokens_BT))["params"]
         if c.tied:
             return trunk
         table_VD = c.init_std * jax.random.normal(jax.random.fold_in(key, 0), (c.vocab_size, c.width))
@@ -42,7 +42,7 @@ class LanguageModel:
         """
         how: dict[str, Any] = {} if dropout_key is None else {"deterministic": False, "rngs": {"dropout": dropout_key}}
         select = None if count is None else functools.partial(logprobs.before, count=count)
-        return gpt2.GPT2(self.config).apply({"params": params}, tokens_BT, mask_BT, select=select, **how)[0]
+        return decoder.Decoder(self.config).apply({"params": params}, tokens_BT, mask_BT, select=select, **how)[0]
 
     def logits(self, params, hidden):
         """hidden [..., D] -> logits [..., V] in float32."""
@@ -55,7 +55,7 @@ class LanguageModel:
 
     def prefill(self, params, tokens_BP, mask_BP, slots):
         """Reads the prompts: (hidden [B, D] of the last prompt token, cache with `slots` slots)."""
-        trunk, last = gpt2.GPT2(self.config), lambda x_BP: x_BP[:, -1:]
+        trunk, last = decoder.Decoder(self.config), lambda x_BP: x_BP[:, -1:]
         hidden_B1D, cache = trunk.apply({"params": params}, tokens_BP, mask_BP, slots=slots, select=last)
         return hidden_B1D[:, 0], cache
 
@@ -65,7 +65,9 @@ class LanguageModel:
         Its keys and values go to the next slot or, if given, to `slot`, whose contents must be no longer needed.
         """
         cache = cache if slot is None else cache.replace(used=slot)
-        hidden_B1D, cache = gpt2.GPT2(self.config).apply({"params": params}, token_B[:, None], mask_B[:, None], cache)
+        hidden_B1D, cache = decoder.Decoder(self.config).apply(
+            {"params": params}, token_B[:, None], mask_B[:, None], cache
+        )
         return hidden_B1D[:, 0], cache
 
     def insert(self, cache, new, rows_G):
@@ -121,7 +123,7 @@ class LanguageModel:
 class ScalarModel:
     """GPT-2 with one number per position: read at every response token (value) or at the last (reward)."""
 
-    config: gpt2.Config
+    config: decoder.Config
 
     def init(self, key, policy):
         """The trunk of the given policy with a new head ~ N(0, 1/sqrt(D + 1)) and bias 0 (arXiv 2403.17031)."""
@@ -155,7 +157,7 @@ class ScalarModel:
         return self.read(params, self._hidden(params, tokens_BT, mask_BT, last)[:, 0])
 
     def _hidden(self, params, tokens_BT, mask_BT, select):
-        return gpt2.GPT2(self.config).apply({"params": params["trunk"]}, tokens_BT, mask_BT, select=select)[0]
+        return decoder.Decoder(self.config).apply({"params": params["trunk"]}, tokens_BT, mask_BT, select=select)[0]
 
     def _without_unembed(self, policy):
         # A scalar model never reads this table, which is as large as the token embedding.

@@ -10,7 +10,7 @@ from pathlib import Path
 from rlhf_jax import jsonfile
 from rlhf_jax.errors import InputError, listed, short
 from rlhf_jax.fields import LARGEST
-from rlhf_jax.models import gpt2
+from rlhf_jax.models import decoder
 from rlhf_jax.models.hf_layout import model_type
 
 FILE = "config.json"
@@ -139,7 +139,7 @@ def _config(fields, **rest):
     sizes = {ours: fields.size(theirs[ours]) for ours in ("layers", "heads", "width", "context", "vocab_size")}
     fields.expect(sizes["width"] % sizes["heads"] == 0, theirs["heads"], f"a divisor of {theirs['width']}")
     numbers = {ours: fields.number(theirs[ours], default) for ours, default in DEFAULTS.items()}
-    return gpt2.Config(**sizes, head_size=sizes["width"] // sizes["heads"], **numbers, **rest)
+    return decoder.Config(**sizes, head_size=sizes["width"] // sizes["heads"], **numbers, **rest)
 
 
 def _record(config, what, eos_id, pad_id):

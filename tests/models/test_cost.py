@@ -6,12 +6,12 @@ import jax
 import jax.numpy as jnp
 import pytest
 
-from rlhf_jax.models import cost, gpt2
+from rlhf_jax.models import cost, decoder
 from rlhf_jax.models.heads import LanguageModel, ScalarModel
 
-HAND = gpt2.Config(layers=1, heads=1, head_size=2, width=3, context=4, vocab_size=5)
-WIDE = gpt2.Config(layers=3, heads=4, head_size=32, width=128, context=128, vocab_size=512)
-NEOX = dataclasses.replace(WIDE, **gpt2.NEOX | {"context": 128})
+HAND = decoder.Config(layers=1, heads=1, head_size=2, width=3, context=4, vocab_size=5)
+WIDE = decoder.Config(layers=3, heads=4, head_size=32, width=128, context=128, vocab_size=512)
+NEOX = dataclasses.replace(WIDE, **decoder.NEOX | {"context": 128})
 # XLA also counts norms, GELU (more for the exact one), the rotation of keys, and most of the masked pairs.
 MORE = {WIDE: 1.06, NEOX: 1.12}
 

@@ -5,11 +5,11 @@ from pathlib import Path
 import pytest
 
 from rlhf_jax.errors import InputError
-from rlhf_jax.models import gpt2, hf_config
+from rlhf_jax.models import decoder, hf_config
 
 HERE = Path(__file__).parent
-GPT2 = gpt2.preset("gpt2", vocab_size=50_257)
-PYTHIA = gpt2.preset("pythia-1b", vocab_size=50_304)
+GPT2 = decoder.preset("gpt2", vocab_size=50_257)
+PYTHIA = decoder.preset("pythia-1b", vocab_size=50_304)
 IDS = {"eos_id": 0, "pad_id": 1}
 
 # As published: of GPT-2 and, with the names that transformers 4 used for rotary positions, of Pythia 1B.
@@ -179,7 +179,7 @@ def test_rotary_positions_may_be_fewer(tmp_path):
     "config, ids, expected",
     [
         (
-            gpt2.preset("micro", vocab_size=50),
+            decoder.preset("micro", vocab_size=50),
             IDS,
             "model.head_size: expected model.width / model.heads = 128 / 3, as in transformers, got 48",
         ),

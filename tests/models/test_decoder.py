@@ -8,7 +8,7 @@ import pytest
 
 from rlhf_jax import generate
 from rlhf_jax.errors import InputError
-from rlhf_jax.models import gpt2
+from rlhf_jax.models import decoder
 from rlhf_jax.models.heads import LanguageModel
 from rlhf_jax.ops import attention
 
@@ -20,7 +20,7 @@ def model(request, apply):
     """The tiny GPT-2 of all tests, and one layer of a GPT-NeoX that rotates 4 of the 7 entries of a head."""
     if request.param == "gpt2":
         return apply.policy
-    neox = gpt2.NEOX | {"context": 40, "rotary_share": 0.6, "layers": 1}
+    neox = decoder.NEOX | {"context": 40, "rotary_share": 0.6, "layers": 1}
     return LanguageModel(dataclasses.replace(apply.policy.config, **neox))
 
 
@@ -126,7 +126,7 @@ def test_a_row_of_padding_alone_is_finite(model, params):
 def test_a_cache_changes_nothing(parts, model, params, sequences):
     """invariant 4: read in parts, with padding, the tokens have the same hidden states as read whole."""
     tokens_BT, mask_BT = sequences
-    trunk = gpt2.GPT2(model.config)
+    trunk = decoder.Decoder(model.config)
     read = jax.jit(lambda tokens, mask, cache: trunk.apply({"params": params}, tokens, mask, cache, slots=9))
     cache, states, start = None, [], 0
     for length in parts:
@@ -157,7 +157,7 @@ def test_the_log_probs_of_samples_are_the_learners(model, params, prompts):
 
 def test_a_cache_with_a_gap_changes_nothing(model, params):
     """invariants 1 and 4: a token that was read with mask 0 is not seen, and takes no position."""
-    trunk = gpt2.GPT2(model.config)
+    trunk = decoder.Decoder(model.config)
     read = jax.jit(lambda *args: trunk.apply({"params": params}, *args, slots=4))
     _, cache = read(jnp.array([[5, 6, 17]]), jnp.array([[1, 1, 0]]))
     hidden, _ = read(jnp.array([[7]]), jnp.ones((1, 1)), cache)
@@ -170,7 +170,7 @@ def test_a_cache_with_a_gap_changes_nothing(model, params):
     [("gpt2", 124_439_808), ("gpt2-medium", 354_823_168), ("gpt2-large", 774_030_080), ("gpt2-xl", 1_557_611_200)],
 )
 def test_presets_have_the_published_number_of_parameters(name, parameters):
-    model = LanguageModel(gpt2.preset(name, vocab_size=50_257))
+    model = LanguageModel(decoder.preset(name, vocab_size=50_257))
     shapes = jax.eval_shape(model.init, jax.random.key(0))
     assert sum(x.size for x in jax.tree.leaves(shapes)) == parameters
     assert model.config.context == 1024
@@ -181,7 +181,7 @@ def test_presets_have_the_published_number_of_parameters(name, parameters):
     [("pythia-160m", 162_322_944), ("pythia-410m", 405_334_016), ("pythia-1b", 1_011_781_632)],
 )
 def test_presets_of_pythia_too(name, parameters):
-    model = LanguageModel(gpt2.preset(name, vocab_size=50_304))
+    model = LanguageModel(decoder.preset(name, vocab_size=50_304))
     shapes = jax.eval_shape(model.init, jax.random.key(0))
     assert sum(x.size for x in jax.tree.leaves(shapes)) == parameters
     assert model.config.heads * model.config.head_size == model.config.width
@@ -190,7 +190,7 @@ def test_presets_of_pythia_too(name, parameters):
 
 def test_micro_is_the_articles():
     """4 layers, 3 heads, width 128, which 3 does not divide: the head size is free."""
-    config = gpt2.preset("micro", vocab_size=50, context=32)
+    config = decoder.preset("micro", vocab_size=50, context=32)
     assert (config.layers, config.heads, config.width) == (4, 3, 128)
     params = jax.eval_shape(LanguageModel(config).init, jax.random.key(0))
     assert params["h_3"]["attn"]["qkv"]["kernel"].shape == (128, 3 * 3 * 48)
@@ -199,7 +199,7 @@ def test_micro_is_the_articles():
 
 def test_initial_parameters():
     """Weights N(0, .02), those that add to the residual stream smaller by sqrt(2N), biases 0."""
-    model = LanguageModel(gpt2.Config(layers=2, heads=4, head_size=16, width=64, vocab_size=300))
+    model = LanguageModel(decoder.Config(layers=2, heads=4, head_size=16, width=64, vocab_size=300))
     params = jax.jit(model.init)(jax.random.key(0))
     block = params["h_1"]
     for x in params["wte"]["embedding"], params["wpe"]["embedding"], block["attn"]["qkv"]["kernel"]:
@@ -243,7 +243,7 @@ def test_layers_that_are_computed_again_take_less_memory():
     tokens_BT = jax.ShapeDtypeStruct((4, 64), jnp.int32)
     bytes_needed = []
     for remat in False, True:
-        model = LanguageModel(gpt2.Config(layers=4, heads=2, head_size=16, width=32, vocab_size=50, remat=remat))
+        model = LanguageModel(decoder.Config(layers=4, heads=2, head_size=16, width=32, vocab_size=50, remat=remat))
         grads = jax.jit(jax.grad(lambda p, t, m=model: m.logprobs(p, t, jnp.ones_like(t), 63).sum()))
         shapes = jax.eval_shape(model.init, jax.random.key(0))
         # XLA on a CPU merges equal computations, these too, unless this pass is off.

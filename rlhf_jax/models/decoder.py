@@ -203,7 +203,7 @@ class Block(nn.Module):
         return sum_BTD + dropout(MLP(self.config, name="mlp")(_norm(self.config, "ln_2")(seen_BTD))), kv
 
 
-class GPT2(nn.Module):
+class Decoder(nn.Module):
     """The trunk: everything but the projection onto the vocabulary."""
 
     config: Config
