@@ -31,7 +31,7 @@ from rlhf_jax.models import decoder, heads, hf, hf_config, hf_layout
 from rlhf_jax.text import gpt2 as text_gpt2
 
 FILES = tuple((*weights, *tokenizer) for tokenizer in text_gpt2.FILES for weights in hf.FILES)  # of transformers
-SCORE = hf_layout.name(("score", "embedding"), decoder.Config())  # the array that only a reward model has
+SCORE = "score.weight"  # the array that only a reward model has
 
 ROWS = (1, 4, 32)  # on the device at a time: each number is compiled for
 NARROWEST = 16  # tokens

@@ -24,7 +24,7 @@ from jax.experimental.compilation_cache import compilation_cache
 from rlhf_jax import generate, jsonfile, rollout, text
 from rlhf_jax.algorithms import policy_gradient, ppo
 from rlhf_jax.errors import InputError
-from rlhf_jax.models import cost, decoder, heads
+from rlhf_jax.models import cost, decoder, families, heads
 from rlhf_jax.report import metrics
 from rlhf_jax.report.console import Silent
 from rlhf_jax.rewards import function, learned
@@ -63,7 +63,7 @@ def _ppo(name, layers, heads, width, vocab_size, prompt, response, **algorithm):
 def _article(name, length, **algorithm):
     """The article's policy gradient on `length` characters, of which the first is the prompt."""
     sizes = {"heads": 4, "head_size": 32, "context": length, "vocab_size": CHARACTERS.vocab_size, "init_std": 0.08}
-    return Shape(name, decoder.preset("micro", **sizes), 1, length - 1, policy_gradient.Config(**algorithm))
+    return Shape(name, families.preset("micro", **sizes), 1, length - 1, policy_gradient.Config(**algorithm))
 
 
 SHAPES = {

@@ -2,7 +2,7 @@
 
 Each is a bundle of pure functions of a parameter pytree; algorithms receive them as `apply`. A language model's tree is
 the trunk's, plus {"unembed": {"embedding": [V, D]}} if the head is not tied. The reward and the value model share one
-class and one tree, {"trunk": GPT-2, "head": {"kernel" [D], "bias" []}}.
+class and one tree, {"trunk": the decoder's, "head": {"kernel" [D], "bias" []}}.
 """
 
 import dataclasses
@@ -20,7 +20,7 @@ NEVER = -1e9  # the logit of an id that the tokenizer does not have
 
 @dataclasses.dataclass(frozen=True)
 class LanguageModel:
-    """GPT-2 with its projection onto the vocabulary: the token embedding if tied, else a table of its own."""
+    """The decoder with its projection onto the vocabulary: the token embedding if tied, else a table of its own."""
 
     config: decoder.Config
     chunk: int = 2048  # tokens projected onto the vocabulary at a time
@@ -78,20 +78,17 @@ class LanguageModel:
                 row_1 = jax.lax.dynamic_slice_in_dim(new_G, g, 1)
                 return jax.lax.dynamic_update_slice_in_dim(array_B, row_1, rows_G[g], axis=0)
 
-            return jax.tree.map(one, arrays, (new.keys, new.values, new.valid_BS))
+            return jax.tree.map(one, arrays, new.replace(used=None))
 
-        arrays = (cache.keys, cache.values, cache.valid_BS)
-        keys, values, valid_BS = jax.lax.fori_loop(0, len(rows_G), put, arrays)
-        return cache.replace(keys=keys, values=values, valid_BS=valid_BS)
+        return jax.lax.fori_loop(0, len(rows_G), put, cache.replace(used=None)).replace(used=cache.used)
 
     def repeat(self, cache, rows, padding):
         """The cache of one prompt for `rows` rows, without the first `padding` slots: left padding is not kept."""
 
-        def rolled(x_1HSK, axis):
-            return jnp.repeat(jnp.roll(x_1HSK, -padding, axis=axis), rows, axis=0)
+        def rolled(x_1):  # slots are the axis before the last of keys and values, and the last one of the others
+            return jnp.repeat(jnp.roll(x_1, -padding, axis=-2 if x_1.ndim == 4 else -1), rows, axis=0)
 
-        keys, values = (tuple(rolled(x_1HSK, 2) for x_1HSK in each) for each in (cache.keys, cache.values))
-        return cache.replace(keys=keys, values=values, valid_BS=rolled(cache.valid_BS, 1), used=cache.used - padding)
+        return jax.tree.map(rolled, cache.replace(used=None)).replace(used=cache.used - padding)
 
     def logprobs(self, params, tokens_BT, mask_BT, count, *, temperature=1.0, dropout_key=None):
         """Log-probs [B, count], in nats, of the last `count` tokens; only these are projected onto the vocabulary."""
@@ -121,7 +118,7 @@ class LanguageModel:
 
 @dataclasses.dataclass(frozen=True)
 class ScalarModel:
-    """GPT-2 with one number per position: read at every response token (value) or at the last (reward)."""
+    """The decoder with one number per position: read at every response token (value) or at the last (reward)."""
 
     config: decoder.Config
 

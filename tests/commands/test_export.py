@@ -21,6 +21,7 @@ from rlhf_jax.data.tldr import format_query
 from rlhf_jax.errors import InputError
 from rlhf_jax.generate import Sampling, generate
 from rlhf_jax.models import decoder, hf, hf_config
+from rlhf_jax.models.families import neox
 from rlhf_jax.models.heads import LanguageModel, ScalarModel
 from rlhf_jax.report import metrics
 from rlhf_jax.text import gpt2 as gpt2_text
@@ -28,7 +29,7 @@ from rlhf_jax.training.checkpoint import Checkpoints
 from tests.support import assert_trees_equal, changed, differ, error, opened, stages
 
 SIZES = {"layers": 1, "heads": 2, "head_size": 8, "width": 16, "context": 64}
-MODELS = {"gpt2": SIZES, "neox": SIZES | decoder.NEOX | {"context": 64, "rotary_share": 0.5, "vocab_size": 320}}
+MODELS = {"gpt2": SIZES, "neox": SIZES | neox.NEOX | {"context": 64, "rotary_share": 0.5, "vocab_size": 320}}
 ROW = {"prompt": format_query("s", "title", "the secret post"), "label": "the secret label"}
 MEASURED = {"ppo/score": 0.25, "ppo/score_ci95": [0.125, 0.5], "reward/accuracy": 0.75, "ppo/steps": 3}
 

@@ -8,6 +8,7 @@ import pytest
 import scipy.special
 
 from rlhf_jax.models import decoder
+from rlhf_jax.models.families import neox
 from rlhf_jax.models.heads import LanguageModel, ScalarModel
 from rlhf_jax.ops import kl
 from rlhf_jax.ops.logprobs import before, entropy
@@ -114,9 +115,7 @@ def test_compare(temperature, chunk, apply, policy, reference, sequences):
     assert exact.min() > 0.1 and not np.allclose(exact, exact_kl(theirs, ours), rtol=0.01)
 
 
-@pytest.mark.parametrize(
-    "changes", [{}, decoder.NEOX | {"context": 40}, {"remat": True}], ids=["gpt2", "neox", "remat"]
-)
+@pytest.mark.parametrize("changes", [{}, neox.NEOX | {"context": 40}, {"remat": True}], ids=["gpt2", "neox", "remat"])
 def test_tokens_that_are_not_selected_are_not_needed(changes, apply, sequences):
     """The last layer computes only the selected tokens: same states, same gradients."""
     model = LanguageModel(dataclasses.replace(apply.policy.config, **changes))

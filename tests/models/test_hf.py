@@ -14,12 +14,13 @@ from safetensors import safe_open
 from safetensors.numpy import save_file
 
 from rlhf_jax.errors import InputError
-from rlhf_jax.models import decoder, hf, hf_config
+from rlhf_jax.models import decoder, families, hf, hf_config
+from rlhf_jax.models.families import neox
 from rlhf_jax.models.heads import LanguageModel, ScalarModel
 
 # Every size is different: D 5, heads * head size 6, 3 * 6 = 18, F = 4 * 5 = 20.
 GPT2 = decoder.Config(layers=1, heads=2, head_size=3, width=5, context=7, vocab_size=11)
-NEOX = dataclasses.replace(GPT2, **decoder.NEOX | {"context": 7, "rotary_share": 0.7})
+NEOX = dataclasses.replace(GPT2, **neox.NEOX | {"context": 7, "rotary_share": 0.7})
 SAVED = {"heads": 1, "head_size": 6, "width": 6}  # transformers requires heads * head size = width
 IDS = {"eos_id": 3, "pad_id": 4}
 
@@ -141,7 +142,7 @@ def test_an_untied_gpt2_has_a_head_of_its_own():
 
 
 def test_more_than_nine_layers_keep_their_order():
-    config = decoder.preset("nano", layers=12, width=4, heads=1, head_size=4, context=2, vocab_size=3)
+    config = families.preset("nano", layers=12, width=4, heads=1, head_size=4, context=2, vocab_size=3)
     assert_same_tree(hf.from_hf(hf.to_hf(policy(config), config), config), policy(config))
 
 
@@ -461,7 +462,7 @@ print(kilobytes("VmHWM") - before)
 
 
 @pytest.mark.skipif(not Path("/proc/self/status").exists(), reason="memory is read from /proc")
-@pytest.mark.parametrize("extra", [{}, decoder.NEOX], ids=["gpt2", "neox"])
+@pytest.mark.parametrize("extra", [{}, neox.NEOX], ids=["gpt2", "neox"])
 def test_a_checkpoint_is_in_memory_once(extra, tmp_path):
     """Read, with a row added for PAD, every number used, put on the device: less than 1.3 times the file."""
     config = decoder.Config(layers=8, heads=4, head_size=64, width=256, vocab_size=20_000, **extra)
