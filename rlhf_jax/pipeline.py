@@ -23,7 +23,7 @@ from rlhf_jax.stages import Setup
 from rlhf_jax.stages.language_model import language_model
 from rlhf_jax.stages.preference import check_references, reward_model
 from rlhf_jax.stages.rl import rl
-from rlhf_jax.text import bpe, char, gpt2
+from rlhf_jax.text import bpe, char, files
 from rlhf_jax.training import sharding
 from rlhf_jax.training.fit import fit, write_summary
 from rlhf_jax.training.workdir import Workdir
@@ -156,7 +156,7 @@ class Stages:
             if saved.fingerprint() != there.get("fingerprint"):
                 raise InputError(f"workdir: {folder}: not the tokenizer that was saved there; remove the folder")
             return saved
-        tokenizer = _make_tokenizer(config.text, self.task)
+        tokenizer = _make_tokenizer(config.text, self.task, self.reporter.note)
         if tokenizer.fingerprint() not in (there.get("fingerprint"), saved and saved.fingerprint()):
             for name in self.names:
                 if self.workdir.started(name):
@@ -347,18 +347,20 @@ class Stages:
         return write_summary(self.workdir, "summary.json", seconds, numbers, self.config.seed)
 
 
-def _make_tokenizer(config, task):
+def _make_tokenizer(config, task, note):
     """The tokenizer of a Text section: read from its path, or trained on the task's texts."""
-    if config.kind == "gpt2":
+    if config.of_files:
         if not config.path:
             raise InputError("text.path: expected a folder or a name on the hub, as gpt2, got none")
+        wanted = {"eos": config.eos, "pad": config.pad, "template": config.template}
         try:
-            return gpt2.from_files(hub.folder(config.path, *gpt2.FILES, also=gpt2.ALSO))
+            return files.from_files(hub.folder(config.path, *files.FILES, also=files.ALSO), **wanted, note=note)
         except InputError as error:
-            raise InputError(f"text.path: {error}") from None
+            raise InputError(str(error) if str(error).startswith("text.") else f"text.path: {error}") from None
     try:
         texts = task.texts()
-        return bpe.train(texts, config.vocab_size) if config.kind == "bpe" else char.train(texts)
+        tokenizer = bpe.train(texts, config.vocab_size) if config.kind == "bpe" else char.train(texts)
+        return dataclasses.replace(tokenizer, template=files.chat_template(config.template))
     except InputError as error:
         named = str(error).startswith(("data", "reward"))
         raise InputError(str(error) if named else f"text.{error}") from None

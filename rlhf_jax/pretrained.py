@@ -28,9 +28,9 @@ from rlhf_jax.data import tldr
 from rlhf_jax.errors import InputError
 from rlhf_jax.generate import Token
 from rlhf_jax.models import gpt2, heads, hf, hf_config, hf_layout
-from rlhf_jax.text import gpt2 as text_gpt2
+from rlhf_jax.text import files
 
-FILES = tuple((*weights, *tokenizer) for tokenizer in text_gpt2.FILES for weights in hf.FILES)  # of transformers
+FILES = tuple((*weights, *tokenizer) for tokenizer in files.FILES for weights in hf.FILES)  # of transformers
 SCORE = hf_layout.name(("score", "embedding"), gpt2.Config())  # the array that only a reward model has
 
 ROWS = (1, 4, 32)  # on the device at a time: each number is compiled for
@@ -109,10 +109,10 @@ class Pretrained:
             return []
         how = {"temperature": temperature, "top_k": top_k, "top_p": top_p}
         drawn = self._draw(prompts, n, max_tokens, seed, how, first)
-        texts, eos_id = text.responses(self.tokenizer, *drawn[:2]), self.tokenizer.eos_id
+        texts, eos_ids = text.responses(self.tokenizer, *drawn[:2]), self.tokenizer.eos_ids
         rows = zip(texts, *drawn, strict=True)
         return [
-            Sample(words, ids[mask].tolist(), logp_R[mask], bool(ids[mask][-1] == eos_id))
+            Sample(words, ids[mask].tolist(), logp_R[mask], bool(ids[mask][-1] in eos_ids))
             for words, ids, mask, logp_R in rows
         ]
 
@@ -144,7 +144,7 @@ class Pretrained:
         return generate.stream(
             self.apply.policy, params_M, np.repeat(np.arange(len(params_M)), lanes), prompt_1P, mask_1P, keys_B,
             generate.How(**how), rows_B=np.tile(np.arange(lanes) < n, len(params_M)), max_tokens=R,
-            eos_id=self.tokenizer.eos_id, slots=self.context, forced=forced,
+            eos_ids=self.tokenizer.eos_ids, slots=self.context, forced=forced,
         )  # fmt: skip
 
     def logprobs(
@@ -244,7 +244,8 @@ class Pretrained:
         keys_N = jax.vmap(lambda i: jax.random.fold_in(jax.random.fold_in(key, first + i // n), i % n))(sample_N)
         width = _width(max(map(len, prompts)), self.context - R)
         arrays = self._padded([ids for ids in prompts for _ in range(n)], width)
-        sampling = generate.Sampling(R, self.tokenizer.eos_id, self.tokenizer.pad_id, **how)
+        eos_id, *more = self.tokenizer.eos_ids
+        sampling = generate.Sampling(R, eos_id, self.tokenizer.pad_id, more_eos=tuple(more), **how)
         return _over(functools.partial(_sample, self.apply.policy, sampling, self.params), *arrays, keys_N)
 
     def _checked(self, prompts, n, max_tokens, seed, how):
@@ -341,7 +342,7 @@ def load(source: str | os.PathLike, stage: str = "") -> Pretrained:
         return _from_run(path, stage)
     if stage:
         raise InputError(f"stage: expected none, as {source} is not the folder of a run, got {stage!r}")
-    return _from_transformers(hub.folder(source, *FILES, also=text_gpt2.ALSO))
+    return _from_transformers(hub.folder(source, *FILES, also=files.ALSO))
 
 
 def _is_run(folder: Path) -> bool:
@@ -396,7 +397,7 @@ def _quiet() -> Iterator[None]:
 
 
 def _from_transformers(folder: Path) -> Pretrained:
-    config, tokenizer = hf_config.read(folder), text_gpt2.from_files(folder)
+    config, tokenizer = hf_config.read(folder), files.from_files(folder)
     config = dataclasses.replace(config, vocab_size=max(config.vocab_size, tokenizer.vocab_size))
     arrays = hf.read(folder)
     if SCORE not in map(hf_layout.unwrapped, arrays):

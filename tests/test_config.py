@@ -115,7 +115,7 @@ def test_the_edge_of_what_is_possible(changes):
 @pytest.mark.parametrize(
     ("field", "value", "expected"),
     [
-        ("text.kind", "words", "gpt2 or bpe or char, got 'words'"),
+        ("text.kind", "words", "files or gpt2 or bpe or char, got 'words'"),
         ("data.source", "web", "world or files or hub, got 'web'"),
         ("data.split", "", "the name of one, got ''"),
         ("model.dtype", "float16", "float32 or bfloat16, got 'float16'"),
