@@ -4,6 +4,7 @@
 """
 
 import os
+from collections.abc import Mapping
 from pathlib import Path
 from typing import Protocol
 
@@ -38,6 +39,18 @@ class Tokenizer(Protocol):
     @property
     def template(self) -> str:
         """The chat template, in Jinja (text/chat.py); empty: there is none."""
+
+    @property
+    def roles(self) -> Mapping[str, str]:
+        """{role: name of the token} of what a chat template can name: eos_token, pad_token, bos_token."""
+
+    @property
+    def special(self) -> tuple[str, ...]:
+        """The names of the special tokens, which only a chat template writes."""
+
+    @property
+    def space(self) -> str:
+        """What stands before a completion: a space, or nothing where encoding puts one before every text."""
 
     def encode(self, text: str) -> list[int]:
         """The ids of `text`, without EOS. The name of a special token is ordinary text."""

@@ -37,6 +37,18 @@ class CharTokenizer:
         return len(self.characters) + 1
 
     @property
+    def roles(self) -> dict[str, str]:
+        return {}
+
+    @property
+    def special(self) -> tuple[str, ...]:
+        return ()
+
+    @property
+    def space(self) -> str:
+        return " "
+
+    @property
     def eos_ids(self) -> tuple[int, ...]:
         return (self.eos_id,)
 

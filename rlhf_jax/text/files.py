@@ -65,9 +65,9 @@ def from_files(
         raise InputError(f"{file}: {error}") from None
     ends = _eos(codec, eos, settings, path, file)
     padding = _pad(codec, pad, ends, settings, file)
-    names = [(role, name) for role in ("bos_token", "unk_token") if (name := _content(settings.get(role)))]
+    named = [(role, name) for role in ("bos_token", "unk_token") if (name := _content(settings.get(role)))]
     before = codec.token_to_id(padding)
-    tokenizer = library.of_codec(codec, ends, padding, chat_template(template, path, settings), names)
+    tokenizer = library.of_codec(codec, ends, padding, chat_template(template, path, settings), named)
     if padding != (theirs := _content(settings.get("pad_token"))):
         kind = "a new token, " if before is None else ""
         note(f"text: PAD is {padding}, {kind}id {tokenizer.pad_id}{f'; {theirs} ends a text' * (theirs in ends)}")

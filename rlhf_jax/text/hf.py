@@ -20,8 +20,8 @@ def to_hf(tokenizer: Ours) -> dict[str, dict]:
     Their character tokenizer encodes a text without known characters as UNK; ours raises InputError.
     """
     codec = _codec(tokenizer)
-    names = dict(getattr(tokenizer, "names", ()))  # bos_token, unk_token, ...
-    names |= {"eos_token": codec.id_to_token(tokenizer.eos_id), "pad_token": codec.id_to_token(tokenizer.pad_id)}
+    names = {"eos_token": codec.id_to_token(tokenizer.eos_id), "pad_token": codec.id_to_token(tokenizer.pad_id)}
+    names = {**tokenizer.roles, **names}  # bos_token, unk_token, ...
     config = {
         "tokenizer_class": "PreTrainedTokenizerFast",  # uses tokenizer.json unchanged
         "add_prefix_space": False,

@@ -35,13 +35,13 @@ class FileTokenizer:
     eos_ids: tuple[int, ...]  # each of them ends a completion; the first is written after one
     pad_id: int
     template: str = ""  # the chat template, in Jinja; empty: there is none
-    names: tuple[tuple[str, str], ...] = ()  # (role, token) of the tokens that a template can name beside EOS and PAD
+    named: tuple[tuple[str, str], ...] = ()  # (role, token) of the tokens that a template can name beside EOS and PAD
 
     @classmethod
     def from_record(cls, record: dict) -> "FileTokenizer":
         fields = {name: value for name, value in record.items() if name != "kind"}
-        names = tuple((role, token) for role, token in fields.pop("names"))
-        tokenizer = cls(**fields | {"eos_ids": tuple(fields["eos_ids"]), "names": names})
+        named = tuple((role, token) for role, token in fields["named"])
+        tokenizer = cls(**fields | {"eos_ids": tuple(fields["eos_ids"]), "named": named})
         if {*tokenizer.eos_ids, tokenizer.pad_id} - tokenizer.codec.get_added_tokens_decoder().keys():
             raise InputError("eos_ids and pad_id: expected ids of special tokens of the tokenizer.json")
         return tokenizer
@@ -49,6 +49,21 @@ class FileTokenizer:
     @property
     def eos_id(self) -> int:
         return self.eos_ids[0]
+
+    @functools.cached_property
+    def roles(self) -> dict[str, str]:
+        names = {"eos_token": self.eos_id, "pad_token": self.pad_id}
+        return dict(self.named) | {role: self.codec.id_to_token(id) or "" for role, id in names.items()}
+
+    @functools.cached_property
+    def special(self) -> tuple[str, ...]:
+        return tuple(token.content for token in self.codec.get_added_tokens_decoder().values() if token.special)
+
+    @functools.cached_property
+    def space(self) -> str:
+        start = self.encode("a")
+        joined = self.encode("a a")[len(start) :]
+        return "" if start == joined != self.encode(" a") else " "
 
     @functools.cached_property
     def vocab_size(self) -> int:
@@ -120,7 +135,7 @@ def of_codec(
     eos: Iterable[str],
     pad: str,
     template: str = "",
-    names: Iterable[tuple[str, str]] = (),
+    named: Iterable[tuple[str, str]] = (),
 ) -> FileTokenizer:
     """The FileTokenizer of the library's tokenizer, which is changed: its tokens `eos` and `pad` become special ones.
 
@@ -136,7 +151,7 @@ def of_codec(
         eos_ids=tuple(ids[name] for name in eos),
         pad_id=ids[pad],
         template=template,
-        names=tuple(names),
+        named=tuple(named),
     )
 
 

@@ -59,7 +59,7 @@ def test_a_folder_without_a_tokenizer_is_named(tmp_path):
         ('{"kind": "words"}', "tokenizer.json: expected the fields of a tokenizer of kind char, file"),
         ('{"kind": "file", "json": "{}", "more": 1}', "tokenizer.json: expected the fields"),
         (
-            '{"kind": "file", "json": "{}", "eos_ids": [1], "pad_id": 2, "names": []}',
+            '{"kind": "file", "json": "{}", "eos_ids": [1], "pad_id": 2, "named": []}',
             "tokenizer.json: expected a tokeni",
         ),
         ('{"kind": "char"}', "tokenizer.json: expected the fields"),
