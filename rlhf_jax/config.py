@@ -88,7 +88,8 @@ class Supervised(supervised.Config):
 class Reward(preference.Config):
     """The reward of reinforcement learning, and the training of the reward model where it is learned."""
 
-    # learned | gold: the embedded world's truth | sentiment: VADER's | path/to/file.py:function (rewards/function.py)
+    # learned | gold: the embedded world's truth | sentiment: VADER's | rouge: ROUGE-L with the row's label |
+    # path/to/file.py:function (rewards/function.py)
     kind: str = fields.path(LEARNED)
     # another workdir whose finished reward model is used; config and files must agree
     from_: str = fields.path(neutral=True)
@@ -349,7 +350,10 @@ def _reward(config, _):
     if config.learned and not config.reward.steps:
         yield "reward.steps", "more than 0 where the reward is learned"
     if config.reward.kind == "gold" and (config.task == "write" or config.data.source != "world"):
-        yield "reward.kind", "learned, sentiment or path/to/file.py:function where no row has a record (data.source)"
+        yield (
+            "reward.kind",
+            "learned, sentiment, rouge or path/to/file.py:function where no row has a record (data.source)",
+        )
     elif not config.learned:
         reward = function.load(config.reward.kind)  # its own InputError names what is wrong
         if reward.takes_rows and config.task == "write":

@@ -18,7 +18,7 @@ from rlhf_jax.evaluate import seeds
 from rlhf_jax.models import heads, hf
 from rlhf_jax.report import plots
 from rlhf_jax.report.console import Silent
-from rlhf_jax.rewards import Reward, function, learned
+from rlhf_jax.rewards import Reward, function, learned, rouge
 from rlhf_jax.stages import Setup
 from rlhf_jax.stages.language_model import language_model
 from rlhf_jax.stages.preference import check_references, reward_model
@@ -285,6 +285,9 @@ class Stages:
                     self.reporter.note(note)
         if name == "reward":
             check_references(self.setup)
+        if name == self.names[-1] and self.config.reward.kind == "rouge":
+            for side in self.task.rows(kind)[:2]:
+                rouge.check(side)
         section = configs.section(self.config, name)
         self.setup.batch_at(kind, getattr(self.config, section).batch, "rl", f"{section}.batch")
 

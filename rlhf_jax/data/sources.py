@@ -135,6 +135,8 @@ def _read(kind, config, split, *, skipped, found, extra):
         if tuple(values) == comparisons.COLUMNS:
             return comparisons.pair(values)
         ours = {name: values[column] for name, column in theirs.items() if column in values}
+        if kind == "prompts" and config.columns.label in values:
+            ours["label"] = values[config.columns.label]  # for rewards that compare with it
         return {name: value for name, value in values.items() if name not in theirs.values()} | ours
 
     convert = converter(kind, found)
