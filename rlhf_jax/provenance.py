@@ -29,7 +29,8 @@ def depends(config, stage) -> dict:
 
 def fingerprints(config) -> dict[str, str]:
     """{"data.sft = rows.jsonl": sha256} of the local files that a run reads: data, tokenizer and weights."""
-    places = tasks.load(config).files() | {"model.init": config.model.init, "text.path": config.text.path}
+    places = tasks.load(config).files() | {"model.init": config.model.init}
+    places |= {"text.path": config.text.path, "text.template": config.text.template}
     digests = {f"{field} = {place}": _digest(Path(place)) for field, place in places.items() if place}
     return {name: digest for name, digest in digests.items() if digest}
 

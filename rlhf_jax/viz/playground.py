@@ -252,7 +252,7 @@ class Run:
 
     def label(self, id: int) -> dict[str, Any]:
         """{"id", "text"} of a token; bytes that are no whole character are written as \\xNN, and EOS says so."""
-        if id == self.model.tokenizer.eos_id:
+        if id in self.model.tokenizer.eos_ids:
             return {"id": id, "text": "", "special": "EOS"}
         part = self.model.tokenizer.token_bytes(id)
         if not part:
@@ -261,9 +261,9 @@ class Run:
 
     def _end(self, prompt, ids, logps, reference):
         """The end of a row of ids with their log-probs [M] under each side."""
-        eos_id = self.model.tokenizer.eos_id
+        eos_ids = self.model.tokenizer.eos_ids
         text = self.model.tokenizer.decode(ids).strip()
-        end: dict[str, Any] = {"text": text, "tokens": len(ids), "ended": bool(ids) and ids[-1] == eos_id}
+        end: dict[str, Any] = {"text": text, "tokens": len(ids), "ended": bool(ids) and ids[-1] in eos_ids}
         if len(self.sides) == 2:
             end["log_ratio"] = round(float(np.sum([logp_M[-1] - logp_M[0] for logp_M in logps])), 5)
         if reference:

@@ -24,7 +24,7 @@ from rlhf_jax.models import decoder, hf, hf_config
 from rlhf_jax.models.families import neox
 from rlhf_jax.models.heads import LanguageModel, ScalarModel
 from rlhf_jax.report import metrics
-from rlhf_jax.text import gpt2 as gpt2_text
+from rlhf_jax.text import files
 from rlhf_jax.training.checkpoint import Checkpoints
 from tests.support import assert_trees_equal, changed, differ, error, opened, stages
 
@@ -91,7 +91,7 @@ def test_a_policy_is_read_back_from_its_folder_alone(made, tmp_path):
     """Bit for bit, and it writes the same text at its likeliest."""
     assert export(made.workdir, tmp_path / "out") == "ppo"
     config = hf_config.read(tmp_path / "out")
-    params, tokenizer = hf.load(tmp_path / "out", config), gpt2_text.from_files(tmp_path / "out")
+    params, tokenizer = hf.load(tmp_path / "out", config), files.from_files(tmp_path / "out")
     assert_trees_equal(params, made.policy)
     assert tokenizer == made.tokenizer and tokenizer.pad_id != tokenizer.eos_id
     prompts = ["the", "the secret label", "0", "a post, a title", "post? 12 posts!"]
