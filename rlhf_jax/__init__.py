@@ -12,6 +12,7 @@ In a notebook, from the folder of a run to texts:
 Array names end in one letter an axis (Shazeer suffixes); a scalar or a pytree has none. A digit is an axis of that
 size:
 
+    A  answers: the completions of one prompt
     B  rows of a batch
     C  candidates: the ids that a model finds most likely
     D  width of the model
@@ -24,6 +25,7 @@ size:
     M  models that read the same tokens
     N  rows of a data set or a table, prompts of a queue
     P  columns of the prompts
+    Q  questions: the prompts of a batch, each with A completions
     R  columns of the responses
     S  slots of the KV cache: the tokens that a query attends to
     T  tokens of a sequence: P + R where a prompt and a response are side by side

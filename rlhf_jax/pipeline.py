@@ -286,7 +286,8 @@ class Stages:
         if name == "reward":
             check_references(self.setup)
         section = configs.section(self.config, name)
-        self.setup.batch_at(kind, getattr(self.config, section).batch, "rl", f"{section}.batch")
+        part = getattr(self.config, section)
+        self.setup.batch_at(kind, part.batch, "rl", f"{section}.batch", getattr(part, "group", 1))
 
     def _fit(self, stage, depends, workdir, stop):
         config = configs.tree(self.config)

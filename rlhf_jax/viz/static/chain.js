@@ -11,7 +11,7 @@ export function knobs(file, manifest) {
     gamma: config.gamma,
     lam: config.lam ?? 1,
     eps: config.clip ?? 0.2,
-    clipping: manifest.stages[file.stage].algorithm === "ppo",
+    clipping: config.clip !== undefined,
   };
 }
 
@@ -76,7 +76,8 @@ export function pass(file, c, e, k) {
       }
     });
   }
-  const token = (i) => losses.ppo_policy(Math.log(ratio[i]), 0, c.white[i], k.clipping ? k.eps : Infinity);
+  const high = k.clipping && file.config.clip_high ? file.config.clip_high : k.eps;
+  const token = (i) => losses.ppo_policy(Math.log(ratio[i]), 0, c.white[i], k.clipping ? k.eps : Infinity, k.clipping ? high : Infinity);
   const unweighted = c.plain && !k.clipping;
   const loss = Float64Array.from(mask, (m, i) => (!m ? 0 : unweighted ? losses.policy_gradient(now[i], c.white[i]) : token(i).loss));
   const clipped = Uint8Array.from(mask, (m, i) => (m && token(i).clipped ? 1 : 0));
