@@ -17,7 +17,7 @@ from ml_collections import ConfigDict
 
 from rlhf_jax import alarms
 from rlhf_jax import config as configs
-from rlhf_jax.algorithms import policy_gradient, ppo
+from rlhf_jax.algorithms import policy_gradient
 from rlhf_jax.config import Evaluation, Reward, Supervised, Text
 from rlhf_jax.data import corpus
 from rlhf_jax.errors import InputError
@@ -42,10 +42,7 @@ def stories():
         pretrain=Supervised(**adam, lr=1e-3, steps=1_500, batch=32, eval_every=500),
         sft=Supervised(**adam, lr=5e-4, steps=200, batch=32, eval_every=100),
         reward=Reward(kind="sentiment", lr=1e-3, warmup=20, adam_b2=0.95, steps=150, batch=32, eval_every=50),
-        policy_gradient=policy_gradient.Config(
-            lr=5e-5, schedule="linear", steps=100, batch=64, kl_coef=0.03, eval_every=20
-        ),
-        ppo=ppo.Config(
+        **configs.policies(
             lr=1e-4,
             steps=100,
             batch=64,
@@ -55,7 +52,12 @@ def stories():
             missing_eos="subtract",
             missing_eos_penalty=0.0,  # a story that is cut at 63 tokens is not worse
             eval_every=10,
-        ),
+        )
+        | {
+            "policy_gradient": policy_gradient.Config(
+                lr=5e-5, schedule="linear", steps=100, batch=64, kl_coef=0.03, eval_every=20
+            )
+        },
         alarms=alarms.Config(repeat_rate=0.15),  # half of all openings of 60 words repeat a word four times
         evaluation=Evaluation(prompts=512, batch=256, temperature=1.0, result="best"),
     )

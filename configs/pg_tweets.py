@@ -19,7 +19,7 @@ from ml_collections import ConfigDict
 
 from rlhf_jax import alarms
 from rlhf_jax import config as configs
-from rlhf_jax.algorithms import policy_gradient, ppo
+from rlhf_jax.algorithms import policy_gradient
 from rlhf_jax.config import Evaluation, Reward, Supervised, Text
 from rlhf_jax.data import corpus
 from rlhf_jax.errors import InputError
@@ -44,17 +44,7 @@ def tweets():
         pretrain=Supervised(**adam, lr=1e-3, steps=1_000, batch=64, eval_every=250),
         sft=Supervised(**adam, lr=5e-4, steps=500, batch=64, eval_every=100),
         reward=Reward(kind="sentiment", lr=1e-3, warmup=20, adam_b2=0.95, steps=150, batch=32, eval_every=50),
-        policy_gradient=policy_gradient.Config(
-            lr=5e-5,
-            schedule="linear",
-            steps=400,
-            batch=32,
-            kl_coef=0.06,
-            kl_target=4.5,  # adaptive: stays below the limit of 5 nats
-            kl_horizon=1_000,
-            eval_every=20,
-        ),
-        ppo=ppo.Config(
+        **configs.policies(
             lr=1e-4,
             steps=100,
             batch=32,
@@ -64,7 +54,19 @@ def tweets():
             missing_eos="subtract",
             missing_eos_penalty=0.0,  # a tweet that is cut at 31 characters is not worse
             eval_every=10,
-        ),
+        )
+        | {
+            "policy_gradient": policy_gradient.Config(
+                lr=5e-5,
+                schedule="linear",
+                steps=400,
+                batch=32,
+                kl_coef=0.06,
+                kl_target=4.5,  # adaptive: stays below the limit of 5 nats
+                kl_horizon=1_000,
+                eval_every=20,
+            )
+        },
         evaluation=Evaluation(prompts=512, batch=512, temperature=1.0, result="best"),
     )
 

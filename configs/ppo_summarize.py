@@ -32,7 +32,7 @@ import dataclasses
 from ml_collections import ConfigDict
 
 from rlhf_jax import config as configs
-from rlhf_jax.algorithms import ppo
+from rlhf_jax.algorithms import policy_gradient, ppo
 from rlhf_jax.config import Config, Evaluation, Reward, Supervised, Text, Trace
 from rlhf_jax.data import sources
 from rlhf_jax.errors import InputError
@@ -69,7 +69,8 @@ def tiny():
         model=preset("micro", heads=4, head_size=32, context=80, init_std=0.08),
         sft=Supervised(lr=2e-3, warmup=100, adam_b2=0.95, steps=600, batch=32, loss_on="response", eval_every=200),
         reward=Reward(lr=1e-3, warmup=20, adam_b2=0.95, steps=150, batch=32, eval_every=50),
-        ppo=ppo.Config(lr=3e-4, steps=50, batch=64, epochs=2, temperature=1.0, eval_every=10),
+        **configs.policies(lr=3e-4, steps=50, batch=64, epochs=2, temperature=1.0, eval_every=10)
+        | {"policy_gradient": policy_gradient.Config()},
         evaluation=Evaluation(prompts=512, batch=256, temperature=1.0),
         trace=Trace(every=10),
     )

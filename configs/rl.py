@@ -22,7 +22,7 @@ its first tokens; --config.data.cut=right|newline|skip|error selects another rul
 from ml_collections import ConfigDict
 
 from rlhf_jax import config as configs
-from rlhf_jax.algorithms import policy_gradient, ppo
+from rlhf_jax.algorithms import policy_gradient
 from rlhf_jax.config import Config, Evaluation, Reward, Supervised, Text
 from rlhf_jax.data import sources
 from rlhf_jax.errors import InputError
@@ -48,8 +48,8 @@ def small():
         model=preset("micro", heads=4, head_size=32, context=96, init_std=0.08),
         sft=Supervised(**adam, lr=2e-3, steps=0, loss_on="response"),
         reward=Reward(**adam, lr=1e-3, steps=150, kind="sentiment"),
-        ppo=ppo.Config(**rollouts, lr=3e-4, steps=50, epochs=2, missing_eos="subtract"),
-        policy_gradient=policy_gradient.Config(**rollouts, lr=3e-4, steps=100),
+        **configs.policies(**rollouts, lr=3e-4, steps=50, epochs=2, missing_eos="subtract")
+        | {"policy_gradient": policy_gradient.Config(**rollouts, lr=3e-4, steps=100)},
         evaluation=Evaluation(prompts=256, batch=256, temperature=1.0),
     )
 
@@ -65,7 +65,7 @@ def pretrained():
         model=preset("gpt2", init=place),
         sft=Supervised(lr=1e-5, steps=0, batch=32, microbatches=4),
         reward=Reward(lr=1e-5, steps=500, batch=32, microbatches=4, kind="sentiment"),
-        ppo=ppo.Config(**rollouts, lr=1e-6, steps=200, epochs=2),
-        policy_gradient=policy_gradient.Config(**rollouts, lr=1e-6, steps=200),
+        **configs.policies(**rollouts, lr=1e-6, steps=200, epochs=2)
+        | {"policy_gradient": policy_gradient.Config(**rollouts, lr=1e-6, steps=200)},
         evaluation=Evaluation(prompts=256, batch=64, temperature=1.0),
     )

@@ -24,7 +24,9 @@ size:
     K  entries of a head
     M  models that read the same tokens
     N  rows of a data set or a table, prompts of a queue
+    O  outputs: the completions of one prompt, a group
     P  columns of the prompts
+    Q  questions: the prompts of a batch, each with O completions
     R  columns of the responses
     S  slots of the KV cache: the tokens that a query attends to
     T  tokens of a sequence: P + R where a prompt and a response are side by side

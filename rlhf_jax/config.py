@@ -9,8 +9,6 @@ from typing import Any
 from rlhf_jax import alarms as limits
 from rlhf_jax import fields, hub, jsonfile
 from rlhf_jax.algorithms import POLICY, preference, supervised
-from rlhf_jax.algorithms import policy_gradient as policy_gradients
-from rlhf_jax.algorithms import ppo as ppos
 from rlhf_jax.data import corpus, sources
 from rlhf_jax.errors import InputError, listed, short
 from rlhf_jax.models import decoder
@@ -95,7 +93,21 @@ class Reward(preference.Config):
     from_: str = fields.path(neutral=True)
 
 
+def _with_algorithms(kind):
+    """Gives the class a section for each algorithm, with its name, after the section `reward`."""
+    found = {}
+    for name, wanted in kind.__annotations__.items():
+        found[name] = wanted
+        if name == "reward":
+            found |= {each: algorithm.Config for each, algorithm in POLICY.items()}
+    for name, algorithm in POLICY.items():
+        setattr(kind, name, algorithm.Config())
+    kind.__annotations__ = found
+    return kind
+
+
 @dataclasses.dataclass(frozen=True)
+@_with_algorithms
 class Config:
     """A run: a task, a reward, an algorithm and a model. A section's defaults stand beside the code that reads it."""
 
@@ -109,8 +121,6 @@ class Config:
     pretrain: Supervised = Supervised(steps=0)
     sft: Supervised = Supervised()
     reward: Reward = Reward()
-    ppo: ppos.Config = ppos.Config()
-    policy_gradient: policy_gradients.Config = policy_gradients.Config()
     alarms: limits.Config = limits.OFF
     evaluation: Evaluation = Evaluation()
     keep: checkpoint.Config = checkpoint.Config()
@@ -168,6 +178,15 @@ WRITE: dict[str, Any] = {  # defaults of the task `write` where they differ from
 def write(**sections) -> Config:
     """The config of a run whose task is `write`, with these sections instead of its defaults."""
     return Config(**(WRITE | sections))
+
+
+def policies(**values) -> dict[str, Any]:
+    """A section for each policy algorithm with these values: {name: section}. A value counts where a section has it."""
+    found = {}
+    for name, algorithm in POLICY.items():
+        known = {field.name for field in dataclasses.fields(algorithm.Config)}
+        found[name] = algorithm.Config(**{field: value for field, value in values.items() if field in known})
+    return found
 
 
 def tree(config) -> dict:

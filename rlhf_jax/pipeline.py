@@ -290,7 +290,8 @@ class Stages:
             for side in self.task.rows(kind)[:2]:
                 rouge.check(side)
         section = configs.section(self.config, name)
-        self.setup.batch_at(kind, getattr(self.config, section).batch, "rl", f"{section}.batch")
+        part = getattr(self.config, section)
+        self.setup.batch_at(kind, part.batch, "rl", f"{section}.batch", getattr(part, "group", 1))
 
     def _fit(self, stage, depends, workdir, stop):
         config = configs.tree(self.config)

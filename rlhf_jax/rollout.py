@@ -92,6 +92,7 @@ class Rollout:
     score_B: jax.Array | None = None
     advantages_BR: jax.Array | None = None
     returns_BR: jax.Array | None = None
+    weight_B: jax.Array | None = None  # of the rows in a minibatch's means, where these are not over tokens
     # Intermediate results of an algorithm's `estimate`; no update needs them, a trace records them.
     rewards_BR: jax.Array | None = None  # of each token
     raw_advantages_BR: jax.Array | None = None  # before whitening

@@ -11,6 +11,7 @@ import pytest
 
 from rlhf_jax import config as configs
 from rlhf_jax import provenance
+from rlhf_jax.algorithms import POLICY
 from rlhf_jax.data import corpus
 from rlhf_jax.data.sources import COLUMNS
 from tests.support import error
@@ -126,7 +127,7 @@ def test_the_edge_of_what_is_possible(changes):
         ("reward.schedule", "step", "linear or cosine or constant, got 'step'"),
         ("ppo.schedule", "step", "linear or cosine or constant, got 'step'"),
         ("task", "translate", "summarize or write or prompts, got 'translate'"),
-        ("algorithm", "dpo", "ppo or policy_gradient, got 'dpo'"),
+        ("algorithm", "no", f"{' or '.join(POLICY)}, got 'no'"),
         ("evaluation.result", "first", "last or best, got 'first'"),
         ("data.cut", "middle", "left or right or newline or skip or error, got 'middle'"),
         ("seed", -1, "at least 0 and less than 4.29497e+09, got -1"),
@@ -284,7 +285,7 @@ def test_a_damaged_config_of_a_run_is_named_with_its_remedy(content, reason, tmp
 
 def test_a_config_of_a_run_is_in_its_ranges(tmp_path):
     (tmp_path / "config.json").write_text(json.dumps(tree(algorithm="no")))
-    assert "config.json: algorithm: expected ppo or policy_gradient, got 'no';" in error(configs.read, tmp_path)
+    assert f"config.json: algorithm: expected {' or '.join(POLICY)}, got 'no';" in error(configs.read, tmp_path)
     (tmp_path / "config.json").write_text(json.dumps(tree(task=[])))
     assert "config.json: task: expected str, got []" in error(configs.read, tmp_path)
 

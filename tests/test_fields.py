@@ -5,7 +5,7 @@ import math
 import pytest
 
 from rlhf_jax import config, fields
-from rlhf_jax.algorithms import policy, ppo
+from rlhf_jax.algorithms import POLICY, policy, ppo
 from rlhf_jax.training import optim
 from tests.support import error
 
@@ -184,11 +184,15 @@ def changed(task, /, **changes):
     return functools.reduce(lambda whole, item: replaced(whole, *item), changes.items(), WHOLE[task])
 
 
-NUMBERS = {(task, path): field for task, whole in WHOLE.items() for path, field in fields.numbers(whole)}
-CHOICES = {
-    (task, path): field for task, whole in WHOLE.items() for path, field in leaves(whole) if "choices" in field.metadata
-}
-STAGES = ("pretrain", "sft", "reward", "ppo", "policy_gradient")
+def of_tasks(found):
+    """{(task, path): field} of the fields that found(config) yields, those of an algorithm once."""
+    pairs = ((task, path, field) for task, whole in WHOLE.items() for path, field in found(whole))
+    return {(task, path): field for task, path, field in pairs if task != "write" or path.split(".")[0] not in POLICY}
+
+
+NUMBERS = of_tasks(fields.numbers)
+CHOICES = {key: field for key, field in of_tasks(leaves).items() if "choices" in field.metadata}
+STAGES = ("pretrain", "sft", "reward", *POLICY)
 
 
 def having(task, key):
@@ -232,8 +236,9 @@ def test_which_fields_are_choices():
         *("task", "algorithm", "text.kind", "model.dtype", "evaluation.result", "guard.action"),
         *("model.norm", "model.feed_forward", "model.biases"),
         *(f"{name}.schedule" for name in STAGES),
-        *("pretrain.loss_on", "sft.loss_on", "ppo.value_init", "policy_gradient.baseline"),
-        *("ppo.missing_eos", "policy_gradient.missing_eos"),
+        *("pretrain.loss_on", "sft.loss_on", "ppo.value_init", "policy_gradient.baseline", "reinforce_pp.baseline"),
+        *(f"{name}.{field}" for name in POLICY for field in ("missing_eos", "reduction", "kl")),
+        *(f"{name}.{field}" for name in ("rloo", "grpo", "dr_grpo", "dapo") for field in ("baseline", "scale")),
     }
     assert having("summarize", "choices") == both | {"data.source", "data.cut"}
     assert having("write", "choices") == both | {"data.kind", "data.source", "data.sentiment"}
@@ -249,7 +254,7 @@ def test_which_fields_are_paths():
 def test_which_fields_are_neutral():
     both = {
         *(f"{name}.{field}" for name in STAGES for field in ("microbatches", "save_every")),
-        *(f"{name}.{field}" for name in ("ppo", "policy_gradient") for field in ("lanes", "widths", "trace_epochs")),
+        *(f"{name}.{field}" for name in POLICY for field in ("lanes", "widths", "trace_epochs")),
         *(f"{name}.from_" for name in ("pretrain", "sft", "reward")),
         *(
             "model.remat",

@@ -12,8 +12,8 @@ import numpy as np
 import optax
 
 from rlhf_jax import generate, rollout
+from rlhf_jax.algorithms import grpo, ppo, preference, supervised
 from rlhf_jax.algorithms import policy as policy_algorithm
-from rlhf_jax.algorithms import ppo, preference, supervised
 from rlhf_jax.models import decoder, heads
 from rlhf_jax.rollout import Apply
 from rlhf_jax.training import sharding
@@ -24,6 +24,7 @@ APPLY = Apply(heads.LanguageModel(SIZES, chunk=10), heads.ScalarModel(SIZES))
 TX = optax.sgd(0.1)  # plain steps: a difference in a gradient is not scaled away
 SAMPLING = generate.Sampling(max_tokens=R, eos_id=EOS, pad_id=PAD, temperature=0.7, lanes=B // 2)
 PPO = ppo.Config(epochs=2, minibatches=2, microbatches=2)
+GRPO = grpo.Config(group=2, epochs=2, minibatches=2, microbatches=2, kl="exact")
 
 
 def main():
@@ -52,22 +53,23 @@ def train(place_state, place_batch):
     run("sft", supervised.step, supervised.init(policy, jax.random.key(1), tx=TX), supervised.Config(microbatches=2))
     run("reward", preference.step, preference.init(value, jax.random.key(1), tx=TX), preference.Config(microbatches=2))
 
-    @jax.jit
-    def iterate(state, batch):
+    def iterate(state, batch, algorithm, config):
         keys_B = jax.random.split(jax.random.fold_in(state.step_key, 0), B)
         prompts = (batch["prompt_BP"], batch["prompt_mask_BP"], keys_B)
         drawn = rollout.draw(APPLY, state.policy, *prompts, SAMPLING)
         judged = rollout.judge(APPLY, state, *prompts[:2], drawn, SAMPLING)
         scored = judged.replace(score_B=rollout.score(APPLY, state.reward, judged, SAMPLING))
-        parts = {"config": PPO, "apply": APPLY, "tx": TX, "guard": "stop"}
-        return *policy_algorithm.step(ppo, state, scored, **parts), drawn.response_BR
+        parts = {"config": config, "apply": APPLY, "tx": TX, "guard": "stop"}
+        return *policy_algorithm.step(algorithm, state, scored, **parts), drawn.response_BR
 
-    models = {"value": value, "reward": value}
-    state = place_state(policy_algorithm.init(policy, jax.random.key(1), config=PPO, tx=TX, **models))
-    for _ in range(2):
-        state, metrics, response_BR = jax.block_until_ready(iterate(state, place_batch(data)))
-    results |= {"ppo metrics": metrics, "ppo parameters": (state.policy, state.value), "response_BR": response_BR}
-    return results
+    for name, algorithm, config in ("grpo", grpo, GRPO), ("ppo", ppo, PPO):
+        models = {"value": value if algorithm.NEEDS_VALUE else None, "reward": value}
+        state = place_state(policy_algorithm.init(policy, jax.random.key(1), config=config, tx=TX, **models))
+        step = jax.jit(partial(iterate, algorithm=algorithm, config=config))
+        for _ in range(2):
+            state, metrics, response_BR = jax.block_until_ready(step(state, place_batch(data)))
+        results |= {f"{name} metrics": metrics, f"{name} parameters": (state.policy, state.value)}
+    return results | {"response_BR": response_BR}
 
 
 def inputs():

@@ -15,6 +15,8 @@ from rlhf_jax.rollout import Apply, Rollout
 from rlhf_jax.training import optim
 from rlhf_jax.training.state import TrainState
 
+KLS = ("reward", "k2", "k3", "exact", "off")  # where the KL is penalized, and which estimate of it
+
 
 @dataclasses.dataclass(frozen=True)
 class Config(optim.Config):
@@ -26,6 +28,7 @@ class Config(optim.Config):
     lanes: int = number(0, least=0, neutral=True)
     # Number of compiled prompt widths, in equal steps; a slice of prompts uses the smallest that fits.
     widths: int = number(1, least=1, neutral=True)
+    group: int = number(1, least=1)  # completions of each prompt, in rows next to each other; batch counts them all
     epochs: int = number(4, least=1)  # passes over a rollout
     minibatches: int = number(1, least=1)  # optimizer steps an epoch
     # Slices of a minibatch whose gradients are summed: less memory.
@@ -34,11 +37,18 @@ class Config(optim.Config):
     top_k: int = number(0, least=0)  # must stay 0: rollouts sample the distribution that the update differentiates
     top_p: float = number(1.0, least=0, most=1)  # must stay 1
     kl_coef: float = number(0.05, least=0)  # reward subtracted per nat of KL from the reference
+    # Where the KL is penalized. reward: k1 of each token, in its reward; k2, k3, exact: this number of each token, in
+    # the loss; off: nowhere.
+    kl: str = choice("reward", *KLS)
     kl_target: float = number(0.0, least=0)  # nats a sequence that kl_coef is adapted to reach; 0: kl_coef is fixed
     kl_horizon: int = number(10_000, least=1)  # episodes over which kl_coef adapts; more: slower
     gamma: float = number(1.0, least=0, most=1)  # discount of rewards, per token
     missing_eos: str = choice("replace", "replace", "subtract")  # for a response without EOS; see missing_eos_penalty
     missing_eos_penalty: float = number(1.0, least=0)  # replace: the score becomes -penalty; subtract: score - penalty
+    # The mean of the policy's loss. token: over all tokens; sequence: over rows, of each row's mean; constant: over
+    # rows, of each row's sum divided by the task's response length.
+    reduction: str = choice("token", *masked.REDUCTIONS)
+    entropy_coef: float = number(0.0, least=0)  # reward per nat of the policy's entropy, in the loss of each token
     whiten_advantages: bool = True  # scale the advantages of a rollout to mean 0, variance 1
     trace_epochs: bool = neutral(False)  # log approx KL and clip fraction after each epoch too
     eval_every: int = number(50, least=0)  # rollouts between evaluations; 0: only at the end
@@ -46,6 +56,9 @@ class Config(optim.Config):
 
     def problems(self):
         """Checks that concern several fields."""
+        slices = self.group * self.minibatches * self.microbatches
+        if self.group > 1 and self.batch % slices:
+            yield "batch", f"a multiple of group x minibatches x microbatches = {slices}"
         yield from optim.problems(self, minibatches=self.minibatches)
         why = "a rollout samples the distribution that the update differentiates; top-k and top-p are for evaluation"
         if self.top_k != 0:
@@ -61,7 +74,10 @@ class Config(optim.Config):
     def unused(self):
         """Fields without effect, and why."""
         yield from super().unused()
-        if not self.kl_target:
+        if self.kl == "off":
+            for name in ("kl_coef", "kl_target", "kl_horizon"):
+                yield name, "kl is off"
+        elif not self.kl_target:
             yield "kl_horizon", "kl_target is 0"
         elif not self.kl_coef:
             yield "kl_target", "kl_coef is 0, and only scaled by this"
@@ -84,12 +100,16 @@ class Algorithm(Protocol):
         """A subclass of the Config above."""
 
     def estimate(self, rollout: Rollout, kl_coef, *, config) -> Rollout:
-        """The rollout with advantages (and returns)."""
+        """The rollout with advantages and returns, and the rewards and raw advantages that a trace records.
+
+        kl_coef is that of the reward: 0 where the KL is in the loss or off.
+        """
 
     def loss(self, params, batch: Rollout, *, config, apply: Apply) -> tuple[jax.Array, dict[str, Any]]:
         """(scalar, metrics) of a minibatch; params are trees by name: "policy" (and "value").
 
-        metrics["rows"] has what was computed for each token, {name: [B, R]}, which a trace may record.
+        metrics["rows"] has what was computed for each token, {name: [B, R]}, which a trace may record; `logp_BR` is
+        what `regularize` reads. Means are `masked.mean` with batch.weight_B.
         """
 
     def metrics(self, rollout: Rollout, *, kl_coef, config) -> dict[str, jax.Array]:
@@ -129,39 +149,87 @@ def scored(rollout, config):
     )
 
 
-def update(algorithm, state, rollout, *, config, apply, tx, guard="off", record=False):
+def penalty(rollout, config):
+    """The KL [B, R] that `config.kl` penalizes, as sampled: 0 where that is off."""
+    estimates = {"reward": kl.k1, "k2": kl.k2, "k3": kl.k3}
+    if config.kl in estimates:
+        return estimates[config.kl](rollout.logp_BR, rollout.logp_ref_BR)
+    return rollout.kl_exact_BR * (config.kl == "exact")
+
+
+def regularize(value, aux, params, batch, *, kl_coef, reference, config, apply):
+    """A loss and its metrics with what `config` adds to it: the KL penalty and the entropy bonus, (scalar, metrics).
+
+    k2's gradient is that of KL(policy || reference) on the policy's own samples, k3's that of KL(reference || policy);
+    k1's is 0 on average, so it is no loss. `exact` needs one more pass of the reference, and has no sampling noise.
+    """
+    mask_BR, terms = batch.mask_BR, {}
+    if config.kl in ("k2", "k3"):
+        estimate = {"k2": kl.k2, "k3": kl.k3}[config.kl]
+        terms["kl_loss"] = kl_coef, estimate(jnp.where(mask_BR, aux["rows"]["logp_BR"], 0), batch.logp_ref_BR)
+    if config.kl == "exact" or config.entropy_coef:
+        inputs = (batch.tokens_BT, batch.attend_BT, mask_BR.shape[1])
+        other = reference if config.kl == "exact" else params["policy"]
+        sides = [(tree, apply.policy.hidden(tree, *inputs)) for tree in (params["policy"], other)]
+        compared = apply.policy.compare(*sides[0], *sides[1], batch.response_BR, temperature=config.temperature)
+        if config.kl == "exact":
+            terms["kl_loss"] = kl_coef, compared[1]
+        if config.entropy_coef:
+            terms["entropy_bonus"] = -config.entropy_coef, compared[2]
+    for name, (coef, term_BR) in terms.items():
+        aux = aux | {name: masked.mean(term_BR, mask_BR, weight_B=batch.weight_B)}
+        aux["rows"] = aux["rows"] | {f"{name}_BR": term_BR}
+        value += coef * aux[name]
+    return value, aux
+
+
+def update(algorithm, state, rollout, *, config, apply, tx, guard="off", record=False, length=None):
     """All epochs and minibatches on one rollout with advantages: (state, metrics [epochs, minibatches] each).
 
-    One compiled scan; every epoch has its own permutation. Reference and reward stay as they are. With a `guard`, the
+    One compiled scan; every epoch has its own permutation, of groups. length: tokens that the reduction `constant`
+    divides by; None: the columns of the responses. Reference and reward stay as they are. With a `guard`, the
     first optimizer step that is not finite and all later ones change nothing (training/optim.py). With `record`,
     metrics["record"] has each minibatch's rows of the rollout, and what the loss computed for their tokens.
     """
-    B = rollout.mask_BR.shape[0]
+    B, R = rollout.mask_BR.shape
     shuffle_key = jax.random.fold_in(state.step_key, 1)
+
+    def of_groups(groups):
+        """The rows of some groups, each with its rows next to each other."""
+        return groups if config.group == 1 else (groups[:, None] * config.group + jnp.arange(config.group)).reshape(-1)
+
+    def loss(params, batch):
+        value, aux = algorithm.loss(params, batch, config=config, apply=apply)
+        parts = {"kl_coef": state.kl_coef, "reference": state.reference, "config": config, "apply": apply}
+        return regularize(value, aux, params, batch, **parts)
 
     def minibatch(carry, rows):
         if config.widths > 1:
-            rows = rows[padding.alike(rollout.prompt_mask_BP[rows], config.microbatches)]
+            first = rows[:: config.group]
+            rows = rows[of_groups(padding.alike(rollout.prompt_mask_BP[first], config.microbatches))]
         batch = jax.tree.map(lambda x: x[rows], rollout)
+        if config.reduction != "token":
+            weight_B = masked.row_weights(batch.mask_BR, config.reduction, length=R if length is None else length)
+            batch = batch.replace(weight_B=weight_B)
 
         def grads(part):
             def at_width(prompt_BP, prompt_mask_BP):
                 narrow = part.replace(prompt_BP=prompt_BP, prompt_mask_BP=prompt_mask_BP)
-                (_, aux), grads = jax.value_and_grad(algorithm.loss, has_aux=True)(
-                    carry.params, narrow, config=config, apply=apply
-                )
+                (_, aux), grads = jax.value_and_grad(loss, has_aux=True)(carry.params, narrow)
                 return optim.apart(grads, aux, record)
 
             return padding.cut(at_width, part.prompt_BP, part.prompt_mask_BP, config.widths)
 
         tokens_B = jnp.sum(batch.mask_BR, axis=1)
-        (grads, aux), arrays = optim.accumulate(grads, batch, tokens_B, config.microbatches, has_rows=True)
+        parts = {"has_rows": True, "group": config.group}
+        (grads, aux), arrays = optim.accumulate(grads, batch, tokens_B, config.microbatches, **parts)
         carry, norms = optim.step(carry, state, grads, aux, tx=tx, guard=guard)
         return carry, aux | norms | ({"record": arrays | {"rows_B": rows}} if record else {})
 
     def epoch(carry, key):
-        rows = jax.random.permutation(key, B) if algorithm.SHUFFLES else jnp.arange(B)
-        return jax.lax.scan(minibatch, carry, rows.reshape(config.minibatches, -1))
+        groups = B // config.group
+        order = jax.random.permutation(key, groups) if algorithm.SHUFFLES else jnp.arange(groups)
+        return jax.lax.scan(minibatch, carry, of_groups(order).reshape(config.minibatches, -1))
 
     start = optim.begin(state, tuple(state.optimizer), rollout, guard=guard)
     end, aux = jax.lax.scan(epoch, start, jax.random.split(shuffle_key, config.epochs))
@@ -169,16 +237,18 @@ def update(algorithm, state, rollout, *, config, apply, tx, guard="off", record=
     return state, aux | skipped
 
 
-def step(algorithm, state, rollout, *, config, apply, tx, guard="off", record=False):
+def step(algorithm, state, rollout, *, config, apply, tx, guard="off", record=False, length=None):
     """Advantages, update and KL controller for a scored rollout (with values, where NEEDS_VALUE): (state, metrics).
 
     With `record`, metrics["record"] has the arrays that the loss was given ("rollout"), what it computed for each token
-    ("update": [epochs, minibatches, rows, R]) and its scalars ("minibatch": [epochs, minibatches]).
+    ("update": [epochs, minibatches, rows, R]) and its scalars ("minibatch": [epochs, minibatches]). `length` is that of
+    `update`.
     """
-    estimated = algorithm.estimate(rollout, state.kl_coef, config=config)
+    estimated = algorithm.estimate(rollout, state.kl_coef if config.kl == "reward" else 0.0, config=config)
     rollout = estimated.replace(rewards_BR=None, raw_advantages_BR=None)
     numbers = algorithm.metrics(rollout, kl_coef=state.kl_coef, config=config)
-    new, aux = update(algorithm, state, rollout, config=config, apply=apply, tx=tx, guard=guard, record=record)
+    parts = {"config": config, "apply": apply, "tx": tx, "guard": guard, "record": record, "length": length}
+    new, aux = update(algorithm, state, rollout, **parts)
     tokens = aux.pop("record", None)
     control = {"target": config.kl_target, "horizon": config.kl_horizon, "episodes": rollout.mask_BR.shape[0]}
     adapted = kl.adapt(state.kl_coef, numbers["kl"], **control)
@@ -207,9 +277,12 @@ def trace(aux):
 
 
 def totals(rollout, kl_coef, config):
-    """{"score_final", "score_total"}: the score after the rule for a missing EOS, and the total that is maximized."""
+    """{"score_final", "score_total"}: the score after the rule for a missing EOS, and the total that is maximized.
+
+    The total subtracts kl_coef times the KL that `penalty` has, summed over the sequence.
+    """
     score_B = scored(rollout, config)
     return {
         "score_final": jnp.mean(score_B),
-        "score_total": jnp.mean(score_B - kl_coef * masked.sum(rollout.kl_BR, rollout.mask_BR, axis=1)),
+        "score_total": jnp.mean(score_B - kl_coef * masked.sum(penalty(rollout, config), rollout.mask_BR, axis=1)),
     }

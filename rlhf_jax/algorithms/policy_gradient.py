@@ -18,6 +18,7 @@ from rlhf_jax.training import optim
 
 NEEDS_VALUE = False
 SHUFFLES = False
+BASELINES = ("none", "mean", "leave_one_out")
 
 
 @dataclasses.dataclass(frozen=True)
@@ -37,7 +38,7 @@ class Config(policy.Config):
     # False: each token's return is the score minus its own KL penalty, as in the article.
     reward_to_go: bool = True
     # Subtracted from the returns. mean: the batch's mean return; leave_one_out: the mean return of the other rows.
-    baseline: str = choice("leave_one_out", "none", "mean", "leave_one_out")
+    baseline: str = choice("leave_one_out", *BASELINES)
     whiten_advantages: bool = False  # scale the advantages of a rollout to mean 0, variance 1
     eval_every: int = number(10, least=0)  # rollouts between evaluations; 0: only at the end
     save_every: int = number(50, least=0, neutral=True)  # rollouts between checkpoints; 0: only at the end
@@ -101,8 +102,9 @@ def loss(params, batch, *, config, apply):
     logp_BR = apply.policy.logprobs(
         params["policy"], batch.tokens_BT, batch.attend_BT, R, temperature=config.temperature
     )
-    weighted, aux = losses.ppo_policy(logp_BR, batch.logp_BR, batch.advantages_BR, batch.mask_BR, clip=math.inf)
-    plain = losses.policy_gradient(logp_BR, batch.advantages_BR, batch.mask_BR)
+    how = {"mask": batch.mask_BR, "weight_B": batch.weight_B}
+    weighted, aux = losses.ppo_policy(logp_BR, batch.logp_BR, batch.advantages_BR, clip=math.inf, **how)
+    plain = losses.policy_gradient(logp_BR, batch.advantages_BR, **how)
     value = weighted if config.epochs > 1 and config.importance else plain
     numbers = {"policy_loss": value} | {name: aux[name] for name in ("approx_kl", "ratio", "ratio_square")}
     return value, numbers | {"rows": {"logp_BR": logp_BR, "ratio_BR": aux["tokens"]["ratio"]}}

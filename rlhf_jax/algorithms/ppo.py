@@ -64,7 +64,7 @@ def loss(params, batch, *, config, apply):
     )
     values_BR = apply.scalar.values(params["value"], batch.tokens_BT, batch.attend_BT, R)
     policy_loss, policy_aux = losses.ppo_policy(
-        logp_BR, batch.logp_BR, batch.advantages_BR, batch.mask_BR, clip=config.clip
+        logp_BR, batch.logp_BR, batch.advantages_BR, batch.mask_BR, clip=config.clip, weight_B=batch.weight_B
     )
     value_loss, value_aux = losses.ppo_value(
         values_BR, batch.values_BR, batch.returns_BR, batch.mask_BR, clip=config.value_clip

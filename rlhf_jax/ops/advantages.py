@@ -1,4 +1,4 @@
-"""Token rewards, discounted returns and GAE for one response; `jax.vmap` them over a batch.
+"""Token rewards, discounted returns and GAE for one response (`jax.vmap` them over a batch); advantages of groups.
 
 mask_R is 1 on the response tokens and 0 elsewhere; every output is 0 where mask_R is 0.
 """
@@ -51,3 +51,45 @@ def gae(rewards_R, values_R, mask_R, *, gamma, lam):
     end = (jnp.zeros((), values_R.dtype), jnp.zeros((), values_R.dtype))
     _, advantages_R = jax.lax.scan(backward, end, (rewards_R, values_R, mask_R), reverse=True)
     return advantages_R, jnp.where(mask_R, advantages_R + values_R, 0)
+
+
+BASELINES = ("none", "mean", "leave_one_out", "batch_mean")
+SCALES = ("none", "group_std", "batch_std")
+
+
+def group(scores_QO, *, baseline, scale):
+    """Advantages [Q, A] of A completions of each of Q prompts: (score - baseline) / scale.
+
+    baseline: 0; the group's mean (GRPO, arXiv 2402.03300, eq. 3); the mean of the group's other completions (RLOO,
+    arXiv 2402.14740, eq. 8), which keeps the policy gradient unbiased; or the mean of the batch.
+    scale: 1; or the standard deviation (unbiased, ddof 1) of the group's or of the batch's scores.
+
+    Scores that are all equal (largest = smallest) have the advantage 0 exactly, with any baseline but "none". They are
+    compared as they are: a standard deviation of equal scores may be a rounding error above 0.
+    """
+    Q, A = scores_QO.shape
+
+    def centred(scores, others=False):
+        """Scores minus their mean, or the mean of the others, along the last axis."""
+        apart = scores - scores[..., :1]  # equal scores are 0, not a rounding error apart
+        count = max(scores.shape[-1] - others, 1)
+        total = jnp.sum(apart, axis=-1, keepdims=True)
+        return apart - (total - apart if others else total) / count
+
+    def deviation(scores):
+        """Standard deviation along the last axis; 1 where the scores are all equal."""
+        spread = jnp.ptp(scores, axis=-1, keepdims=True)
+        spread = jnp.where(spread > 0, spread, 1)
+        square = jnp.sum(jnp.square(centred(scores / spread)), axis=-1, keepdims=True)
+        std = spread * jnp.sqrt(square / max(scores.shape[-1] - 1, 1))
+        return jnp.where(std > 0, std, 1)
+
+    advantages_QO = {
+        "none": lambda: scores_QO,
+        "mean": lambda: centred(scores_QO),
+        "leave_one_out": lambda: centred(scores_QO, others=True),
+        "batch_mean": lambda: centred(scores_QO.reshape(1, -1)).reshape(Q, A),
+    }[baseline]()
+    if scale == "group_std":
+        return advantages_QO / deviation(scores_QO)
+    return advantages_QO / deviation(scores_QO.reshape(1, -1)) if scale == "batch_std" else advantages_QO

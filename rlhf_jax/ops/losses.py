@@ -16,25 +16,28 @@ def bradley_terry(chosen_B, rejected_B):
     return -jax.nn.log_sigmoid(chosen_B - rejected_B)
 
 
-def policy_gradient(logp, advantages, mask):
-    """-A log p: its gradient is minus the policy gradient (REINFORCE; Williams 1992)."""
-    return masked.mean(-advantages * logp, mask)
+def policy_gradient(logp, advantages, mask, *, weight_B=None):
+    """-A log p: its gradient is minus the policy gradient (REINFORCE; Williams 1992). `weight_B` as in `ppo_policy`."""
+    return masked.mean(-advantages * logp, mask, weight_B=weight_B)
 
 
-def ppo_policy(logp, logp_old, advantages, mask, *, clip):
+def ppo_policy(logp, logp_old, advantages, mask, *, clip, clip_high=None, weight_B=None):
     """Clipped surrogate (Schulman et al. 2017, arXiv 1707.06347, eq. 7), to be minimized.
 
-        ratio = exp(logp - logp_old)        loss = mean max(-A ratio, -A clip(ratio, 1 - clip, 1 + clip))
+        ratio = exp(logp - logp_old)        loss = mean max(-A ratio, -A clip(ratio, 1 - clip, 1 + clip_high))
+
+    clip_high is `clip` if not given; a larger one leaves unlikely tokens more room to rise (DAPO, arXiv 2503.14476, eq.
+    10). weight_B, of `masked.row_weights`, makes the mean another one than that over tokens.
 
     Returns (loss, aux). aux holds masked means: clip_fraction, the share of tokens whose clipped term is the larger,
     which have no gradient; approx_kl, the mean of ratio - 1 - log ratio (k3 of KL(old || new), >= 0); ratio; and
     ratio_square (ratio^2 / ratio_square is the effective sample size of the token weights). aux["tokens"] holds
-    ratio and loss of each token.
+    ratio and loss of each token, without the weight.
     """
     log_ratio = jnp.where(mask, logp - logp_old, 0)
     ratio = jnp.exp(log_ratio)
     plain = -advantages * ratio
-    clipped = -advantages * jnp.clip(ratio, 1 - clip, 1 + clip)
+    clipped = -advantages * jnp.clip(ratio, 1 - clip, 1 + (clip if clip_high is None else clip_high))
     aux = {
         "clip_fraction": masked.mean((clipped > plain).astype(ratio.dtype), mask),
         "approx_kl": masked.mean(jnp.expm1(log_ratio) - log_ratio, mask),
@@ -42,7 +45,7 @@ def ppo_policy(logp, logp_old, advantages, mask, *, clip):
         "ratio_square": masked.mean(jnp.square(ratio), mask),
     }
     loss = jnp.maximum(plain, clipped)
-    return masked.mean(loss, mask), aux | {"tokens": {"ratio": ratio, "loss": loss}}
+    return masked.mean(loss, mask, weight_B=weight_B), aux | {"tokens": {"ratio": ratio, "loss": loss}}
 
 
 def ppo_value(values, values_old, returns, mask, *, clip):

@@ -13,8 +13,10 @@ def sum(x, mask, axis=None):
     return jnp.sum(jnp.where(mask, x, 0), axis=axis)
 
 
-def mean(x, mask, axis=None):
-    """Mean of x where mask is 1; 0 where the mask is empty."""
+def mean(x, mask, axis=None, *, weight_B=None):
+    """Mean of x where mask is 1; 0 where the mask is empty. With weight_B, of weight_B[:, None] * x [B, R]."""
+    if weight_B is not None:
+        x = weight_B[:, None] * x
     count = jnp.sum(jnp.asarray(mask, x.dtype), axis=axis)
     return sum(x, mask, axis) / jnp.maximum(count, 1)
 
@@ -38,3 +40,23 @@ def whiten(x, mask, *, shift_mean=True):
     if not shift_mean:
         white = white + centre
     return jnp.where(mask, white, 0)
+
+
+REDUCTIONS = ("token", "sequence", "constant")
+
+
+def row_weights(mask_BR, reduction, *, length):
+    """Weights [B] with which `mean(x_BR, mask_BR, weight_B=weight_B)` is another mean of the tokens of a batch.
+
+        token      sum x / sum mask                     every token counts the same: a weight of 1
+        sequence   mean over rows of each row's mean    every row counts the same
+        constant   sum x / (B length)                   a row's weight does not depend on the lengths of the others
+
+    They are computed from the whole batch and applied to its parts: a mean over microbatches, each weighted by its
+    tokens, is then that of the batch. `length` > 0 is a number of tokens; only "constant" reads it.
+    """
+    tokens_B = jnp.sum(jnp.asarray(mask_BR, jnp.float32), axis=1)
+    share = jnp.sum(tokens_B) / len(tokens_B)
+    if reduction == "sequence":
+        return share / jnp.maximum(tokens_B, 1)
+    return jnp.ones_like(tokens_B) if reduction == "token" else jnp.full_like(tokens_B, share / length)

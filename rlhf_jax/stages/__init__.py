@@ -130,14 +130,23 @@ class Setup:
         """The random key of one of PURPOSES."""
         return jax.random.fold_in(jax.random.key(self.seed), PURPOSES.index(purpose))
 
-    def batch_at(self, kind: str, batch: int, stage: str, field: str) -> Callable[[int], dict]:
-        """A stage's batches on the devices, in its own order. An error names the config's `field`."""
+    def batch_at(self, kind: str, batch: int, stage: str, field: str, group: int = 1) -> Callable[[int], dict]:
+        """A stage's batches on the devices, in its own order; each row `group` times, next to each other.
+
+        An error names the config's `field`.
+        """
         arrays = self.arrays(kind).train
-        if batch > (rows := len(arrays["index_N"])):
-            raise InputError(f"{field}: expected at most {rows}, the number of training rows, got {batch}")
+        if batch > (rows := len(arrays["index_N"]) * group):
+            named = "the number of training rows" if group == 1 else f"the number of training rows x group = {group}"
+            raise InputError(f"{field}: expected at most {rows}, {named}, got {batch}")
         seed = int(jax.random.randint(self.key(f"{stage} order"), (), 0, 2**31 - 1))
-        at = batches.batch_at(arrays, batch=batch, seed=seed)
-        return lambda step: sharding.shard(at(step), self.mesh)
+        at = batches.batch_at(arrays, batch=batch // group, seed=seed)
+
+        def repeated(step):
+            batch = at(step)
+            return batch if group == 1 else {name: np.repeat(array, group, axis=0) for name, array in batch.items()}
+
+        return lambda step: sharding.shard(repeated(step), self.mesh)
 
     def sampling(self, temperature: float, **changes: Any) -> generate.Sampling:
         """How responses are sampled, with `changes` of the other fields of a Sampling."""

@@ -71,7 +71,7 @@ class Iteration:
     def learn(self):
         """(state, scored Rollout) -> (state, numbers); the state is donated. See policy.step for `record`."""
         parts = {name: getattr(self, name) for name in ("config", "apply", "tx", "guard", "record")}
-        learn = functools.partial(policy_algorithm.step, self.algorithm, **parts)
+        learn = functools.partial(policy_algorithm.step, self.algorithm, **parts, length=self.sampling.max_tokens)
         return self.jit(learn, donate_argnums=0)
 
     @functools.cached_property
@@ -143,7 +143,7 @@ def rl(
     state = iteration.begin(policy, key, value=value, reward=reward.params)
     state = sharding.replicate(state, setup.mesh)  # else the first measurement would be compiled twice
     before = measured(state)
-    batch_at = setup.batch_at("prompts", config.batch, "rl", f"{name}.batch")
+    batch_at = setup.batch_at("prompts", config.batch, "rl", f"{name}.batch", config.group)
     usual = {}
     if watch.active:
         usual = _usual(iteration, state, batch_at, setup, -(-setup.evaluation.prompts // config.batch))

@@ -178,20 +178,29 @@ def apart(grads, aux, record):
     return (grads, scalars), aux["rows"] if record else {}
 
 
-def accumulate(grad_fn, batch, weights, microbatches, *, has_rows=False):
+def accumulate(grad_fn, batch, weights, microbatches, *, has_rows=False, group=1):
     """The mean of grad_fn over `microbatches` equal slices of the batch, equal to grad_fn of the whole batch.
 
     grad_fn(slice) returns a pytree of means over the slice. weights [B] are the rows' weights in these means (their
     numbers of tokens, say). A slice is weighted by its share of the weights, so padding does not bias the mean.
 
     has_rows: grad_fn returns (means, arrays by row), and so does this, with the rows in the order of the batch.
+    group: rows next to each other that stay in one slice.
     """
     if not has_rows:
-        return accumulate(lambda part: (grad_fn(part), {}), batch, weights, microbatches, has_rows=True)[0]
+        return accumulate(lambda part: (grad_fn(part), {}), batch, weights, microbatches, has_rows=True, group=group)[0]
     if microbatches == 1:
         return grad_fn(batch)
-    # Rows are dealt out in turn, so every slice is spread evenly over the devices.
-    slices = jax.tree.map(lambda x: x.reshape(-1, microbatches, *x.shape[1:]).swapaxes(0, 1), (batch, weights))
+
+    def deal(x):
+        """Groups of rows are dealt out in turn, so every slice is spread evenly over the devices."""
+        return x.reshape(-1, microbatches, group, *x.shape[1:]).swapaxes(0, 1).reshape(microbatches, -1, *x.shape[1:])
+
+    def collect(x):
+        """The rows of all slices in the order of the batch."""
+        return x.reshape(microbatches, -1, group, *x.shape[2:]).swapaxes(0, 1).reshape(-1, *x.shape[2:])
+
+    slices = jax.tree.map(deal, (batch, weights))
     shares = jnp.sum(slices[1], axis=1) / jnp.maximum(jnp.sum(weights), 1)
 
     def add(total, part):
@@ -202,7 +211,7 @@ def accumulate(grad_fn, batch, weights, microbatches, *, has_rows=False):
     shapes = jax.eval_shape(grad_fn, jax.tree.map(lambda x: x[0], slices[0]))[0]
     zero = jax.tree.map(lambda s: jnp.zeros(s.shape, s.dtype), shapes)
     means, arrays = jax.lax.scan(add, zero, (slices[0], shares))
-    return means, jax.tree.map(lambda x: x.swapaxes(0, 1).reshape(-1, *x.shape[2:]), arrays)
+    return means, jax.tree.map(collect, arrays)
 
 
 def norm(grads):

@@ -34,11 +34,13 @@ IDENTITIES = {
     "gae": "delta_t = r_t + gamma V_(t+1) - V_t; A_t = delta_t + gamma lambda A_(t+1)",
     "returns": "return = advantage + value, or reward-to-go",
     "baseline": "advantage = return - baseline",
+    "group": "advantage = (return - baseline) / scale, of the completions of one prompt",
     "whitening": "(A - mean) / sqrt(var + 1e-8) over the batch",
     "permutation": "each epoch uses each row once",
     "ratio": "ratio = exp(new log p - old log p)",
     "first ratio": "ratio = 1 in the first minibatch",
-    "policy loss": "max(-A ratio, -A clip(ratio, 1 - eps, 1 + eps))",
+    "policy loss": "max(-A ratio, -A clip(ratio, 1 - eps, 1 + eps'))",
+    "KL loss": "k2, k3 or the exact KL of the new policy, >= 0",
     "value loss": "max((V - R)^2, (clip(V, V_old - eps, V_old + eps) - R)^2)",
     "minibatch": "masked means are the minibatch's scalars",
     "clip fraction": "recounted",
@@ -176,7 +178,9 @@ def _rollout(file, manifest):
         yield Claim("score", "rollout.score_B", file["rollout.score_B"], total)
     final = _final(file)
     yield _logged(file, "score", "score_final", final.mean())
-    yield _logged(file, "score", "score_total", (final - _beta(file) * kl.sum(axis=1)).mean())
+    penalized = {"reward": "kl", "off": None}.get(kind := _kl(file), f"kl_{kind}")
+    total = final - _beta(file) * sums[penalized].sum(axis=1) if penalized else final
+    yield _logged(file, "score", "score_total", total.mean())
 
 
 def _logits(file, manifest):
@@ -201,7 +205,8 @@ def _logits(file, manifest):
 
 def _estimates(file, algorithm):
     """Rewards, advantages and returns."""
-    config, mask, final, beta = file.more["config"], _mask(file), _final(file), _beta(file)
+    config, mask, final = file.more["config"], _mask(file), _final(file)
+    beta = _beta(file) if _kl(file) == "reward" else 0.0
     kl = np.where(mask, _f(file, "rollout.logp_BR") - _f(file, "rollout.logp_ref_BR"), 0)
     returns, advantages = _f(file, "rollout.returns_BR"), _f(file, "rollout.advantages_BR")
     raw = _f(file, "rollout.raw_advantages_BR")
@@ -217,7 +222,14 @@ def _estimates(file, algorithm):
         values = _f(file, "rollout.values_BR")
         yield Claim("gae", "rollout.raw_advantages_BR", raw, _gae(rewards, values, mask, config))
         yield Claim("returns", "rollout.returns_BR", returns, np.where(mask, raw + values, 0))
-    elif algorithm == "policy_gradient":
+    elif "scale" in config:
+        totals = final - beta * kl.sum(axis=1)
+        yield Claim("returns", "rollout.returns_BR", returns, np.where(mask, totals[:, None], 0))
+        expected = _group(totals.reshape(-1, config["group"]), config["baseline"], config["scale"]).reshape(-1, 1)
+        yield Claim("group", "rollout.raw_advantages_BR", raw, np.where(mask, expected, 0))
+        equal = np.ptp(final.reshape(-1, config["group"]), axis=1) == 0
+        yield _logged(file, "group", "groups_equal", equal.mean())
+    elif algorithm in ("policy_gradient", "reinforce_pp"):
         if config["reward_to_go"]:
             expected = _gae(rewards, np.zeros_like(rewards), mask, config | {"lam": 1.0})
             total = final - beta * kl.sum(axis=1)
@@ -250,23 +262,34 @@ def _update(file, algorithm, manifest):
     def mean(array):
         return np.where(mask, array, 0).sum(axis=(2, 3)) / np.maximum(mask.sum(axis=(2, 3)), 1)
 
+    weight = _row_weights(mask, config.get("reduction", "token"))[..., None]
     means = {"ratio": mean(ratio), "ratio_square": mean(ratio**2)}
-    if algorithm == "ppo":
-        loss, clipped = _clipped(file, "update.ratio_BR", advantages, config["clip"])
+    if "update.policy_loss_BR" in file.arrays:
+        high = config.get("clip_high") or config["clip"]
+        loss, clipped = _clipped(file, "update.ratio_BR", advantages, config["clip"], high)
         yield Claim("policy loss", "update.policy_loss_BR", file["update.policy_loss_BR"], loss)
+        yield Claim("clip fraction", "minibatch.clip_fraction", file["minibatch.clip_fraction"], mean(clipped))
+        means["policy_loss"] = mean(weight * _f(file, "update.policy_loss_BR"))
+    elif algorithm == "policy_gradient":
+        weighted = config["epochs"] > 1 and config["importance"]
+        means["policy_loss"] = mean(weight * -advantages * (ratio if weighted else logp))
+    if algorithm == "ppo":
         values, returns = _f(file, "update.values_BR"), _f(file, "rollout.returns_BR")[rows]
         before = _f(file, "rollout.values_BR")[rows]
         near = np.clip(values, before - config["value_clip"], before + config["value_clip"])
         square = np.maximum((values - returns) ** 2, (near - returns) ** 2)
         recorded = np.where(mask, file["update.value_square_BR"], 0)
         yield Claim("value loss", "update.value_square_BR", recorded, np.where(mask, square, 0))
-        means |= {"policy_loss": mean(_f(file, "update.policy_loss_BR")), "value_loss": mean(recorded) / 2}
-        yield Claim("clip fraction", "minibatch.clip_fraction", file["minibatch.clip_fraction"], mean(clipped))
-    elif "update.policy_loss_BR" in file.arrays:
-        means["policy_loss"] = mean(_f(file, "update.policy_loss_BR"))
-    elif algorithm == "policy_gradient":
-        weighted = config["epochs"] > 1 and config["importance"]
-        means["policy_loss"] = mean(-advantages * (ratio if weighted else logp))
+        means["value_loss"] = mean(recorded) / 2
+    for name in ("kl_loss", "entropy_bonus"):
+        if f"update.{name}_BR" not in file.arrays:
+            continue
+        term = np.where(mask, _f(file, f"update.{name}_BR"), 0)
+        yield Claim("range", f"update.{name}_BR", np.minimum(term, 0), np.zeros_like(term), 0.0)
+        means[name] = mean(weight * term)
+        if name == "kl_loss" and (estimate := {"k2": _k2, "k3": _k3}.get(_kl(file))):
+            k1 = np.where(mask, logp - _f(file, "rollout.logp_ref_BR")[rows], 0)
+            yield Claim("KL loss", f"update.{name}_BR", term, estimate(k1))
     for name, array in means.items():
         yield Claim("minibatch", f"minibatch.{name}", file[f"minibatch.{name}"], array)
     approximate = mean(ratio - 1 - np.where(mask, logp - old, 0))
@@ -276,10 +299,10 @@ def _update(file, algorithm, manifest):
             yield _logged(file, "logged", name, array.astype(np.float64).mean())
 
 
-def _clipped(file, name, advantages, clip):
+def _clipped(file, name, advantages, low, high):
     """(loss, whether the clipped term is the larger) of each token, compared in float32 as the trainer did."""
     ratio, advantages = file[name].astype(np.float32), advantages.astype(np.float32)
-    near = np.clip(ratio, np.float32(1 - clip), np.float32(1 + clip))
+    near = np.clip(ratio, np.float32(1 - low), np.float32(1 + high))
     plain, clipped = -advantages * ratio, -advantages * near
     return np.maximum(plain, clipped), clipped > plain
 
@@ -372,6 +395,41 @@ def _final(file):
     penalty = config["missing_eos_penalty"]
     punished = np.full_like(score, -penalty) if config["missing_eos"] == "replace" else score - penalty
     return np.where(eos, score, punished)
+
+
+def _kl(file):
+    """Where the KL is penalized; a trace of an older version has it in the reward."""
+    return file.more["config"].get("kl", "reward")
+
+
+def _k2(k1):
+    return k1**2 / 2
+
+
+def _k3(k1):
+    return np.expm1(-k1) + k1
+
+
+def _group(totals, baseline, scale):
+    """Advantages [prompts, completions]; 0 where all scores of the prompt are equal, except without a baseline."""
+    count = totals.shape[1]
+    mean = totals.mean(axis=1, keepdims=True)
+    others = (totals.sum(axis=1, keepdims=True) - totals) / max(count - 1, 1)
+    advantages = totals - {"none": 0, "mean": mean, "leave_one_out": others, "batch_mean": totals.mean()}[baseline]
+    if scale == "none":
+        return advantages
+    std = totals.std(axis=1, ddof=1, keepdims=True) if scale == "group_std" else totals.std(ddof=1)
+    equal = np.ptp(totals, axis=1, keepdims=True) == 0 if scale == "group_std" else np.ptp(totals) == 0
+    return advantages / np.where(equal, 1, std)
+
+
+def _row_weights(mask, reduction):
+    """Weights [..., rows] that make a mean over tokens that of the reduction; mask [..., rows, R]."""
+    tokens = mask.sum(axis=-1)
+    share = tokens.mean(axis=-1, keepdims=True)
+    if reduction == "sequence":
+        return share / np.maximum(tokens, 1)
+    return np.ones(tokens.shape) if reduction == "token" else share / mask.shape[-1] + 0 * tokens
 
 
 def _gae(rewards, values, mask, config):

@@ -36,13 +36,15 @@ class Broken(TablePolicy):
 
 
 SOUND, BROKEN = Apply(TablePolicy, TableScalar), Apply(Broken, TableScalar)
-BOTH = pytest.mark.parametrize("name", POLICY)
+BOTH = pytest.mark.parametrize("name", ["ppo", "policy_gradient", "rloo"])  # with a value model, alone, in groups
 
 
 @cache
 def made(name):
     """(config, optimizer) of an algorithm that takes six optimizer steps a rollout."""
-    config = POLICY[name].Config(batch=B, epochs=2, minibatches=3, lr=0.1, kl_target=1e-3, kl_horizon=60)
+    group = 2 if POLICY[name].Config().group > 1 else 1
+    sizes = {"batch": B, "group": group, "epochs": 2, "minibatches": 3, "lr": 0.1}
+    config = POLICY[name].Config(**sizes, kl_target=1e-3, kl_horizon=60)
     return config, optim.adamw(config, 100)
 
 
@@ -50,7 +52,7 @@ def begin(name):
     config, tx = made(name)
     value = jnp.linspace(-1, 1, IDS) if POLICY[name].NEEDS_VALUE else None
     table = jax.random.normal(jax.random.key(0), (IDS, IDS))
-    return policy.init(table, jax.random.key(1), config=config, tx=tx, value=value, reward=jnp.ones(3))
+    return policy.init(table, jax.random.key(2), config=config, tx=tx, value=value, reward=jnp.ones(3))
 
 
 @cache
@@ -118,7 +120,8 @@ def test_the_trace_of_an_update_by_hand():
 def test_recording_changes_no_number_and_hands_out_what_the_loss_computed(name, microbatches, rollout):
     """Bit for bit. In each minibatch, rows_B says which rows of the rollout the arrays are of."""
     config, tx = made(name)
-    config = dataclasses.replace(config, batch=B, minibatches=1, microbatches=microbatches)
+    changes = {"group": 3 if config.group > 1 else 1, "minibatches": 1, "microbatches": microbatches}
+    config = dataclasses.replace(config, **changes)
     parts = {"config": config, "apply": SOUND, "tx": tx}
     steps = (partial(policy.step, POLICY[name], record=on, **parts) for on in (False, True))
     plain, traced = (jax.jit(step, compiler_options=OPTIMIZED) for step in steps)

@@ -4,6 +4,8 @@ import json
 
 import pytest
 
+from rlhf_jax.algorithms import POLICY
+
 TWEETS, STORIES, REUSE = (f"experiments/{name}.py" for name in ("pg_tweets", "pg_stories", "reuse_rollouts"))
 FIELDS = {"data.made": 100, "data.length": 10, "evaluation.prompts": 8, "evaluation.batch": 8}
 FIELDS |= {"model.layers": 1, "model.width": 16, "model.heads": 2, "model.head_size": 8}
@@ -42,7 +44,7 @@ def table(tmp_path_factory):
 @pytest.mark.parametrize(
     ("flags", "words"),
     [
-        (["--config.algorithm=trpo"], ["algorithm: expected ppo or policy_gradient, got 'trpo'"]),
+        (["--config.algorithm=trpo"], [f"algorithm: expected {' or '.join(POLICY)}, got 'trpo'"]),
         (["--config.policy_gradient.baseline=median"], ["policy_gradient.baseline: expected none or mean or"]),
         (["--config.policy_gradient.top_k=30"], ["policy_gradient.top_k: expected 0 in training"]),
         (["--config.policy_gradient.epochs=0"], ["policy_gradient.epochs: expected at least 1, got", "got 0"]),

@@ -1,3 +1,5 @@
+import itertools
+
 import jax
 import jax.numpy as jnp
 import numpy as np
@@ -17,6 +19,7 @@ patterns = hnp.arrays(bool, R)
 shape_rewards, discounted_returns, gae = map(
     jax.jit, (advantages.shape_rewards, advantages.discounted_returns, advantages.gae)
 )
+group = jax.jit(advantages.group, static_argnames=("baseline", "scale"))
 rates = st.sampled_from([0.0, 0.3, 0.95, 1.0])
 
 
@@ -175,3 +178,87 @@ def test_shaped_reward_goldens(goldens, float64):
     kl_BR = jnp.array(case["logprobs"]) - jnp.array(case["ref_logprobs"])
     for score, kl_R, expected in zip(case["scores"], kl_BR, case["rewards"], strict=True):
         assert_close(shape_rewards(score, kl_R, jnp.ones(3), kl_coef=case["kl_coeff"]), expected, atol=1e-12)
+
+
+# Groups: the completions of one prompt
+
+
+def of_group(scores, baseline="mean", scale="none"):
+    return np.asarray(advantages.group(jnp.array([scores]), baseline=baseline, scale=scale)[0])
+
+
+RIGHT = [1.0, 1, 1, 0, 0, 0, 0, 0]  # three of eight
+
+
+def test_group_baselines_by_hand(float64):
+    # others of 3: 1, of 1: 3; mean 2
+    assert_close(of_group([3.0, 1], "leave_one_out"), [2, -2], atol=0)
+    assert_close(of_group([3.0, 1], "mean"), [1, -1], atol=0)
+    assert_close(of_group([3.0, 1], "none"), [3, 1], atol=0)
+    # a right one against 2 of 7, a wrong one against 3 of 7
+    assert_close(of_group(RIGHT, "leave_one_out"), [5 / 7] * 3 + [-3 / 7] * 5, atol=1e-15)
+    two = advantages.group(jnp.array([[3.0, 1], [0, 0]]), baseline="batch_mean", scale="none")
+    assert_close(two, [[2, 0], [-1, -1]], atol=0)
+
+
+def test_group_scales_by_hand(float64):
+    """The unbiased standard deviation, ddof 1."""
+    # mean 3/8, variance 8/7 * 15/64 = 15/56
+    std = (15 / 56) ** 0.5
+    assert_close(of_group(RIGHT, scale="group_std"), [5 / 8 / std] * 3 + [-3 / 8 / std] * 5, atol=1e-15)
+    assert_close(of_group(RIGHT, scale="group_std"), [1.2076] * 3 + [-0.7246] * 5, atol=5e-5)
+    assert_close(of_group([0, *[0.95] * 7], scale="group_std"), [-2.4749] + [0.3536] * 7, atol=5e-5)
+    # scores 3, 1, 0, 0 of two prompts: mean 1, squares 4, 0, 1, 1: variance 2
+    two = advantages.group(jnp.array([[3.0, 1], [0, 0]]), baseline="mean", scale="batch_std")
+    assert_close(two, np.array([[1, -1], [0, 0]]) / 2**0.5, atol=1e-15)
+
+
+@pytest.mark.parametrize("baseline", ["mean", "leave_one_out"])
+@pytest.mark.parametrize("scale", advantages.SCALES)
+@pytest.mark.parametrize("score", [0.1, 1e7 + 0.3, -3e-8])
+def test_equal_scores_teach_exactly_nothing(baseline, scale, score):
+    """In float32 the mean of eight .1 is not .1, and their standard deviation is above 0."""
+    scores_QO = jnp.full((2, 8), score, jnp.float32)
+    assert not advantages.group(scores_QO, baseline=baseline, scale=scale).any()
+    other_QO = scores_QO.at[1, 0].add(jnp.abs(scores_QO[0, 0]))  # a group beside it that differs
+    assert not advantages.group(other_QO, baseline=baseline, scale=scale)[0].any()
+
+
+def test_scores_that_hardly_differ_are_not_divided_by_a_rounding_error():
+    for small in (1e-30, 1e-6, 1.0, 1e30):
+        assert_close(of_group(np.float32([small, 0]), scale="group_std"), [0.5**0.5, -(0.5**0.5)], atol=1e-6)
+
+
+@given(hnp.arrays(np.float64, (3, 4), elements=st.floats(-5, 5, width=32)), st.sampled_from(advantages.SCALES))
+def test_a_group_sums_to_zero_and_a_constant_changes_nothing(scores_QO, scale):
+    with jax.enable_x64(True):
+        for baseline in ("mean", "leave_one_out"):
+            found = group(scores_QO, baseline=baseline, scale=scale)
+            assert_close(found.sum(axis=1), 0, atol=1e-9)
+            if np.ptp(scores_QO, axis=1).min() > 1e-3:
+                assert_close(group(scores_QO + 64, baseline=baseline, scale=scale), found, atol=1e-9)
+
+
+THETA, PAID = np.array([0.3, -0.2, 0.5]), np.array([1, 0, 0.4])  # a bandit of three arms
+P = np.exp(THETA) / np.exp(THETA).sum()
+
+
+def expected_gradient(k, baseline, scale):
+    """Mean over all groups of k arms of the mean over the group of A grad log p, by enumeration."""
+    groups_QO = np.array(list(itertools.product(range(3), repeat=k)))
+    slopes = np.eye(3)[groups_QO] - P  # grad log p of each arm
+    mean = advantages.group(jnp.array(PAID[groups_QO]), baseline=baseline, scale=scale)[..., None] * slopes
+    return np.sum(P[groups_QO].prod(axis=1)[:, None] * mean.mean(axis=1), axis=0)
+
+
+@pytest.mark.parametrize("k", [2, 3, 4])
+def test_the_gradient_of_a_bandit_by_enumeration(k, float64):
+    """Leave-one-out: the policy gradient p (r - mean r), for any k. The group's mean: (k - 1) / k of it. Its standard
+    deviation turns it."""
+    true = P * (PAID - P @ PAID)
+    assert_close(true, [0.16748, -0.11290, -0.05458], atol=5e-6)
+    assert_close(expected_gradient(k, "leave_one_out", "none"), true, atol=1e-12)
+    assert_close(expected_gradient(k, "mean", "none"), true * (k - 1) / k, atol=1e-12)
+    if k == 2:
+        turned = expected_gradient(k, "mean", "group_std") / true
+        assert_close(turned, np.array([0.965, 1.055, 0.778]), atol=5e-4)

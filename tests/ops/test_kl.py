@@ -108,3 +108,23 @@ def test_no_step_of_the_kl_controller_makes_the_coefficient_negative(kl_coef, se
 def test_a_horizon_that_is_too_short_ends_at_zero():
     """error -.2 and 100 episodes at horizon 10: 1 - 2 = -1."""
     assert kl.adapt(jnp.float32(0.5), jnp.float32(0.0), target=6.0, horizon=10, episodes=100) == 0
+
+
+def test_gradients_of_the_estimators_by_enumeration(float64):
+    """Over all tokens that a policy may sample: k1 as a loss teaches nothing, k2 is KL(p || q), k3 is KL(q || p)."""
+    logits, logits_ref = jnp.array([0.3, -0.2, 0.5]), jnp.array([0, 0.4, -0.3])
+    logq, p = jax.nn.log_softmax(logits_ref), jax.nn.softmax(logits)
+
+    def loss(estimate, logits):
+        return p @ estimate(jax.nn.log_softmax(logits), logq)  # sampled from p, which stays as it is
+
+    def backward(logits):
+        return kl.exact(logits_ref, logits)
+
+    slopes = {name: jax.grad(partial(loss, getattr(kl, name)))(logits) for name in ("k1", "k2", "k3")}
+    np.testing.assert_allclose(slopes["k1"], 0, atol=1e-15)
+    np.testing.assert_allclose(slopes["k2"], jax.grad(lambda x: kl.exact(x, logits_ref))(logits), atol=1e-12)
+    np.testing.assert_allclose(slopes["k3"], jax.grad(backward)(logits), atol=1e-12)
+    np.testing.assert_allclose(kl.exact(logits, logits_ref), 0.156677, atol=5e-7)
+    np.testing.assert_allclose(slopes["k2"], [-0.0081, -0.1979, 0.2061], atol=6e-5)
+    np.testing.assert_allclose(slopes["k3"], [0.0443, -0.2470, 0.2027], atol=6e-5)

@@ -72,6 +72,13 @@ def test_ppo_by_hand():
     np.testing.assert_allclose(aux["approx_kl"], k3, rtol=1e-6)
 
 
+def test_the_clip_has_two_sides():
+    """low .2, high .5: at advantage 1 a ratio of 1.4 is not clipped, at advantage -1 one of .7 is, to .8."""
+    ratios, advantages = jnp.log(jnp.array([1.4, 1.6, 0.7])), jnp.array([1.0, 1, -1])
+    _, aux = losses.ppo_policy(ratios, jnp.zeros(3), advantages, jnp.ones(3), clip=0.2, clip_high=0.5)
+    np.testing.assert_allclose(aux["tokens"]["loss"], [-1.4, -1.5, 0.8], rtol=1e-6)
+
+
 def test_clipped_tokens_push_no_gradient():
     """No gradient beyond the clip on the side that the advantage pushes to; on the other side there is one."""
 

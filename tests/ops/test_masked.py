@@ -116,3 +116,28 @@ def test_goldens(goldens, float64):
             np.testing.assert_allclose(
                 (kept[mask == 1] - centre) * theirs + centre, case["whitened_no_shift"], atol=1e-12
             )
+
+
+# Other means of the tokens of a batch
+
+
+ROWS = jnp.array([[1.0, 2, 3], [10, 99, 99]])
+LENGTHS = jnp.array([[1, 1, 1], [1, 0, 0]])
+
+
+@pytest.mark.parametrize(
+    ("reduction", "expected"),
+    [("token", 16 / 4), ("sequence", (2 + 10) / 2), ("constant", 16 / (2 * 5))],
+)
+def test_reductions_by_hand(reduction, expected):
+    """Of two rows of 3 tokens and 1 token. constant: a row has 5 tokens, however many columns there are."""
+    for wider in (0, 4):
+        x_BR, mask_BR = (jnp.pad(x, ((0, 0), (0, wider)), constant_values=c) for x, c in ((ROWS, 7.0), (LENGTHS, 0)))
+        weight_B = masked.row_weights(mask_BR, reduction, length=5)
+        np.testing.assert_allclose(masked.mean(x_BR, mask_BR, weight_B=weight_B), expected, rtol=1e-6)
+
+
+def test_a_weight_of_one_changes_no_bit():
+    x_BR = jax.random.normal(jax.random.key(0), (2, 3))
+    weight_B = masked.row_weights(LENGTHS, "token", length=3)
+    assert masked.mean(x_BR, LENGTHS, weight_B=weight_B) == masked.mean(x_BR, LENGTHS)

@@ -30,7 +30,9 @@ def test_one_device_and_eight_agree():
     assert apart.pop("rows a device") == [2] * 8
     assert apart.pop("completions") > 8  # of one prompt: with the same noise on every device there were two
     assert apart.pop("response_BR") == 0
-    assert apart.keys() == {f"{name} {what}" for name in ("sft", "reward", "ppo") for what in ("metrics", "parameters")}
+    assert apart.keys() == {
+        f"{name} {what}" for name in ("sft", "reward", "grpo", "ppo") for what in ("metrics", "parameters")
+    }
     assert max(apart.values()) <= 1e-5, apart
 
 

@@ -107,11 +107,10 @@ def _cases():
     for kind in ("none", "mean", "leave_one_out"):
         cases.append(("policy_gradient.baseline", (SCORES, kind), policy_gradient.baseline(SCORES, kind)))
         cases.append(("policy_gradient.baseline", ([2.0], kind), policy_gradient.baseline(np.array([2.0]), kind)))
-        # Of a group: the same, as a difference.
-        expected = SCORES - policy_gradient.baseline(SCORES, kind)
-        cases.append(("advantages.group", (SCORES, kind, "none"), expected))
-    expected = (SCORES - SCORES.mean()) / (SCORES.std() + 1e-4)
-    cases.append(("advantages.group", (SCORES, "mean", "group_std"), expected))
+        for scale in ("none", "group_std"):
+            for scores in (SCORES, np.full(3, 0.1)):
+                expected = advantages.group(scores[None], baseline=kind, scale=scale)[0]
+                cases.append(("advantages.group", (scores, kind, scale), expected))
     for eos, missing in ((1, "replace"), (0, "replace"), (0, "subtract")):
         expected = policy.final_score(np.float64(3), np.array(eos), missing_eos=missing, penalty=0.5)
         cases.append(("policy.final_score", (3.0, eos, missing, 0.5), expected))

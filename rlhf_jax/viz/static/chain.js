@@ -11,7 +11,7 @@ export function knobs(file, manifest) {
     gamma: config.gamma,
     lam: config.lam ?? 1,
     eps: config.clip ?? 0.2,
-    clipping: manifest.stages[file.stage].algorithm === "ppo",
+    clipping: config.clip !== undefined,
   };
 }
 
@@ -51,7 +51,7 @@ export function chain(file, manifest, k) {
   const white = raw && config.whiten_advantages ? masked.whiten(raw, mask) : raw;
   // A policy gradient that takes one step a rollout has no ratio in its loss: -A log p.
   const plain = algorithm === "policy_gradient" && !(config.epochs > 1 && config.importance);
-  return { B, R, mask, logp, logp_ref, eos, score, final, k1, rewards, values, deltas, raw, returns, white, algorithm, plain };
+  return { B, R, mask, logp, logp_ref, eos, score, final, k1, rewards, values, deltas, raw, returns, white, algorithm, plain, high: config.clip_high };
 }
 
 // One pass of the update, laid back on the rows of the batch: the new log-probs, ratios and values [B, R]. Tokens that
@@ -81,8 +81,8 @@ export function pass(file, e) {
 
 // The same pass with the losses [B, R] of its tokens, which the knobs change.
 export function priced(laid, c, k) {
-  const { mask } = c, { now, ratio } = laid;
-  const token = (i) => losses.ppo_policy(Math.log(ratio[i]), 0, c.white[i], k.clipping ? k.eps : Infinity);
+  const { mask } = c, { now, ratio } = laid, [low, high] = k.clipping ? [k.eps, c.high || k.eps] : [Infinity, Infinity];
+  const token = (i) => losses.ppo_policy(Math.log(ratio[i]), 0, c.white[i], low, high);
   const unweighted = c.plain && !k.clipping;
   const loss = Float64Array.from(mask, (m, i) => (!m ? 0 : unweighted ? losses.policy_gradient(now[i], c.white[i]) : token(i).loss));
   const clipped = Uint8Array.from(mask, (m, i) => (m && token(i).clipped ? 1 : 0));

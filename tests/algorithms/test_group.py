@@ -1,0 +1,277 @@
+"""The algorithms that judge a completion against the others of its prompt; the policy is a table of logits."""
+
+import dataclasses
+from functools import cache, partial
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import optax
+import pytest
+
+from rlhf_jax import fields
+from rlhf_jax.algorithms import POLICY, policy
+from rlhf_jax.rollout import Apply, Rollout
+from rlhf_jax.viz import trace, verify
+from tests.support import assert_close, assert_trees_close, error
+
+IDS, B, R, PAD, EOS = 7, 8, 4, 0, 1
+SGD = optax.sgd(1.0)  # its step is the gradient
+GROUPED = [name for name, each in POLICY.items() if hasattr(each.Config, "scale")]
+REDUCTIONS = ("token", "sequence", "constant")
+LENGTHS = jnp.array([4, 1, 3, 2, 4, 2, 1, 3])  # of two groups of four
+
+
+def config(name, **changes):
+    sizes = {"batch": B, "group": 4, "epochs": 1, "lr": 0.1, "temperature": 0.7, "missing_eos_penalty": 0.5}
+    return POLICY[name].Config(**(sizes if name in GROUPED else sizes | {"group": 1}) | changes)
+
+
+@pytest.fixture(scope="module")
+def drawn(bigram):
+    """Eight completions of 1 to 4 tokens, as the table samples them: (table, Apply, scored Rollout)."""
+    keys = jax.random.split(jax.random.key(0), 4)
+    table, other = jax.random.normal(keys[0], (2, IDS, IDS))
+    mask_BR = jnp.arange(R) < LENGTHS[:, None]
+    response_BR = jnp.where(mask_BR, jax.random.randint(keys[1], (B, R), 1, IDS), PAD)
+    rollout = Rollout(
+        prompt_BP=jnp.full((B, 1), 2).at[4:].set(3),
+        prompt_mask_BP=jnp.ones((B, 1), bool),
+        response_BR=response_BR,
+        mask_BR=mask_BR,
+        eos_B=jnp.array([0, 1, 1, 1, 0, 1, 1, 1], bool),
+        logp_BR=jnp.zeros((B, R)),
+        logp_ref_BR=jnp.zeros((B, R)),
+        kl_exact_BR=jnp.zeros((B, R)),
+        entropy_BR=jnp.zeros((B, R)),
+        score_B=jax.random.normal(keys[2], (B,)),
+    )
+    inputs = (rollout.tokens_BT, rollout.attend_BT)
+    hidden = [bigram.hidden(each, *inputs, R) for each in (table, other)]
+    ref_BR, exact_BR, entropy_BR = bigram.compare(table, hidden[0], other, hidden[1], response_BR, temperature=0.7)
+    found = {
+        "logp_BR": bigram.logprobs(table, *inputs, R, temperature=0.7),
+        "logp_ref_BR": ref_BR,
+        "kl_exact_BR": exact_BR,
+        "entropy_BR": entropy_BR,
+    }
+    rollout = rollout.replace(**{key: jnp.where(mask_BR, array, 0) for key, array in found.items()})
+    return table, other, Apply(bigram, None), rollout
+
+
+def begin(drawn, section, tx=SGD):
+    table, other, _, _ = drawn
+    return policy.init(table, jax.random.key(1), config=section, tx=tx).replace(reference=other)
+
+
+def learn(drawn, name, section, rollout=None, **parts):
+    """(state, numbers) after one update."""
+    _, _, apply, found = drawn
+    step = partial(policy.step, POLICY[name], config=section, apply=apply, tx=SGD, **parts)
+    return jax.jit(step)(begin(drawn, section), found if rollout is None else rollout)
+
+
+def gradient(drawn, name, section, rollout=None, **parts):
+    return drawn[0] - learn(drawn, name, section, rollout, **parts)[0].policy
+
+
+# Advantages
+
+
+def test_rloo_by_hand(drawn):
+    """Scores 3 and 1 of two completions without KL: the other's score is the baseline, for every token alike."""
+    section = config("rloo", group=2, kl="off")
+    rollout = drawn[3].replace(score_B=jnp.array([3.0, 1, 0, 0, 2, 2, 5, 1]), eos_B=jnp.ones(B, bool))
+    done = POLICY["rloo"].estimate(rollout, 0.0, config=section)
+    assert_close(done.advantages_BR[:, 0], [2, -2, 0, 0, 0, 0, 4, -4])
+    assert_close(done.advantages_BR, done.advantages_BR[:, :1] * rollout.mask_BR)
+
+
+def test_the_kl_of_the_reward_is_that_of_the_whole_completion(drawn):
+    rollout = drawn[3]
+    done = POLICY["rloo"].estimate(rollout, 0.5, config=config("rloo"))
+    score_B = jnp.where(rollout.eos_B, rollout.score_B, -0.5)
+    total_B = score_B - 0.5 * jnp.sum(rollout.kl_BR, axis=1)
+    assert_close(done.returns_BR, total_B[:, None] * rollout.mask_BR)
+    assert_close(jnp.sum(done.rewards_BR, axis=1), total_B)
+    others_B = (total_B.reshape(2, 4).sum(axis=1).repeat(4) - total_B) / 3
+    assert_close(done.advantages_BR[:, 0], total_B - others_B)
+
+
+def test_groups_without_spread_are_counted(drawn):
+    rollout = drawn[3].replace(score_B=jnp.array([0.1] * 4 + [1, 2, 3, 4]), eos_B=jnp.ones(B, bool))
+    state, numbers = learn(drawn, "grpo", config("grpo", kl="off"), rollout)
+    assert numbers["groups_equal"] == 0.5
+    alone = learn(drawn, "grpo", config("grpo", kl="off"), rollout.replace(score_B=jnp.full(B, 0.1)))[0]
+    np.testing.assert_array_equal(alone.policy, drawn[0])  # not a rounding error of a step
+    assert (state.policy != drawn[0]).any()
+
+
+# The loss
+
+
+@pytest.mark.parametrize("name", [*GROUPED, "reinforce_pp"])
+def test_a_first_epoch_is_on_policy(name, drawn):
+    _, numbers = learn(drawn, name, config(name))
+    assert numbers["clip_fraction"] == 0
+    assert_close(numbers["ratio"], 1, atol=1e-5)
+
+
+@pytest.mark.parametrize("reduction", REDUCTIONS)
+def test_the_gradient_of_each_reduction_by_hand(reduction, drawn):
+    """On policy: minus the mean of A grad log p, with the weight that the reduction gives each token."""
+    table, _, _, rollout = drawn
+    section = config("rloo", reduction=reduction, kl="off")
+    done = POLICY["rloo"].estimate(rollout, 0.0, config=section)
+    weight_B = {"token": 1 / 20, "sequence": 1 / LENGTHS / B, "constant": 1 / (B * 5)}[reduction] * jnp.ones(B)
+    expected = np.zeros((IDS, IDS))
+    for row, column in np.argwhere(np.array(rollout.mask_BR)):
+        before, token = int(rollout.tokens_BT[row, column]), int(rollout.response_BR[row, column])
+        slope = (np.eye(IDS)[token] - np.array(jax.nn.softmax(table[before] / 0.7))) / 0.7
+        expected[before] -= float(weight_B[row] * done.advantages_BR[row, column]) * slope
+    assert_close(gradient(drawn, "rloo", section, length=5), expected)
+
+
+@pytest.mark.parametrize(("reduction", "kl"), [("token", "off"), ("sequence", "exact"), ("constant", "k3")])
+def test_microbatches_and_padding_change_nothing(reduction, kl, drawn):
+    """invariant 8, at unequal lengths; padding columns, of prompt and response, in the constant reduction too."""
+    section = config("rloo", group=2, reduction=reduction, kl=kl, entropy_coef=0.3, max_grad_norm=0.0)
+    expected = gradient(drawn, "rloo", section, length=R)
+    assert float(jnp.abs(expected).max()) > 1e-2
+    assert_close(gradient(drawn, "rloo", dataclasses.replace(section, microbatches=4), length=R), expected, atol=1e-6)
+    wider = jax.tree.map(lambda x: jnp.pad(x, ((0, 0), (0, 3))) if x.shape == (B, R) else x, drawn[3])
+    left = {"prompt_BP": PAD, "prompt_mask_BP": False}
+    wider = wider.replace(
+        **{key: jnp.pad(getattr(wider, key), ((0, 0), (2, 0)), constant_values=x) for key, x in left.items()}
+    )
+    assert_close(gradient(drawn, "rloo", section, wider, length=R), expected, atol=1e-6)
+
+
+def test_a_group_stays_together(drawn):
+    """In a shuffled epoch, in a minibatch and in a microbatch of prompts that are read at two widths."""
+    section = config("rloo", group=2, minibatches=2, microbatches=2, widths=2, epochs=3)
+    left = ((0, 0), (3, 0))
+    rollout = drawn[3].replace(
+        **{key: jnp.pad(getattr(drawn[3], key), left) for key in ("prompt_BP", "prompt_mask_BP")}
+    )
+    _, numbers = learn(drawn, "rloo", section, rollout, record=True)
+    rows = np.asarray(numbers["record"]["update"]["rows_B"]).reshape(-1, 2)
+    np.testing.assert_array_equal(rows[:, 1], rows[:, 0] + 1)
+    assert (rows[:, 0] % 2 == 0).all() and len(set(map(tuple, rows[:, 0].reshape(3, -1)))) > 1
+    logp = numbers["record"]["update"]["logp_BR"][0, 0]
+    first = rows.reshape(3, 2, -1)[0, 0]
+    assert_close(jnp.where(rollout.mask_BR[first], logp - rollout.logp_BR[first], 0), 0, atol=1e-5)
+
+
+# KL in the loss, and the entropy bonus
+
+
+@pytest.mark.parametrize("kl", ["k2", "k3", "exact"])
+def test_a_kl_in_the_loss_adds_its_gradient(kl, drawn):
+    table, other, apply, rollout = drawn
+    inputs = (rollout.tokens_BT, rollout.attend_BT, R)
+
+    def penalty(table):
+        sides = [apply.policy.hidden(each, *inputs) for each in (table, other)]
+        compared = apply.policy.compare(table, sides[0], other, sides[1], rollout.response_BR, temperature=0.7)
+        k1_BR = apply.policy.logprobs(table, *inputs, temperature=0.7) - compared[0]
+        each = {"k2": k1_BR**2 / 2, "k3": jnp.exp(-k1_BR) - 1 + k1_BR, "exact": compared[1]}[kl]
+        return jnp.sum(each * rollout.mask_BR) / 20
+
+    off, on = (config("dr_grpo", reduction="token", kl_coef=0.3, kl=each) for each in ("off", kl))
+    added = gradient(drawn, "dr_grpo", on) - gradient(drawn, "dr_grpo", off)
+    assert_close(added, 0.3 * jax.grad(penalty)(table), atol=2e-6)
+    numbers = learn(drawn, "dr_grpo", on)[1]
+    assert_close(numbers["kl_loss"], penalty(table), atol=1e-5)
+    total = jnp.mean(policy.scored(rollout, on)) - 0.3 * numbers["kl_exact" if kl == "exact" else f"kl_{kl}"]
+    assert_close(numbers["score_total"], total, atol=1e-5)
+
+
+@pytest.mark.parametrize("name", ["policy_gradient", "dapo"])
+def test_an_entropy_bonus_raises_the_entropy(name, drawn):
+    plain, bonus = (config(name, entropy_coef=coef, kl_coef=0.0) for coef in (0.0, 2.0))
+    gained = gradient(drawn, name, plain) - gradient(drawn, name, bonus)  # what the bonus adds to the step
+
+    def entropy(table):
+        _, _, apply, rollout = drawn
+        hidden = apply.policy.hidden(table, rollout.tokens_BT, rollout.attend_BT, R)
+        of_tokens = apply.policy.compare(table, hidden, table, hidden, rollout.response_BR, temperature=0.7)[2]
+        return jnp.sum(of_tokens * rollout.mask_BR) / 20
+
+    assert_close(gained, 2 * jax.grad(entropy)(drawn[0]), atol=2e-6)
+    assert_close(learn(drawn, name, bonus)[1]["entropy_bonus"], entropy(drawn[0]), atol=1e-5)
+
+
+# What is refused, and what has no effect
+
+
+@pytest.mark.parametrize(
+    ("name", "changes", "message"),
+    [
+        ("rloo", {"group": 1}, "group: expected at least 2, got 1"),
+        ("grpo", {"batch": 6}, "batch: expected a multiple of group x minibatches x microbatches = 4, got 6"),
+        (
+            "grpo",
+            {"batch": 8, "minibatches": 4},
+            "batch: expected a multiple of group x minibatches x microbatches = 16, got 8",
+        ),
+        ("dapo", {"clip": 0.3, "clip_high": 0.2}, "clip_high: expected 0, or at least clip = 0.3, got 0.2"),
+        ("reinforce_pp", {"clip_high": 0.1}, "clip_high: expected 0, or at least clip = 0.2, got 0.1"),
+        ("grpo", {"baseline": "median"}, "baseline: expected none or mean or leave_one_out or batch_mean, got"),
+        ("rloo", {"kl": "k1"}, "kl: expected reward or k2 or k3 or exact or off, got 'k1'"),
+    ],
+)
+def test_what_cannot_be_is_refused(name, changes, message):
+    assert error(fields.check, config(name, **changes)).startswith(message)
+
+
+def test_fields_without_effect():
+    found = fields.unused(config("dr_grpo", epochs=1))
+    assert found == dict.fromkeys(("kl_coef", "kl_target", "kl_horizon"), "kl is off") | {
+        "gamma": "a completion is one action, with one advantage",
+        **dict.fromkeys(("clip", "clip_high"), found["clip"]),
+    }
+    assert "kl_coef" not in fields.unused(config("grpo"))
+
+
+# The trace
+
+
+@cache
+def manifest(name):
+    return {"config": {"model": {"dtype": "float32"}}, "stages": {name: {"algorithm": name}}}
+
+
+@pytest.mark.parametrize("name", [*GROUPED, "reinforce_pp", "policy_gradient"])
+def test_the_verifier_recomputes_each_part(name, drawn):
+    """What a loss hands out; and a breach of an advantage is found."""
+    section = config(name, epochs=2, kl_coef=0.2, entropy_coef=0.1)
+    _, numbers = learn(drawn, name, section, record=True)
+    recorded = numbers.pop("record")
+    rollout = {key: value for key, value in vars(recorded["rollout"]).items() if value is not None}
+    record = {"rollout": rollout, "update": recorded["update"], "minibatch": recorded["minibatch"]}
+    arrays = {f"{part}.{key}": np.asarray(x) for part, found in record.items() for key, x in found.items()}
+    logged = {f"{name}/{key}": float(value) for key, value in numbers.items()}
+    more = {"config": dataclasses.asdict(section)}
+    file = trace.File("file", name, "iter", 1, logged, arrays, {}, [], more)
+
+    def breaches(file):
+        results = {}
+        for claim in [*verify._estimates(file, name), *verify._update(file, name, manifest(name))]:
+            verify._check(file, claim, results.setdefault(claim.identity, verify.Result(claim.identity)))
+        return {key: each.breach for key, each in results.items() if each.breach}, results.keys()
+
+    found, identities = breaches(file)
+    assert found == {}
+    assert ("group" in identities) == (name in GROUPED) and ("KL loss" in identities) == (section.kl == "k3")
+    arrays["rollout.raw_advantages_BR"] = arrays["rollout.raw_advantages_BR"] + 0.1
+    assert "group" in breaches(file)[0] or "baseline" in breaches(file)[0]
+
+
+def test_microbatches_keep_rows_in_their_order(drawn):
+    """Bit for bit the same arrays, of groups of two in slices of two and of four rows."""
+    one, two = (
+        learn(drawn, "rloo", config("rloo", group=2, microbatches=m), record=True)[1]["record"]["update"]
+        for m in (1, 2)
+    )
+    assert_trees_close(one, two, atol=1e-6)
