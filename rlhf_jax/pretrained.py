@@ -162,7 +162,7 @@ class Pretrained:
         """
         _expect(temperature > 0, "temperature", "more than 0", temperature)
         starts, ends = self._pairs(prompts, completions)
-        return self._logprobs(starts, ends, temperature)
+        return self.logprob_tokens(starts, ends, temperature)
 
     def scores(self, prompts: Prompts, completions: Sequence[str]) -> np.ndarray:
         """The reward model's score of each completion, read at its EOS; tokens are as for `logprobs`.
@@ -268,8 +268,10 @@ class Pretrained:
                 raise InputError(f"prompts[{i}]: expected {most}, got {len(ids)}")
         return R
 
-    def _logprobs(self, prompts, completions, temperature):
-        """Log-probs [R] of the ids of each completion after those of its prompt."""
+    def logprob_tokens(
+        self, prompts: Sequence[list[int]], completions: Sequence[list[int]], temperature: float = 1.0
+    ) -> list[np.ndarray]:
+        """Log-probs [R] of the ids of each completion after those of its prompt, in nats."""
         self._policy("logprobs")
         rows = [prompt + completion for prompt, completion in zip(prompts, completions, strict=True)]
         if not rows:
@@ -347,7 +349,7 @@ def load(source: str | os.PathLike, stage: str = "") -> Pretrained:
     path = Path(source)
     if path.is_file():
         raise InputError(f"{source}: expected a folder or a name on the hub, got a file")
-    if _is_run(path):
+    if is_run(path):
         return _from_run(path, stage)
     if stage:
         raise InputError(f"stage: expected none, as {source} is not the folder of a run, got {stage!r}")
@@ -359,7 +361,7 @@ def _is_one(prompts: Prompts) -> bool:
     return isinstance(prompts, str) or (isinstance(prompts, list) and bool(prompts) and isinstance(prompts[0], dict))
 
 
-def _is_run(folder: Path) -> bool:
+def is_run(folder: Path) -> bool:
     """Whether the folder has the config of a run, which has a section `model`; those of transformers have none."""
     try:
         section = jsonfile.read(folder / "config.json").get("model")

@@ -194,6 +194,9 @@ class Recorder(Silent):
     def samples(self, rows):
         self.shown.append(rows)
 
+    def table(self, header, rows):
+        self.tables.append((header, rows))
+
     def before_after(self, table):
         self.tables.append(table)
 

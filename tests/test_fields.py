@@ -245,7 +245,7 @@ def test_which_fields_are_choices():
 
 
 def test_which_fields_are_paths():
-    both = {"text.path", "model.init", "reward.kind", "data.cache"}
+    both = {"text.path", "text.template", "model.init", "reward.kind", "data.cache"}
     both |= {f"{name}.from_" for name in ("pretrain", "sft", "reward")}
     assert having("summarize", "path") == both | {"data.sft", "data.preferences", "data.prompts"}
     assert having("write", "path") == both | {"data.path"}

@@ -267,7 +267,7 @@ def test_sampler_and_learner_agree(temperature, model):
     how = {"temperature": temperature, "top_k": 0, "top_p": 1.0}
     response_NR, mask_NR, logp_NR = model._draw(prompts, 8, 15, 0, how)
     responses = [ids[mask].tolist() for ids, mask in zip(response_NR, mask_NR, strict=True)]
-    logps = model._logprobs([ids for ids in prompts for _ in range(8)], responses, temperature)
+    logps = model.logprob_tokens([ids for ids in prompts for _ in range(8)], responses, temperature)
     assert min(map(len, responses)) < 15 == max(map(len, responses))  # EOS ends some of them
     for sampled, learned, mask in zip(logp_NR, logps, mask_NR, strict=True):
         np.testing.assert_allclose(sampled[mask], learned, atol=1e-4)
@@ -351,7 +351,7 @@ def test_a_stream_has_the_log_probs_of_the_learner(model, reference):
     for b, response in enumerate(rows_of(tokens)):
         logp_MR = np.stack([token.logp_MB[:, b] for token in tokens if token.mask_B[b]], axis=1)
         for m, policy in enumerate(policies):
-            (expected_R,) = policy._logprobs([ids], [response], 0.5)
+            (expected_R,) = policy.logprob_tokens([ids], [response], 0.5)
             np.testing.assert_allclose(logp_MR[m], expected_R, atol=1e-4)
 
 

@@ -67,13 +67,15 @@ def generate(workdir, rows: list[dict], settings: Settings, *, out=None, reporte
         raise InputError("scores: expected a run whose reward model is finished, there is none")
     if taken := next((column for row in rows for column in COLUMNS if column in row), None):
         raise InputError(f"prompts: expected rows without a column {taken!r}, which is one of the results")
-    prompts = _prompts(configs.read(workdir), model, rows, settings)
+    prompts = prompts_of(configs.read(workdir), model, rows, settings)
     done = _open(out, _made_of(workdir, settings, rows)) if out else 0
     size = max(settings.batch // n, 1)  # prompts at a time
     results: list[dict] = []
     reporter.stage("generate", len(prompts) * n, done)
     for first in range(done // n // size * size, len(prompts), size):
         part = [prompt for prompt in prompts[first : first + size] for _ in range(n)]
+        if first * n + len(part) <= done:  # the file is complete
+            break
         samples = model.sample(
             [prompt.ids for prompt in part[::n]], n=n, first=first, max_tokens=settings.max_tokens or None,
             temperature=settings.temperature, top_k=settings.top_k, top_p=settings.top_p, seed=settings.seed,
@@ -92,14 +94,14 @@ def generate(workdir, rows: list[dict], settings: Settings, *, out=None, reporte
     return results
 
 
-class _Prompt(NamedTuple):
+class Prompt(NamedTuple):
     row: dict
     ids: list[int]
     cut: bool
 
 
-def _prompts(config, model, rows, settings) -> list[_Prompt]:
-    """The prompts as the policy reads them."""
+def prompts_of(config, model, rows, settings) -> list[Prompt]:
+    """The prompts as the policy reads them; rows whose prompt does not fit are left out."""
     tokenizer, length = model.tokenizer, settings.max_tokens or model.max_tokens
     if length >= model.context:
         raise InputError(f"max_tokens: expected at most {model.context - 1}, the context is {model.context}")
@@ -110,12 +112,12 @@ def _prompts(config, model, rows, settings) -> list[_Prompt]:
     arrays, _ = batches.encode_prompts(rows, tokenizer, prompt_length=limit, cut=cut, source="prompts")
     whole = [len(ids or ()) for ids in batches.prompt_ids(rows, tokenizer, "prompts")]
     return [
-        _Prompt(rows[i], start + ids[mask].tolist() or [tokenizer.eos_id], whole[i] > limit)
+        Prompt(rows[i], start + ids[mask].tolist() or [tokenizer.eos_id], whole[i] > limit)
         for i, ids, mask in zip(arrays["index_N"], arrays["prompt_NP"], arrays["prompt_mask_NP"], strict=True)
     ]
 
 
-def _result(prompt: _Prompt, j: int, sample: Sample, settings: Settings) -> dict:
+def _result(prompt: Prompt, j: int, sample: Sample, settings: Settings) -> dict:
     result = prompt.row | {"sample": j, "completion": sample.text, "ended": sample.ended, "prompt_cut": prompt.cut}
     if settings.logprobs:
         result |= {"ids": sample.ids, "logprobs": [round(logp, 6) for logp in sample.logp_R.tolist()]}

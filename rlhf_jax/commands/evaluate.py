@@ -1,0 +1,312 @@
+"""What a stage of a run is worth: its texts, its reward model and its win rate, each with an interval."""
+
+import dataclasses
+import functools
+import hashlib
+import json
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+
+import rlhf_jax
+from rlhf_jax import config as configs
+from rlhf_jax import fields, judges, pretrained, tasks
+from rlhf_jax.commands import generate
+from rlhf_jax.data import files, tldr
+from rlhf_jax.errors import InputError
+from rlhf_jax.evaluate import accuracy, calibration, controlled, copying, diversity, interval, perplexity, rouge
+from rlhf_jax.evaluate.win_rate import win_rate
+from rlhf_jax.report import metrics
+from rlhf_jax.report.console import Silent
+from rlhf_jax.rewards import function, total
+
+REFERENCE = "reference"  # the other side of a win rate: the labels of the rows
+FOLDER = "evaluation"  # of a workdir: completions, answers of judges, results
+
+
+@dataclasses.dataclass(frozen=True)
+class Settings:
+    """What is evaluated, on what, and by whom."""
+
+    stage: str = ""  # whose policy; empty: the last finished one
+    against: str = ""  # a stage, another run, or `reference`; empty: the stage before reinforcement learning
+    judge: str = ""  # learned, gold, sentiment, rouge, FILE.py:FUNCTION, or a command; empty: gold or learned
+    rows: int = fields.number(256, least=0)  # most held-out rows; 0: all
+    temperature: float = fields.number(-1.0, least=-1, most=100)  # 0: the most likely token; -1: that of the run
+    seed: int = fields.number(0, least=0, below=2**32, most=2**32)
+
+
+def evaluate(workdir, settings: Settings, *, data=None, endpoint=None, reporter=None) -> dict:
+    """Evaluates a stage of the run in `workdir`: a nested dict, which `show` prints, and workdir/evaluation/STAGE.json.
+
+    data: a file of rows {"prompt"} and optionally {"label"} instead of the run's held-out ones. endpoint: (URL, model)
+    of an OpenAI-compatible judge. Completions and the answers of judges that are programs are kept in
+    workdir/evaluation: the same command goes on where it was interrupted. Raises InputError.
+    """
+    fields.check(settings)
+    workdir = Path(workdir).expanduser()
+    config = configs.read(workdir)
+    model = rlhf_jax.load(workdir, settings.stage)
+    stage = settings.stage or finished(config, workdir)[-1]
+    result: dict[str, Any] = {"stage": stage, "seed": settings.seed}
+    if model.params is not None:
+        prompts = generate.prompts_of(config, model, _rows(config, settings, data), generate.Settings())
+        rows, starts = [prompt.row for prompt in prompts], [prompt.ids for prompt in prompts]
+        if len(rows) < 2:
+            raise InputError(f"rows: expected at least 2 to evaluate on whose prompts fit, got {len(rows)}")
+        temperature = config.evaluation.temperature if settings.temperature < 0 else settings.temperature
+        run = _Run(workdir, config, model, rows, starts, temperature, settings, reporter or Silent())
+        ours = run.completions(workdir, stage)
+        result |= {"rows": len(rows), "temperature": temperature, "text": run.texts(ours)}
+        if against := settings.against or run.before(stage):
+            result["win_rate"] = {"against": against} | run.win_rates(ours, run.other(against), endpoint)
+    if model.reward is not None:
+        result["reward_model"] = _reward_model(config, model, settings)
+    (workdir / FOLDER).mkdir(exist_ok=True)
+    metrics.summarize(workdir / FOLDER / f"{stage}.json", result)
+    return result
+
+
+def finished(config, workdir) -> list[str]:
+    """The finished stages that have a policy, in order."""
+    names = [name for name in configs.stages(config) if name != "reward"]
+    return [name for name in names if (configs.place(config, workdir, name) / name / "summary.json").exists()]
+
+
+def _rows(config, settings, data):
+    if data is not None:
+        try:
+            rows = [dict(row) for row in files.read(data, ("prompt",), extra=True)]
+        except InputError as error:
+            raise InputError(f"data: {error}") from None
+    elif config.task == "write":
+        rows = [{"prompt": ""}] * config.evaluation.prompts
+    else:
+        task = tasks.load(config)
+        rows = task.rows(task.questions["sft" if config.sft.steps else "prompts"]).held_out
+    return rows[: settings.rows or None]
+
+
+@dataclasses.dataclass(frozen=True, eq=False)
+class _Run:
+    """A run, and the rows that its policies complete."""
+
+    workdir: Path
+    config: configs.Config
+    model: pretrained.Pretrained
+    rows: list[dict]
+    starts: list[list[int]]  # the ids of each prompt
+    temperature: float
+    settings: Settings
+    reporter: Any
+
+    @property
+    def labelled(self):
+        """Whether every row has a reference text."""
+        return self.config.task != "write" and all(isinstance(row.get("label"), str) for row in self.rows)
+
+    def completions(self, workdir, stage) -> list[dict]:
+        """{"completion", "ids", "ended"} of each row, by the policy of a stage of a run."""
+        asked = [{"prompt": row["prompt"]} for row in self.rows]
+        how = generate.Settings(stage=stage, temperature=self.temperature, logprobs=True, seed=self.settings.seed)
+        made_of = json.dumps([str(workdir.absolute()), asked, dataclasses.asdict(how)])
+        out = self.workdir / FOLDER / f"{stage}-{_digest(made_of)}.jsonl"
+        out.parent.mkdir(exist_ok=True)
+        generate.generate(workdir, asked, how, out=out, reporter=self.reporter)
+        made = [json.loads(line) for line in out.read_text().splitlines()]
+        if len(made) < len(asked):
+            raise InputError(
+                f"{workdir}: expected completions of {len(asked)} prompts, got {len(made)}: some do not fit"
+            )
+        return made
+
+    @functools.cached_property
+    def scores(self) -> dict[str, Callable]:
+        """{name: texts -> [N]}: what completions of the rows are scored by."""
+        names = ["gold"] if self.config.task == "summarize" and self.config.data.source == "world" else []
+        names += ["sentiment"] if self.config.task == "write" and self.config.learned else []
+        names += [] if self.config.learned else [self.config.reward.kind]
+        scores = {name: self.by(name) for name in dict.fromkeys(names)}
+        return scores | ({} if self.model.reward is None else {"learned": self.learned})
+
+    def by(self, name) -> Callable:
+        """The scores of a reward function, as a function of texts."""
+        scored = function.load(name)
+        return lambda texts: total(scored.scores(self.rows, texts))
+
+    def learned(self, texts):
+        """The reward model's score of each text, read at its EOS."""
+        return self.model.score_tokens([a + b for a, b in zip(self.starts, self.ends(texts), strict=True)])
+
+    def ends(self, texts):
+        """The ids of completions, EOS included; a text that does not fit in the context is cut."""
+        form = str if self.config.task == "write" else tldr.completion
+        tokenizer, context = self.model.tokenizer, self.model.context
+        pairs = zip(self.starts, texts, strict=True)
+        return [[*tokenizer.encode(form(text))[: context - len(ids) - 1], tokenizer.eos_id] for ids, text in pairs]
+
+    def texts(self, ours) -> dict[str, dict]:
+        """Numbers of the completions, each {"value", "ci95"}; those of the whole set have no interval."""
+        texts = [each["completion"] for each in ours]
+        ended = sum(each["ended"] for each in ours)
+        numbers = {name: _mean(score(texts), name) for name, score in self.scores.items()}
+        numbers["eos_rate"] = {"value": ended / len(ours), "ci95": interval.wilson(ended, len(ours))}
+        numbers["length"] = _mean([len(each["ids"]) for each in ours])
+        numbers["distinct1"], numbers["distinct2"] = ({"value": diversity.distinct(texts, n)} for n in (1, 2))
+        numbers["repeat_rate"] = {"value": diversity.repeat_rate(texts)}
+        if self.config.task != "write":
+            pairs = zip(self.rows, texts, strict=True)
+            numbers["copied"] = _mean([copying.copied(row["prompt"], text) for row, text in pairs])
+        if self.labelled:
+            labels, scorer = [row["label"] for row in self.rows], rouge.scorer(rouge.NAMES)
+            found = [scorer.score(label, text) for label, text in zip(labels, texts, strict=True)]
+            numbers |= {name: _mean([pair[name].fmeasure for pair in found]) for name in rouge.NAMES}
+            logp = self.model.logprob_tokens(self.starts, self.ends(labels))
+            nats_N, tokens_N = np.array([-each.sum() for each in logp]), np.array([each.size for each in logp])
+            numbers |= {f"label_{name}": {"value": value} for name, value in perplexity.perplexity(nats_N, tokens_N)}
+        return numbers
+
+    def before(self, stage):
+        """What a policy is compared with: that of the stage before it, else the references; "" where there are none."""
+        names = finished(self.config, self.workdir)
+        place = names.index(stage)
+        return names[place - 1] if place else REFERENCE if self.labelled else ""
+
+    def other(self, against) -> list[dict]:
+        """The other side's completions."""
+        if against == REFERENCE:
+            if not self.labelled:
+                raise InputError("against: expected rows with a label, to compare with the reference; there are none")
+            return [{"completion": row["label"]} for row in self.rows]
+        if against in configs.stages(self.config):
+            return self.completions(self.workdir, against)
+        folder = Path(against).expanduser()
+        if not pretrained.is_run(folder):
+            expected = f"{', '.join(configs.stages(self.config))}, {REFERENCE}, or the folder of a run"
+            raise InputError(f"against: expected {expected}, got {against!r}")
+        names = finished(configs.read(folder), folder)
+        if not names:
+            raise InputError(f"against: {folder}: expected a run with a finished policy; there is none yet")
+        return self.completions(folder, names[-1])
+
+    def win_rates(self, ours, theirs, endpoint) -> dict[str, dict]:
+        """{judge: the share of rows that our texts win, as judged and at equal lengths}."""
+        a, b = ([each["completion"] for each in side] for side in (ours, theirs))
+        return {judge.name: self.win_rate(judge, a, b) for judge in self.appointed(endpoint)}
+
+    def appointed(self, endpoint) -> list[judges.Judge]:
+        """The judges of the settings."""
+        name = self.settings.judge
+        found: list[judges.Judge] = []
+        scored = lambda name, score: judges.Scored(name, lambda rows, texts: score(texts))  # noqa: E731
+        if endpoint:
+            url, model = endpoint
+            found.append(judges.Endpoint(url, model, self.answers(f"{url} {model}")))
+        if name in self.scores:
+            found.append(scored(name, self.scores[name]))
+        elif name in function.NAMED or name.rpartition(":")[0].endswith(".py"):
+            found.append(scored(name, self.by(name)))
+        elif name == "learned":
+            raise InputError("judge: expected a run with a finished reward model where it is learned; there is none")
+        elif name:
+            found.append(judges.Command(name, self.answers(name)))
+        elif not endpoint:
+            found += [scored(each, score) for each, score in self.scores.items()]
+        return found
+
+    def answers(self, name) -> judges.Answers:
+        """The kept answers of a judge."""
+        return judges.Answers(self.workdir / FOLDER / f"judge-{_digest(name)}.jsonl")
+
+    def win_rate(self, judge, ours, theirs) -> dict:
+        """The share of rows that our texts win by one judge, as judged and at equal lengths."""
+        wins_N = judge.wins(self.rows, ours, theirs)
+        rate, ci95 = win_rate(wins_N, 1 - wins_N)
+        words = [[len(text.split()) for text in side] for side in (ours, theirs)]
+        equal, equal_ci95 = controlled.length_controlled(wins_N, *words, seed=self.settings.seed)
+        numbers = {"value": rate, "ci95": ci95, "ties": float(np.mean(wins_N == 0.5))}
+        numbers["length_controlled"] = {"value": equal, "ci95": equal_ci95}
+        numbers["words"] = [float(np.mean(each)) for each in words]
+        return numbers | ({"counts": judge.counts} if isinstance(judge, judges.Endpoint) else {})
+
+
+def _digest(text):
+    return hashlib.sha256(text.encode()).hexdigest()[:12]
+
+
+def _mean(x_N, name=""):
+    x_N = np.asarray(x_N, np.float64)
+    if np.isnan(x_N).any():
+        raise InputError(f"{name}: expected numbers, got NaN in row {int(np.isnan(x_N).argmax()) + 1}")
+    return {"value": float(x_N.mean()), "ci95": interval.mean_ci95(x_N)}
+
+
+def _reward_model(config, model, settings):
+    """How far the reward model can be trusted, on held-out preference pairs."""
+    arrays = tasks.load(config).arrays("preferences", model.tokenizer).held_out
+    most = settings.rows or None
+    prompts, chosen, rejected = (
+        [ids[mask].tolist() for ids, mask in zip(arrays[ids_name][:most], arrays[mask_name][:most], strict=True)]
+        for ids_name, mask_name in (
+            ("prompt_NP", "prompt_mask_NP"), ("chosen_NR", "chosen_mask_NR"), ("rejected_NR", "rejected_mask_NR"),
+        )
+    )  # fmt: skip
+    if len(prompts) < 2:
+        raise InputError(f"data.preferences: expected at least 2 held-out pairs, got {len(prompts)}")
+
+    def score(starts, ends):
+        return model.score_tokens([start + end for start, end in zip(starts, ends, strict=True)])
+
+    chosen_N, rejected_N = score(prompts, chosen), score(prompts, rejected)
+    margin_N = (chosen_N - rejected_N).astype(np.float64)
+    longer_N = np.sign([len(a) - len(b) for a, b in zip(chosen, rejected, strict=True)])
+    sure_N = np.abs(margin_N) > np.median(np.abs(margin_N))
+    lengths = [len(ids) for ids in chosen + rejected]
+    both = np.concatenate([chosen_N, rejected_N])
+    spread = np.std(lengths) > 0 and np.std(both) > 0
+    # The same texts after another post, and cut in the middle: a model that reads both must like them less.
+    swapped_N = score(prompts[1:] + prompts[:1], chosen)
+    halves = [[*ids[: max(len(ids) // 2, 1)], model.tokenizer.eos_id] for ids in chosen]
+    numbers = {
+        "pairs": {"value": len(prompts)},
+        "accuracy": _rate(*accuracy.accuracy(chosen_N, rejected_N)),
+        "accuracy_of_longer": _rate(*accuracy.accuracy(longer_N, 0 * longer_N)),
+        "accuracy_of_shorter": _rate(*accuracy.accuracy(-longer_N, 0 * longer_N)),
+        "accuracy_prefers_own_prompt": _rate(*win_rate(chosen_N, swapped_N)),
+        "accuracy_prefers_whole": _rate(*win_rate(chosen_N, score(prompts, halves))),
+        "brier": {"value": calibration.brier(margin_N)},
+        "ece": {"value": calibration.ece(margin_N)},
+        "temperature": {"value": calibration.temperature(margin_N)},
+        "length_correlation": {"value": float(np.corrcoef(lengths, both)[0, 1]) if spread else 0.0},
+    }
+    for name, where_N in (
+        ("accuracy_where_sure", sure_N), ("accuracy_where_unsure", ~sure_N),
+        ("accuracy_where_chosen_is_longer", longer_N > 0), ("accuracy_where_chosen_is_shorter", longer_N < 0),
+    ):  # fmt: skip
+        if where_N.any():
+            numbers[name] = _rate(*accuracy.accuracy(chosen_N[where_N], rejected_N[where_N]))
+    return numbers
+
+
+def _rate(rate, ci95):
+    return {"value": rate, "ci95": ci95}
+
+
+def show(result: dict, reporter) -> None:
+    """Prints the result as tables."""
+    header = ("", "value", "from", "to")
+    for section, title in (("text", f"{result['stage']}, {result.get('rows')} rows"), ("reward_model", "reward model")):
+        if section in result:
+            rows = [(name, each["value"], *each.get("ci95", (None, None))) for name, each in result[section].items()]
+            reporter.table((title, *header[1:]), rows)
+    if "win_rate" in result:
+        wins = dict(result["win_rate"])
+        against, rows = wins.pop("against"), []
+        for name, each in wins.items():
+            rows.append((name, each["value"], *each["ci95"]))
+            rows.append(
+                (f"{name}, at equal lengths", each["length_controlled"]["value"], *each["length_controlled"]["ci95"])
+            )
+        reporter.table((f"wins over {against}, by", *header[1:]), rows)

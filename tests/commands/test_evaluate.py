@@ -1,0 +1,156 @@
+"""Evaluating a finished run: each number is the one that the library gives, and nothing is computed twice."""
+
+import json
+import sys
+
+import numpy as np
+import pytest
+
+import rlhf_jax
+from rlhf_jax.commands import evaluate as command
+from rlhf_jax.commands.evaluate import Settings, evaluate
+from rlhf_jax.evaluate import calibration, win_rate
+from rlhf_jax.pretrained import Pretrained
+from tests.support import Recorder, error, write_rows
+
+LABELS = ["sad", "a bus", "Sam ran", "bees", "a hat", "red"]
+SFT = [{"prompt": f"{label} at sea", "label": label} for label in LABELS * 2]
+PAIRS = [{"prompt": row["prompt"], "chosen": row["label"], "rejected": "hm"} for row in SFT]
+
+
+@pytest.fixture(scope="module")
+def folder(tmp_path_factory, workdir):
+    """The finished run, with rows of its own in files; half of their prompts are held out."""
+    folder = tmp_path_factory.mktemp("runs") / "demo"
+    folder.mkdir()
+    for name in ("text", "sft", "reward", "ppo"):
+        (folder / name).symlink_to(workdir / name)
+    config = json.loads((workdir / "config.json").read_text())
+    config["data"] |= {"source": "files", "held_out": 0.5, "prompt_length": 16, "cut": "left"}
+    for kind, rows in (("sft", SFT), ("preferences", PAIRS)):
+        config["data"][kind] = str(write_rows(folder / f"{kind}.jsonl", rows))
+    (folder / "config.json").write_text(json.dumps(config))
+    return folder
+
+
+@pytest.fixture(scope="module")
+def result(folder):
+    return evaluate(folder, Settings())
+
+
+@pytest.fixture(scope="module")
+def model(folder):
+    return rlhf_jax.load(folder)
+
+
+def completions(folder, stage):
+    (path,) = (folder / command.FOLDER).glob(f"{stage}-*.jsonl")
+    return [json.loads(line) for line in path.read_text().splitlines()]
+
+
+def test_the_result_is_written(result, folder):
+    written = json.loads((folder / command.FOLDER / "ppo.json").read_text())
+    assert written == json.loads(json.dumps(result))
+    assert result.keys() == {"stage", "rows", "temperature", "seed", "text", "win_rate", "reward_model"}
+
+
+def test_texts_are_measured_as_the_library_scores_them(result, folder, model):
+    ours, text = completions(folder, "ppo"), result["text"]
+    assert len(ours) == result["rows"] >= 2
+    prompts, texts = [row["prompt"] for row in ours], [row["completion"] for row in ours]
+    assert text["length"]["value"] == pytest.approx(np.mean([len(row["ids"]) for row in ours]))
+    assert text["eos_rate"]["value"] == np.mean([row["ended"] for row in ours])
+    lo, hi = text["learned"]["ci95"]
+    assert lo < text["learned"]["value"] < hi
+    labels = {row["prompt"]: row["label"] for row in SFT}
+    nats = model.logprobs(prompts, [labels[prompt] for prompt in prompts])
+    assert text["label_loss"]["value"] == pytest.approx(-np.concatenate(nats).mean(), abs=1e-5)
+    assert {"rouge1", "rouge2", "rougeL", "copied", "distinct1", "distinct2", "repeat_rate"} <= text.keys()
+    assert 0 <= text["rougeL"]["value"] <= 1 and texts
+
+
+def test_the_reward_model_is_measured_on_held_out_pairs(result, folder, model):
+    held_out = [row for row in PAIRS if row["prompt"] in {each["prompt"] for each in completions(folder, "ppo")}]
+    chosen, rejected = (
+        model.scores([row["prompt"] for row in held_out], [row[side] for row in held_out])
+        for side in ("chosen", "rejected")
+    )
+    numbers = {name: each["value"] for name, each in result["reward_model"].items()}
+    assert numbers["pairs"] == len(held_out)
+    assert numbers["accuracy"] == np.mean(chosen > rejected)
+    assert numbers["accuracy_of_longer"] == 1 and numbers["accuracy_of_shorter"] == 0  # every label is longer than "hm"
+    assert numbers["brier"] == pytest.approx(calibration.brier(chosen - rejected), abs=1e-5)
+    lengths = [len(row[side]) + 2 for side in ("chosen", "rejected") for row in held_out]
+    assert numbers["length_correlation"] == pytest.approx(
+        np.corrcoef(lengths, np.concatenate([chosen, rejected]))[0, 1], abs=1e-4
+    )
+    assert "accuracy_where_chosen_is_shorter" not in numbers
+
+
+def test_the_win_rate_is_over_the_stage_before(result, folder, model):
+    assert result["win_rate"]["against"] == "sft"
+    prompts = [row["prompt"] for row in completions(folder, "ppo")]
+    texts = [[row["completion"] for row in completions(folder, stage)] for stage in ("ppo", "sft")]
+    scores = [model.scores(prompts, side) for side in texts]
+    wins = result["win_rate"]["learned"]
+    assert (wins["value"], wins["ci95"]) == win_rate.win_rate(*scores)
+    assert 0 <= wins["length_controlled"]["value"] <= 1
+    assert wins["words"] == [np.mean([len(text.split()) for text in side]) for side in texts]
+
+
+def test_a_second_evaluation_samples_nothing(result, folder, monkeypatch):
+    monkeypatch.setattr(Pretrained, "sample", lambda *_, **__: pytest.fail("sampled again"))
+    assert evaluate(folder, Settings()) == result
+
+
+@pytest.mark.parametrize(
+    ("judge", "name"),
+    [("rouge", "rouge"), ("{folder}/rules.py:short", "{folder}/rules.py:short"), ("{python} {folder}/judge.py",) * 2],
+)
+def test_any_judge_against_the_references(judge, name, folder):
+    (folder / "rules.py").write_text("def short(texts):\n    return [-len(text) for text in texts]\n")
+    (folder / "judge.py").write_text(
+        'import sys\nfor line in sys.stdin:\n    print(\'{"winner": "tie"}\', flush=True)\n'
+    )
+    names = {"folder": folder, "python": sys.executable}
+    judge, name = judge.format(**names), name.format(**names)
+    result = evaluate(folder, Settings(judge=judge, against="reference"))
+    wins = result["win_rate"]
+    assert wins.keys() == {"against", name} and wins["against"] == "reference"
+    if judge == "rouge":  # no text is closer to the reference than itself
+        assert wins[name]["value"] <= 0.5
+    if "judge.py" in judge:
+        assert wins[name]["value"] == wins[name]["ties"] * 0.5 == 0.5
+
+
+def test_another_run_and_other_rows(folder, tmp_path):
+    rows = write_rows(tmp_path / "rows.jsonl", [{"prompt": f"{label} sets"} for label in LABELS])
+    result = evaluate(folder, Settings(against=str(folder), rows=3), data=rows)
+    assert result["rows"] == 3 and result["win_rate"]["learned"]["value"] == 0.5  # against itself
+    assert "label_loss" not in result["text"]
+
+
+def test_a_reward_model_alone(folder, result):
+    assert evaluate(folder, Settings(stage="reward"))["reward_model"] == result["reward_model"]
+
+
+def test_it_is_shown(result):
+    reporter = Recorder()
+    command.show(result, reporter)
+    assert len(reporter.tables) == 3
+
+
+@pytest.mark.parametrize(
+    ("settings", "rows", "expected"),
+    [
+        ({"against": "reference"}, [{"prompt": "a"}, {"prompt": "b"}], "against: expected rows with a label"),
+        ({"against": "nowhere"}, None, "against: expected sft, reward, ppo, reference, or the folder of a run"),
+        ({"stage": "tweets"}, None, "stage: expected sft or reward or ppo"),
+        ({"rows": 1}, None, "rows: expected at least 2"),
+        ({"judge": "gold"}, None, "gold"),
+        ({}, [{"text": "a"}], "data: "),
+    ],
+)
+def test_what_cannot_be_evaluated_is_named(settings, rows, expected, folder, tmp_path):
+    data = write_rows(tmp_path / "rows.jsonl", rows) if rows else None
+    assert expected in error(evaluate, folder, Settings(**settings), data=data)
