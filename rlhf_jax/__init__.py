@@ -12,6 +12,7 @@ In a notebook, from the folder of a run to texts:
 Array names end in one letter an axis (Shazeer suffixes); a scalar or a pytree has none. A digit is an axis of that
 size:
 
+    A  attention heads of keys and values: H, or fewer where several heads of queries read each
     B  rows of a batch
     C  candidates: the ids that a model finds most likely
     D  width of the model

@@ -13,7 +13,7 @@ from rlhf_jax.algorithms import policy_gradient as policy_gradients
 from rlhf_jax.algorithms import ppo as ppos
 from rlhf_jax.data import corpus, sources
 from rlhf_jax.errors import InputError, listed, short
-from rlhf_jax.models import gpt2
+from rlhf_jax.models import decoder
 from rlhf_jax.report import trackers
 from rlhf_jax.rewards import function
 from rlhf_jax.tasks import TASKS
@@ -105,7 +105,7 @@ class Config:
     algorithm: str = fields.choice("ppo", *POLICY)  # the section that the last stage reads
     text: Text = Text()
     data: Any = sources.Config()  # of the task: tasks.TASKS[task].Config
-    model: gpt2.Config = gpt2.Config()
+    model: decoder.Config = decoder.Config()
     pretrain: Supervised = Supervised(steps=0)
     sft: Supervised = Supervised()
     reward: Reward = Reward()

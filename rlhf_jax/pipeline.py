@@ -29,6 +29,7 @@ from rlhf_jax.training.fit import fit, write_summary
 from rlhf_jax.training.workdir import Workdir
 from rlhf_jax.viz import recorder
 
+PADDING = 512  # a model must have fewer than this many ids beyond the tokenizer's; Qwen2.5 has 271
 KINDS = {"pretrain": "pretrain", "sft": "sft", "reward": "preferences"}  # of rows by stage; the last stage has prompts
 
 
@@ -123,8 +124,8 @@ class Stages:
         config = self.config
         tokenizer = self._tokenizer()
         model, ids = config.model, tokenizer.vocab_size
-        if model.vocab_size and not ids <= model.vocab_size < ids + 256:
-            expected = f"0 or, for this tokenizer, {ids} to {ids + 255}"
+        if model.vocab_size and not ids <= model.vocab_size < ids + PADDING:
+            expected = f"0 or, for this tokenizer, {ids} to {ids + PADDING - 1}"
             raise InputError(f"model.vocab_size: expected {expected}, got {model.vocab_size}")
         sized = dataclasses.replace(model, vocab_size=model.vocab_size or ids)
         return Setup(

@@ -27,11 +27,11 @@ from rlhf_jax import generate, hub, jsonfile, rollout, text
 from rlhf_jax.data import tldr
 from rlhf_jax.errors import InputError
 from rlhf_jax.generate import Token
-from rlhf_jax.models import gpt2, heads, hf, hf_config, hf_layout
+from rlhf_jax.models import decoder, heads, hf, hf_config, hf_layout
 from rlhf_jax.text import chat, files
 
 FILES = tuple((*weights, *tokenizer) for tokenizer in files.FILES for weights in hf.FILES)  # of transformers
-SCORE = hf_layout.name(("score", "embedding"), gpt2.Config())  # the array that only a reward model has
+SCORE = "score.weight"  # the array that only a reward model has
 
 ROWS = (1, 4, 32)  # on the device at a time: each number is compiled for
 NARROWEST = 16  # tokens
@@ -58,7 +58,7 @@ class Pretrained:
     are padded to a few widths, so that others of about the same length do not compile again.
     """
 
-    config: gpt2.Config
+    config: decoder.Config
     tokenizer: text.Tokenizer
     apply: rollout.Apply  # the functions of the parameters
     params: dict | None = dataclasses.field(repr=False)  # the policy's; None: there is only a reward model

@@ -17,7 +17,7 @@ import pytest
 
 from rlhf_jax import config as configs
 from rlhf_jax.data import sources
-from rlhf_jax.models import gpt2, heads
+from rlhf_jax.models import decoder, heads
 from rlhf_jax.ops import logprobs
 from rlhf_jax.report import plots
 from rlhf_jax.rollout import Apply
@@ -118,7 +118,7 @@ def bigram():
 
 
 # heads * head_size is not the width, and no other size is the vocabulary's: an array that has it shows.
-TINY = gpt2.Config(layers=2, heads=2, head_size=7, width=16, context=40, vocab_size=29)
+TINY = decoder.Config(layers=2, heads=2, head_size=7, width=16, context=40, vocab_size=29)
 CHUNK = 8  # tokens projected on the vocabulary at a time, fewer than any batch has
 
 

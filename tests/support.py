@@ -19,7 +19,7 @@ from rlhf_jax import checkpoint
 from rlhf_jax import config as configs
 from rlhf_jax.data import sources
 from rlhf_jax.errors import InputError
-from rlhf_jax.models import gpt2
+from rlhf_jax.models import decoder
 from rlhf_jax.ops import logprobs
 from rlhf_jax.pipeline import Stages
 from rlhf_jax.report import metrics
@@ -107,7 +107,7 @@ def smallest(folder):
     return configs.Config(
         text=configs.Text(kind="char"),
         data=sources.Config(**sizes, cache=str(folder), prompt_length=300, response_length=80),
-        model=gpt2.Config(layers=1, heads=2, head_size=7, width=16, context=380),
+        model=decoder.Config(layers=1, heads=2, head_size=7, width=16, context=380),
     )
 
 

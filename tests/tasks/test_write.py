@@ -4,7 +4,7 @@ import pytest
 
 from rlhf_jax import config as configs
 from rlhf_jax.data import corpus
-from rlhf_jax.models import gpt2
+from rlhf_jax.models import decoder
 from rlhf_jax.rewards import sentiment
 from tests.support import changed, error, stages
 
@@ -14,7 +14,7 @@ def config(request):
     return configs.write(
         text=configs.Text(kind="char"),
         data=corpus.Config(kind=request.param, made=120, length=12),
-        model=gpt2.Config(layers=1, heads=2, head_size=7, width=16, context=12),
+        model=decoder.Config(layers=1, heads=2, head_size=7, width=16, context=12),
     )
 
 
