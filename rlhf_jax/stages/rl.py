@@ -255,7 +255,31 @@ class _Parts:
         tokens = {f"{name}_NR": array[:PROBES] for name, array in found.tokens.items()}
         rows = {f"{name}_N": array for name, array in found.rows.items()}
         record = {"probes": tokens, "rows": rows, "samples": shown[:PROBES]}
+        if self.setup.record:
+            record["crossed"] = self.crossed(state)
         return Evaluation(found.numbers, found, tuple(shown[: self.setup.evaluation.samples]), record)
+
+    def crossed(self, state):
+        """The first policy's completions, {name: [N, R]}, with the log-probs of the policy that is evaluated."""
+        first = {f"{name}_NR": array[:PROBES] for name, array in self.before.tokens.items()}
+        del first["logp_NR"]
+        prompts, count = self.setup.questions("prompts")[0], len(first["mask_NR"])
+        rows = {name: array[:count] for name, array in prompts.items()} | first
+        return first | {"logp_NR": self.setup.over(rows, functools.partial(self._logprobs, state.policy))}
+
+    @functools.cached_property
+    def _logprobs(self):
+        """(policy, batch of prompts and responses) -> log-probs [B, R], 0 after the response."""
+        temperature = self.setup.evaluation.temperature or self.config.temperature
+
+        def logprobs(policy, batch):
+            tokens_BT = jnp.concatenate([batch["prompt_BP"], batch["response_BR"]], axis=1)
+            attend_BT = jnp.concatenate([batch["prompt_mask_BP"], batch["mask_BR"]], axis=1).astype(bool)
+            R = batch["mask_BR"].shape[1]
+            logp_BR = self.setup.apply.policy.logprobs(policy, tokens_BT, attend_BT, R, temperature=temperature)
+            return jnp.where(batch["mask_BR"], logp_BR, 0)
+
+        return self.setup.jit(logprobs)
 
     def inside(self, numbers):
         """Whether a policy with these numbers is within the limits."""

@@ -3,7 +3,7 @@
 recorder.py     writes WORKDIR/trace while a run trains: the arrays that each loss was given and computed
 trace.py        the format: reads and writes its files
 verify.py       recomputes every identity in float64
-rescore.py      loads a checkpoint and scores recorded tokens again
+replay.py       loads a checkpoint and scores recorded tokens again
 export.py       the page and a trace as static files; UNIPO's JSON
 server.py       the server of the page, of the playground and of the completions API
 playground.py   the policies of a run side by side, their scores, and votes

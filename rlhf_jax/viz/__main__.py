@@ -1,7 +1,7 @@
 """python -m rlhf_jax.viz COMMAND: traces at the command line.
 
 verify WORKDIR              recompute every identity of a trace in float64; exit code 1 at a breach, 2 for bad input
-rescore WORKDIR --iter N    score the recorded tokens of an iteration again, with its checkpoint
+replay WORKDIR --iter N     score the recorded tokens of an iteration again, with its checkpoint
 export WORKDIR FOLDER       the page with this trace as static files
 unipo WORKDIR FILE.json     the recorded iterations in UNIPO's JSON
 pack WORKDIR FOLDER         a copy of a trace with fewer rows of text and fewer steps, for a package
@@ -17,7 +17,7 @@ import sys
 
 from rlhf_jax.report.console import Reporter
 from rlhf_jax.viz import export, pack
-from rlhf_jax.viz.rescore import rescore
+from rlhf_jax.viz.replay import replay
 from rlhf_jax.viz.verify import IDENTITIES, verify
 
 
@@ -35,7 +35,7 @@ def main(argv, reporter) -> int:
         return parsed
 
     add("verify", _verify, "recompute every identity of a trace in float64")
-    again = add("rescore", _rescore, "score the recorded tokens of an iteration again, with its checkpoint")
+    again = add("replay", _replay, "score the recorded tokens of an iteration again, with its checkpoint")
     again.add_argument("--iter", type=int, required=True, dest="iteration", help="a recorded iteration")
     add("export", _export, "write the page with this trace as static files, to a new folder", "out")
     add("unipo", _unipo, "write the recorded iterations in UNIPO's JSON, to a new file", "out")
@@ -56,8 +56,8 @@ def _verify(args, reporter):
     return _leave([each.breach for each in results], reporter)
 
 
-def _rescore(args, reporter):
-    results = rescore(args.workdir, args.iteration)
+def _replay(args, reporter):
+    results = replay(args.workdir, args.iteration)
     rows = [(each.array, str(each.numbers), f"{each.error:.1e}", _word(each.where)) for each in results]
     reporter.table(("array", "numbers", "largest error", ""), rows)
     return _leave([each.where for each in results], reporter)

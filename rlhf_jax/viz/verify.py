@@ -329,6 +329,7 @@ def _preference(file):
 
 
 def _evaluation(file, algorithm, manifest):
+    tolerance = COARSE if manifest["config"]["model"]["dtype"] != "float32" else SCORED
     if algorithm == "supervised":
         nats, tokens = _f(file, "held_out.nats_N"), _f(file, "held_out.tokens_N")
         yield _logged(file, "cross-entropy", "eval_loss", nats.sum() / tokens.sum())
@@ -349,6 +350,12 @@ def _evaluation(file, algorithm, manifest):
         kl = np.where(mask, _f(file, "probes.logp_NR") - _f(file, "probes.logp_ref_NR"), 0).sum(axis=1)
         yield Claim("kl", "rows.kl_N", file["rows.kl_N"][: len(kl)], kl, SCORED)
     yield Claim("evaluation", "rows.length_N", file["rows.length_N"][: len(mask)], mask.sum(axis=1))
+    if "crossed.logp_NR" in file.arrays:
+        logp, mask = _f(file, "crossed.logp_NR"), file["crossed.mask_NR"].astype(bool)
+        yield Claim("masked", "crossed.logp_NR", logp[~mask], np.zeros((~mask).sum()), 0.0)
+        yield Claim("range", "crossed.logp_NR", np.maximum(logp, 0), np.zeros_like(logp))
+        if not file.step:  # the first policy scores its own completions
+            yield Claim("kl", "crossed.logp_NR", logp, _f(file, "crossed.logp_ref_NR"), tolerance)
 
 
 def _gains(file):

@@ -26,7 +26,7 @@ from rlhf_jax.text import bpe
 from rlhf_jax.training import guard, loop, optim
 from rlhf_jax.training.fit import fit
 from rlhf_jax.training.guard import NonFinite
-from rlhf_jax.viz.rescore import rescore
+from rlhf_jax.viz.replay import replay
 from rlhf_jax.viz.verify import IDENTITIES, verify
 from tests.support import (
     Recorder,
@@ -115,11 +115,11 @@ def test_its_trace_is_proved(whole):
 
 def test_its_tokens_are_scored_again(whole):
     """Of the first iteration, whose policy is the fine-tuned one; the checkpoints are after iterations 4 and 6."""
-    results = rescore(whole.workdir, 1)
+    results = replay(whole.workdir, 1)
     assert [each.array for each in results] == ["rollout.logp_BR", "rollout.logp_ref_BR", "rollout.score_B"]
     assert all(each.error <= 1e-4 and not each.where for each in results)
-    assert "expected a recorded iteration of ppo, one of [1, 4, 6], got 2" in error(rescore, whole.workdir, 2)
-    assert "expected 1, or an iteration after a checkpoint (" in error(rescore, whole.workdir, 4)
+    assert "expected a recorded iteration of ppo, one of [1, 4, 6], got 2" in error(replay, whole.workdir, 2)
+    assert "expected 1, or an iteration after a checkpoint (" in error(replay, whole.workdir, 4)
 
 
 def test_there_are_pictures(whole):

@@ -187,27 +187,32 @@ function pairsOf(samples) {
 function probes(el, app, evals) {
   const figure = h("figure"), out = h("div");
   const steps = evals.map((name) => app.manifest.files[name].step);
-  let row = 0;
+  let row = 0, part = "probes";
   const cache = new Map();
+  const text = select("text", [["probes", "each policy's own"], ["crossed", "the first policy's, scored by each"]], part, (v) => {
+    part = v;
+    draw();
+  });
   const which = slider("prompt", { min: 1, max: 1, step: 1, value: 1, digits: 0 }, (v) => {
     row = v - 1;
     draw();
   });
-  figure.append(h("div", { class: "controls" }, which.element), out, h("figcaption", { text: "One held-out prompt, completed with the same noise at each evaluation. Blue: likelier than under the reference, orange: less likely. Iteration 0 is the policy before reinforcement learning." }));
+  figure.append(h("div", { class: "controls" }, which.element, text.element), out, h("figcaption", { text: "One held-out prompt, completed with the same noise at each evaluation. Blue: likelier than under the reference, orange: less likely. Iteration 0 is the policy before reinforcement learning." }));
   el.append(h("h3", { text: "One prompt through the run" }), figure);
   function draw() {
     const lines = steps.map((step, n) => {
       const file = cache.get(n);
       if (!file) return null;
-      const ids = at(get(file, "probes.response_NR"), row).data, mask = at(get(file, "probes.mask_NR"), row).data;
-      const logp = at(get(file, "probes.logp_NR"), row).data, ref = at(get(file, "probes.logp_ref_NR"), row).data, sample = file.samples[row] ?? {};
+      const array = (name) => at(get(file, `${part}.${name}`), row).data;
+      const ids = array("response_NR"), mask = array("mask_NR"), logp = array("logp_NR"), ref = array("logp_ref_NR");
+      const own = part === "probes" ? (file.samples[row] ?? {}) : {};
       const spans = [...ids].map((id, t) => [id, t]).filter(([, t]) => mask[t]).map(([id, t]) => {
         const d = logp[t] - ref[t], share = Math.max(-1, Math.min(1, d / 0.8));
         const span = h("span", { class: "token", text: token(file, app.manifest.tokenizer, id), title: `${signed(d)} nats` });
         span.style.background = `color-mix(in srgb, var(${share > 0 ? "--policy" : "--ref"}) ${Math.round(Math.abs(share) * 38)}%, transparent)`;
         return span;
       });
-      const about = ["score", "gold", "kl"].filter((k) => Number.isFinite(sample[k])).map((k) => `${k} ${fmt(sample[k])}`).join("  ");
+      const about = ["score", "gold", "kl"].filter((k) => Number.isFinite(own[k])).map((k) => `${k} ${fmt(own[k])}`).join("  ");
       return h("div", { class: "sample" }, h("div", { class: "note n", text: `iteration ${step}  ${about}` }), h("div", { class: "strip" }, spans));
     });
     const first = cache.get(0) ?? [...cache.values()][0], prompt = first?.samples[row]?.prompt;
@@ -215,6 +220,7 @@ function probes(el, app, evals) {
   }
   evals.forEach((name, n) => app.read(name).then((file) => {
     cache.set(n, file);
+    text.element.hidden = ![...cache.values()].every((each) => each.arrays["crossed.logp_NR"]);
     which.input.max = Math.min(file.samples.length, get(file, "probes.mask_NR").shape[0]);
     draw();
   }).catch((error) => out.append(h("p", { class: "note", text: error.message }))));

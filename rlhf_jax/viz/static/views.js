@@ -55,6 +55,7 @@ function tokenTable(app, caption, columns) {
       while (cells.length < app.length) {
         const t = cells.length;
         const made = columns.map((c) => (c.draw ? drawCell(c.width) : barCell(c.width)));
+        made.forEach((m, j) => m.cell.setAttribute("data-head", columns[j].head)); // shown where the table is stacked
         cells.push(made);
         body.append(h("tr", {}, h("th", { scope: "row" }, h("button", { type: "button", class: "token", tabindex: -1, onclick: () => app.go({ token: t }) })), made.map((m) => m.cell)));
       }

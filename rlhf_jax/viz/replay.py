@@ -1,6 +1,6 @@
 """Scores the recorded tokens of an iteration again, with the parameters that sampled them.
 
-    python -m rlhf_jax.viz rescore runs/demo --iter 1
+    python -m rlhf_jax.viz replay runs/demo --iter 1
 
 The parameters are those of the checkpoint after the iteration before; iteration 1 and the reference need none, as
 earlier stages have them. Logits are computed for every position, and the shift by one is made here, in NumPy: nothing
@@ -25,7 +25,7 @@ TOLERANCE = 1e-4  # in float32
 
 
 @dataclasses.dataclass(frozen=True)
-class Rescored:
+class Replayed:
     """The largest difference of one recorded array."""
 
     array: str
@@ -34,7 +34,7 @@ class Rescored:
     where: str = ""  # file, index and both values, where the error is above the tolerance
 
 
-def rescore(workdir, iteration: int) -> list[Rescored]:
+def replay(workdir, iteration: int) -> list[Replayed]:
     """Compares log-probs, values and scores of a recorded iteration with those that the parameters give now.
 
     Raises InputError where the iteration was not recorded, or has no checkpoint before it.
@@ -106,4 +106,4 @@ def _compare(file, name, array):
     if not error.max() <= TOLERANCE:
         values = f"recorded {recorded[index]:.9g}, scored again {array[index]:.9g}"
         where = f"{file.name}: rollout.{name}[{', '.join(map(str, index))}]: {values}"
-    return Rescored(f"rollout.{name}", recorded.size, float(error.max()), where)
+    return Replayed(f"rollout.{name}", recorded.size, float(error.max()), where)
