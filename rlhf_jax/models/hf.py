@@ -21,6 +21,7 @@ from safetensors.numpy import save_file
 
 from rlhf_jax.errors import InputError, listed
 from rlhf_jax.models import families, hf_config, hf_layout
+from rlhf_jax.models.families.family import HEADS
 from rlhf_jax.models.heads import LanguageModel
 from rlhf_jax.models.weights import FILE, INDEX, read
 
@@ -139,7 +140,7 @@ def _import(arrays, shapes, config):
         }
         for path in shapes
     }
-    problems = _problems(arrays, parts, shapes, "" if bare else prefix, config)
+    problems = _problems(arrays, parts, shapes, prefix, bare, config)
     if any(problems):
         reasons = "; ".join(listed(messages, "; ") for messages in problems if messages)
         raise InputError(f"{family.TYPE} checkpoint: {reasons}")
@@ -157,7 +158,7 @@ def _import(arrays, shapes, config):
             name, part = next((name, part) for name, part in bad.items() if not np.isfinite(part).all())
             count = int(np.sum(~np.isfinite(part)))
             expected = f"expected finite numbers (float32), got {count} of {part.size} that are not"
-            raise InputError(f"{family.TYPE} checkpoint: {name}: {expected}")
+            raise InputError(f"{family.TYPE} checkpoint: {arrays.as_there(name)}: {expected}")
     return unflatten_dict({path: leaves[path] for path in shapes})
 
 
@@ -175,6 +176,10 @@ class _Unwrapped(Mapping):
     def __getitem__(self, name):
         return self._arrays[self._names[name]]
 
+    def as_there(self, name):
+        """The name that the checkpoint has for it."""
+        return self._names[name]
+
     def __iter__(self):
         return iter(self._names)
 
@@ -182,27 +187,29 @@ class _Unwrapped(Mapping):
         return len(self._names)
 
 
-def _problems(arrays, parts, shapes, prefix, config):
+def _problems(arrays, parts, shapes, prefix, bare, config):
     """What is missing, what is wrong and what is unexpected: three lists of messages."""
     family, missing, wrong = families.of(config), [], []
     for path, names in parts.items():
         for name, columns in names.items():
             if name not in arrays:
-                missing.append(f"{name} is missing")
+                whole = name if bare or path[0] in HEADS or name.startswith(family.PREFIX) else family.PREFIX + name
+                missing.append(f"{whole} is missing")
                 continue
             ours = np.broadcast_to(np.float32(0), shapes[path])[..., columns]  # takes no memory
             expected, array = family.turned(path, ours).shape, arrays[name]
             if not jax.numpy.issubdtype(array.dtype, np.floating):
-                wrong.append(f"{name} is of {array.dtype}, expected floating-point numbers")
+                wrong.append(f"{arrays.as_there(name)} is of {array.dtype}, expected floating-point numbers")
             if array.shape != expected and not (path in VOCABULARY and _lacks_rows(array.shape, expected)):
-                wrong.append(f"{name} has shape {array.shape}, expected {expected}")
+                wrong.append(f"{arrays.as_there(name)} has shape {array.shape}, expected {expected}")
     head, (embedding,) = family.name(("unembed", "embedding")), parts["wte", "embedding"]
     tied, table = {head} if config.tied else set(), arrays.get(embedding)
     if tied & arrays.keys() and (table is None or not np.array_equal(arrays[head], table, equal_nan=True)):
-        wrong.append(f"{head} is not tied: expected it absent or equal to {embedding}")
+        whole = family.name(("wte", "embedding")) if not bare else embedding
+        wrong.append(f"{head} is not tied: expected it absent or equal to {whole}")
     others = sorted(arrays.keys() - {name for names in parts.values() for name in names} - tied)
-    others = [name for name in others if not hf_layout.BUFFER.fullmatch(name.removeprefix(prefix))]
-    return missing, wrong, [f"{name} is unexpected" for name in others]
+    others = [name for name in others if not hf_layout.BUFFER.fullmatch(name.removeprefix("" if bare else prefix))]
+    return missing, wrong, [f"{arrays.as_there(name)} is unexpected" for name in others]
 
 
 def _lacks_rows(shape, expected):

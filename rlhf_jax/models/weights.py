@@ -14,6 +14,7 @@ from rlhf_jax.errors import InputError, listed, short
 FILE = "model.safetensors"
 INDEX = "model.safetensors.index.json"
 PICKLES = (".bin", ".pt", ".pth", ".ckpt", ".pkl", ".pickle")
+GGUF = ".gguf"
 
 TYPES = {"F64": "<f8", "F32": "<f4", "F16": "<f2", "BF16": jnp.bfloat16, "BOOL": "?"}
 TYPES |= {"I64": "<i8", "I32": "<i4", "I16": "<i2", "I8": "<i1", "U8": "<u1"}
@@ -60,8 +61,8 @@ def read(path):
         return Arrays(_places(path / FILE))
     if (path / INDEX).exists():
         return Arrays(_shards(path / INDEX))
-    if pickles := sorted(file for file in path.iterdir() if file.suffix in PICKLES):
-        _places(pickles[0])
+    if others := sorted(file for file in path.iterdir() if file.suffix in (*PICKLES, GGUF)):
+        _places(others[0])
     raise InputError(f"{path}: expected {FILE} or {INDEX} in this folder")
 
 
@@ -71,6 +72,10 @@ def _places(file):
         raise InputError(
             f"{file}: expected safetensors; loading a pickle can run any code, so it is refused: "
             "if you trust the file, convert it (save_pretrained of transformers writes safetensors)"
+        )
+    if file.suffix == GGUF:
+        raise InputError(
+            f"{file}: expected safetensors; GGUF holds quantized weights for inference, which are not read"
         )
     if file.exists() and not file.is_file():
         raise InputError(f"{file}: expected a readable safetensors file, got something else")

@@ -15,13 +15,15 @@ from safetensors.numpy import save_file
 
 from rlhf_jax.errors import InputError
 from rlhf_jax.models import decoder, families, hf, hf_config
-from rlhf_jax.models.families import neox
+from rlhf_jax.models.families import llama, neox
 from rlhf_jax.models.heads import LanguageModel, ScalarModel
 
 # Every size is different: D 5, heads * head size 6, 3 * 6 = 18, F = 4 * 5 = 20.
 GPT2 = decoder.Config(layers=1, heads=2, head_size=3, width=5, context=7, vocab_size=11)
 NEOX = dataclasses.replace(GPT2, **neox.NEOX | {"context": 7, "rotary_share": 0.7})
-SAVED = {"heads": 1, "head_size": 6, "width": 6}  # transformers requires heads * head size = width
+# Four query heads of size 3 read two of keys and values: 12 + 6 + 6 = 24 columns.
+LLAMA = dataclasses.replace(GPT2, **llama.LLAMA, heads=4, kv_heads=2, feed_forward_size=7, qk_norm=False, context=8)
+SAVED = {"heads": 1, "kv_heads": 0, "head_size": 6, "width": 6}  # transformers requires heads * head size = width
 IDS = {"eos_id": 3, "pad_id": 4}
 
 GPT2_BLOCK = {
@@ -37,6 +39,17 @@ GPT2_BLOCK = {
     "mlp.c_fc.bias": (20,),
     "mlp.c_proj.weight": (20, 5),
     "mlp.c_proj.bias": (5,),
+}
+LLAMA_BLOCK = {
+    "input_layernorm.weight": (5,),
+    "self_attn.q_proj.weight": (12, 5),
+    "self_attn.k_proj.weight": (6, 5),
+    "self_attn.v_proj.weight": (6, 5),
+    "self_attn.o_proj.weight": (5, 12),
+    "post_attention_layernorm.weight": (5,),
+    "mlp.gate_proj.weight": (7, 5),
+    "mlp.up_proj.weight": (7, 5),
+    "mlp.down_proj.weight": (5, 7),
 }
 NEOX_BLOCK = {
     "input_layernorm.weight": (5,),
@@ -69,7 +82,7 @@ def scalar(config, bias):
     return {**params, "head": {**params["head"], "bias": np.float32(bias)}}
 
 
-@pytest.fixture(scope="module", params=[GPT2, NEOX], ids=["gpt2", "neox"])
+@pytest.fixture(scope="module", params=[GPT2, NEOX, LLAMA], ids=["gpt2", "neox", "llama"])
 def config(request):
     return request.param
 
@@ -117,6 +130,31 @@ def test_names_and_shapes_are_those_of_gpt_neox():
     assert shapes == {f"gpt_neox.{name}": shape for name, shape in trunk.items()} | {"embed_out.weight": (11, 5)}
 
 
+def test_names_and_shapes_are_those_of_llama_and_qwen():
+    """Qwen2 adds biases of queries, keys and values, Qwen3 norms of queries and keys."""
+    trunk = {"embed_tokens.weight": (11, 5), "norm.weight": (5,)}
+    trunk |= {f"layers.0.{name}": shape for name, shape in LLAMA_BLOCK.items()}
+    names = {f"model.{name}": shape for name, shape in trunk.items()} | {"lm_head.weight": (11, 5)}
+    more = {"q_proj.bias": (12,), "k_proj.bias": (6,), "v_proj.bias": (6,)}
+    norms = {"q_norm.weight": (3,), "k_norm.weight": (3,)}
+    for config, extra in (
+        (LLAMA, {}),
+        (dataclasses.replace(LLAMA, biases="qkv"), more),
+        (dataclasses.replace(LLAMA, qk_norm=True), norms),
+    ):
+        shapes = {name: x.shape for name, x in hf.to_hf(policy(config), config).items()}
+        assert shapes == names | {f"model.layers.0.self_attn.{name}": shape for name, shape in extra.items()}
+
+
+def test_arrays_of_llama_stand_side_by_side_in_ours():
+    params = policy(LLAMA)
+    theirs, ours = hf.to_hf(params, LLAMA), params["h_0"]
+    qkv = [theirs[f"model.layers.0.self_attn.{name}_proj.weight"] for name in "qkv"]
+    np.testing.assert_array_equal(np.concatenate(qkv).T, ours["attn"]["qkv"]["kernel"])
+    gated = [theirs[f"model.layers.0.mlp.{name}_proj.weight"] for name in ("gate", "up")]
+    np.testing.assert_array_equal(np.concatenate(gated).T, ours["mlp"]["fc"]["kernel"])
+
+
 def test_queries_keys_and_values_lie_by_head_in_gpt_neox():
     """Theirs are rows, head 0: q q q k k k v v v, head 1: ...; ours are columns, q: head 0, head 1, k: ..., v: ..."""
     params = policy(NEOX)
@@ -148,8 +186,8 @@ def test_more_than_nine_layers_keep_their_order():
 
 def test_the_prefix_is_optional(params, arrays, config):
     """A trunk saved alone has none; the head never has."""
-    bare = {re.sub(r"^(transformer|gpt_neox)\.", "", name): x for name, x in arrays.items()}
-    assert bare.keys().isdisjoint(arrays.keys() - {"embed_out.weight"})
+    bare = {re.sub(r"^(transformer|gpt_neox|model)\.", "", name): x for name, x in arrays.items()}
+    assert bare.keys().isdisjoint(arrays.keys() - {"embed_out.weight", "lm_head.weight"})
     assert_same_tree(hf.from_hf(bare, config), params)
 
 
@@ -162,13 +200,15 @@ def test_a_copy_of_the_embedding_it_is_tied_to_is_no_problem(gpt2_arrays):
 
 @pytest.mark.parametrize(
     "buffers",
-    [("attn.bias", "attn.masked_bias"), ("attention.bias", "attention.masked_bias", "attention.rotary_emb.inv_freq")],
+    [
+        ("attn.bias", "attn.masked_bias"),
+        ("attention.bias", "attention.masked_bias", "attention.rotary_emb.inv_freq"),
+        ("self_attn.rotary_emb.inv_freq",),
+    ],
 )
 def test_constants_of_old_checkpoints_are_left_out(buffers, params, arrays, config):
-    for prefix in "transformer.h", "gpt_neox.layers":
-        arrays |= {f"{prefix}.0.{name}": np.tri(7) for name in buffers}
-    theirs = "transformer." if config is GPT2 else "gpt_neox."
-    arrays = {name: x for name, x in arrays.items() if name.startswith((theirs, "embed_out"))}
+    layers = next(name for name in arrays if ".0." in name).split(".0.")[0]
+    arrays |= {f"{layers}.0.{name}": np.tri(7) for name in buffers}
     assert_same_tree(hf.from_hf(arrays, config), params)
 
 
@@ -240,12 +280,11 @@ def test_an_array_with_and_without_a_wrapper_is_refused(gpt2_arrays):
 @pytest.mark.parametrize("value", [np.nan, np.inf, -np.inf, 1e300])
 def test_a_number_that_is_not_finite_is_named_by_its_array(value, arrays, config):
     """A float64 too large for float32, too. Large numbers whose sum would overflow are fine."""
-    name = next(name for name in arrays if name.endswith(("c_fc.weight", "h_to_4h.weight")))
+    name = next(name for name in arrays if name.endswith(("c_fc.weight", "h_to_4h.weight", "up_proj.weight")))
     arrays[name] = np.array(arrays[name], np.float64)
     arrays[name][2, 3] = value
-    model = "gpt_neox" if config is NEOX else "gpt2"
-    expected = "expected finite numbers (float32), got 1 of 100 that are not"
-    assert error(hf.from_hf, arrays, config) == f"{model} checkpoint: {name}: {expected}"
+    expected = f"expected finite numbers (float32), got 1 of {arrays[name].size} that are not"
+    assert error(hf.from_hf, arrays, config) == f"{families.of(config).TYPE} checkpoint: {name}: {expected}"
     arrays[name][:] = 3e38
     hf.from_hf(arrays, config)
 
@@ -281,7 +320,7 @@ def test_another_architecture_is_refused(gpt2_arrays):
 
 
 def test_a_transposed_kernel_is_seen(arrays, config):
-    name = next(name for name in arrays if name.endswith(("c_fc.weight", "h_to_4h.weight")))
+    name = next(name for name in arrays if name.endswith(("c_fc.weight", "h_to_4h.weight", "up_proj.weight")))
     shape = arrays[name].shape
     arrays[name] = arrays[name].T
     assert f"{name} has shape {shape[::-1]}, expected {shape}" in error(hf.from_hf, arrays, config)
@@ -302,6 +341,14 @@ def test_a_reward_model_without_a_bias_is_exact(config):
     assert_same_tree(hf.scalar_from_hf(arrays, config), scalar(config, bias=0))
 
 
+def test_where_the_last_norm_has_no_bias_the_heads_is_kept():
+    """transformers ignores that array: its scores are ours without the bias, in the same order."""
+    arrays = hf.scalar_to_hf(scalar(LLAMA, bias=0.5), LLAMA)
+    assert arrays["score.bias"] == np.float32([0.5]) and "lm_head.weight" not in arrays
+    assert_same_tree(hf.scalar_from_hf(arrays, LLAMA), scalar(LLAMA, bias=0.5))
+
+
+@pytest.mark.parametrize("config", [GPT2, NEOX], ids=["gpt2", "neox"])
 @pytest.mark.parametrize("bias", [0.5, -30.0])
 def test_the_bias_moves_into_the_last_norm(bias, config):
     """Scores are the same; only the bias of that norm differs."""
@@ -315,6 +362,7 @@ def test_the_bias_moves_into_the_last_norm(bias, config):
     assert_same_tree(back["trunk"], ours["trunk"])
 
 
+@pytest.mark.parametrize("config", [GPT2, NEOX], ids=["gpt2", "neox"])
 def test_a_bias_with_a_head_of_zeros_is_refused(config):
     params = scalar(config, bias=2)
     params["head"]["kernel"] = np.zeros(5, np.float32)
@@ -426,15 +474,28 @@ def test_a_folder_needs_a_config_and_a_lone_file_does_not(saved):
     assert_same_tree(hf.load(folder / "model.safetensors", config), params)
 
 
+def test_large_models_are_saved_as_shards(tmp_path, monkeypatch):
+    """Each file within the limit where an array allows it, and the index that `read` checks."""
+    monkeypatch.setattr(hf, "SHARD", 400)
+    config = dataclasses.replace(LLAMA, **SAVED)
+    hf.save(tmp_path / "model", policy(config), config, **IDS)
+    files = sorted(path.name for path in (tmp_path / "model").glob("*.safetensors"))
+    assert len(files) > 2 and files[0] == f"model-00001-of-{len(files):05}.safetensors"
+    sizes = [sum(x.nbytes for x in hf.read(tmp_path / "model" / name).values()) for name in files]
+    assert max(sizes) <= 400 and sum(sizes) == 4 * sum(x.size for x in jax.tree.leaves(policy(config)))
+    assert_same_tree(hf.load(tmp_path / "model", config), policy(config))
+
+
 def test_the_path_of_wrong_arrays_is_named(saved):
     folder, _, config = saved
     arrays = dict(hf.read(folder))
     save_file(
-        {name: np.array(x) for name, x in arrays.items() if "ln_f" not in name and "final" not in name},
+        {name: np.array(x) for name, x in arrays.items() if not re.search("ln_f|final|model.norm", name)},
         folder / "model.safetensors",
     )
     assert re.match(
-        rf"{folder}: (gpt2|gpt_neox) checkpoint: .* is missing; .* is missing$", error(hf.load, folder, config)
+        rf"{folder}: (gpt2|gpt_neox|llama) checkpoint: .* is missing(; .* is missing)?$",
+        error(hf.load, folder, config),
     )
 
 

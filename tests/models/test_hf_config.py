@@ -45,6 +45,87 @@ PYTHIA_JSON = {
     "vocab_size": 50304,
 }
 TYPES = "gpt2 or gpt_neox or llama or mistral or qwen2 or qwen3"
+# As published: of Llama 3.2 1B, Mistral 7B v0.1, Qwen2.5 0.5B and Qwen3 0.6B, without what is not read.
+LLAMA_JSON = {
+    "model_type": "llama",
+    "architectures": ["LlamaForCausalLM"],
+    "attention_bias": False,
+    "bos_token_id": 128000,
+    "head_dim": 64,
+    "hidden_act": "silu",
+    "hidden_size": 2048,
+    "initializer_range": 0.02,
+    "intermediate_size": 8192,
+    "max_position_embeddings": 131072,
+    "mlp_bias": False,
+    "num_attention_heads": 32,
+    "num_hidden_layers": 16,
+    "num_key_value_heads": 8,
+    "pretraining_tp": 1,
+    "rms_norm_eps": 1e-05,
+    "rope_scaling": {
+        "factor": 32.0,
+        "high_freq_factor": 4.0,
+        "low_freq_factor": 1.0,
+        "original_max_position_embeddings": 8192,
+        "rope_type": "llama3",
+    },
+    "rope_theta": 500000.0,
+    "tie_word_embeddings": True,
+    "vocab_size": 128256,
+}
+MISTRAL_JSON = {
+    "model_type": "mistral",
+    "architectures": ["MistralForCausalLM"],
+    "hidden_act": "silu",
+    "hidden_size": 4096,
+    "initializer_range": 0.02,
+    "intermediate_size": 14336,
+    "max_position_embeddings": 32768,
+    "num_attention_heads": 32,
+    "num_hidden_layers": 32,
+    "num_key_value_heads": 8,
+    "rms_norm_eps": 1e-05,
+    "rope_theta": 10000.0,
+    "sliding_window": 4096,
+    "tie_word_embeddings": False,
+    "vocab_size": 32000,
+}
+QWEN2_JSON = {
+    "model_type": "qwen2",
+    "architectures": ["Qwen2ForCausalLM"],
+    "hidden_act": "silu",
+    "hidden_size": 896,
+    "initializer_range": 0.02,
+    "intermediate_size": 4864,
+    "max_position_embeddings": 32768,
+    "max_window_layers": 24,
+    "num_attention_heads": 14,
+    "num_hidden_layers": 24,
+    "num_key_value_heads": 2,
+    "rms_norm_eps": 1e-06,
+    "rope_theta": 1000000.0,
+    "sliding_window": 32768,
+    "tie_word_embeddings": True,
+    "use_sliding_window": False,
+    "vocab_size": 151936,
+}
+QWEN3_JSON = QWEN2_JSON | {
+    "model_type": "qwen3",
+    "architectures": ["Qwen3ForCausalLM"],
+    "attention_bias": False,
+    "head_dim": 128,
+    "hidden_size": 1024,
+    "intermediate_size": 3072,
+    "max_position_embeddings": 40960,
+    "max_window_layers": 28,
+    "num_attention_heads": 16,
+    "num_hidden_layers": 28,
+    "num_key_value_heads": 8,
+    "sliding_window": None,
+}
+LLAMA, MISTRAL = families.preset("llama-3.2-1b", vocab_size=128_256), families.preset("mistral-7b-v0.1")
+QWEN2, QWEN3 = families.preset("qwen2.5-0.5b"), families.preset("qwen3-0.6b")
 FULL_ROTARY = {"rope_type": "default", "rope_theta": 500.0, "partial_rotary_factor": 1.0}
 
 
@@ -63,6 +144,12 @@ def error(function, *args, **kwargs):
 def test_published_configs_are_the_presets(tmp_path):
     assert hf_config.read(write(tmp_path, GPT2_JSON)) == GPT2
     assert hf_config.read(write(tmp_path, PYTHIA_JSON)) == PYTHIA
+    # 0 stands for four times the width.
+    assert hf_config.read(write(tmp_path, LLAMA_JSON)) == dataclasses.replace(LLAMA, feed_forward_size=0)
+    hf_config.compare(tmp_path, LLAMA)
+    assert hf_config.read(write(tmp_path, MISTRAL_JSON)) == dataclasses.replace(MISTRAL, vocab_size=32_000)
+    assert hf_config.read(write(tmp_path, QWEN2_JSON)) == QWEN2
+    assert hf_config.read(write(tmp_path, QWEN3_JSON)) == QWEN3
 
 
 def test_names_of_transformers_5(tmp_path):
@@ -78,6 +165,11 @@ def test_names_of_transformers_5(tmp_path):
         dataclasses.replace(GPT2, tied=False, exact_gelu=True, norm_eps=1e-6),
         PYTHIA,
         dataclasses.replace(PYTHIA, tied=True, exact_gelu=False, parallel_residual=False, rotary_base=50.0),
+        dataclasses.replace(GPT2, feed_forward_size=100),
+        dataclasses.replace(LLAMA, feed_forward_size=100, biases="attention", head_size=16),
+        dataclasses.replace(QWEN3, biases="attention", kv_heads=0, tied=False),
+        dataclasses.replace(QWEN2, window=100, rotary_factor=2.0, rotary_context=77, rotary_slow=2.0, rotary_fast=3.0),
+        dataclasses.replace(MISTRAL, vocab_size=9),
     ],
 )
 @pytest.mark.parametrize("record", [hf_config.language_model, hf_config.scalar_model])
@@ -142,6 +234,44 @@ def test_what_we_compute_differently_is_refused_for_gpt_neox(change, expected, t
     assert error(hf_config.read, write(tmp_path, PYTHIA_JSON | change)) == f"{tmp_path / 'config.json'}: {expected}"
 
 
+@pytest.mark.parametrize(
+    "record, change, expected",
+    [
+        (LLAMA_JSON, {"hidden_act": "gelu"}, 'hidden_act: expected "silu", got "gelu"'),
+        (LLAMA_JSON, {"num_key_value_heads": 5}, "num_key_value_heads: expected a divisor of num_attention_heads = 32"),
+        (LLAMA_JSON, {"head_dim": 0}, "head_dim: expected a whole number above 0, got 0"),
+        (LLAMA_JSON, {"mlp_bias": True}, "mlp_bias: expected false where attention_bias is, got true"),
+        (LLAMA_JSON, {"rope_scaling": {"rope_type": "yarn"}}, 'rope_type: expected "default" or "llama3", got "yarn"'),
+        (LLAMA_JSON, {"rope_scaling": {"type": "linear"}}, 'type: expected "default" or "llama3", got "linear"'),
+        (LLAMA_JSON, {"rope_scaling": {"rope_type": "llama3"}}, "factor: expected a number above 0, got null"),
+        (
+            LLAMA_JSON,
+            {"rope_scaling": LLAMA_JSON["rope_scaling"] | {"low_freq_factor": 4}},
+            "high_freq_factor: expected more than low_freq_factor, got 4.0",
+        ),
+        (MISTRAL_JSON, {"sliding_window": 0}, "sliding_window: expected a whole number above 0, got 0"),
+        (
+            QWEN2_JSON,
+            {"use_sliding_window": True},
+            "max_window_layers: expected 0 where use_sliding_window is true, got 24",
+        ),
+        (
+            QWEN3_JSON,
+            {"use_sliding_window": True, "layer_types": ["full_attention"], "num_hidden_layers": 1},
+            'layer_types: expected ["sliding_attention"], got ["full_attention"]',
+        ),
+        (
+            LLAMA_JSON,
+            {"quantization_config": {"bits": 4}},
+            "quantization_config: expected none: only weights in float32, float16 or bfloat16 are read",
+        ),
+    ],
+)
+def test_what_we_compute_differently_is_refused_for_llama(record, change, expected, tmp_path):
+    message = error(hf_config.read, write(tmp_path, record | change))
+    assert message.startswith(f"{tmp_path / 'config.json'}: {expected}")
+
+
 def test_every_problem_is_in_one_line(tmp_path):
     record = {"model_type": "gpt2", "n_layer": 2, "n_head": 2, "n_embd": 4, "activation_function": "relu"}
     message = error(hf_config.read, write(tmp_path, record))
@@ -186,6 +316,8 @@ def test_rotary_positions_may_be_fewer(tmp_path):
             "model.head_size: expected model.width / model.heads = 128 / 3, as in transformers, got 48",
         ),
         (dataclasses.replace(GPT2, parallel_residual=True), IDS, "model.parallel_residual: expected False (gpt2 of "),
+        (dataclasses.replace(LLAMA, qk_norm=True, biases="qkv"), IDS, "model.qk_norm: expected False (qwen2 of "),
+        (dataclasses.replace(LLAMA, feed_forward="gelu"), IDS, "model.feed_forward: expected swiglu (llama of "),
         (GPT2, {"eos_id": 0, "pad_id": 50_257}, "pad_id: expected one of the 50257 ids of the model, got 50257"),
         (GPT2, {"eos_id": -1, "pad_id": 0}, "eos_id: expected one of the 50257 ids of the model, got -1"),
     ],
@@ -194,7 +326,10 @@ def test_models_that_transformers_lacks_are_not_written(config, ids, expected):
     assert error(hf_config.language_model, config, **ids).startswith(expected)
 
 
-@pytest.mark.parametrize("name", ["gpt2_parity", "neox_parity", "neox_sequential_parity"])
+FOLDERS = ("gpt2", "neox", "neox_sequential", "llama", "mistral", "qwen2", "qwen3")
+
+
+@pytest.mark.parametrize("name", [f"{name}_parity" for name in FOLDERS])
 def test_our_record_agrees_with_theirs(name):
     """Fields that both write are equal, except names of tokens and the form of rotary positions."""
     theirs = json.loads((HERE / name / "config.json").read_text())
@@ -202,4 +337,4 @@ def test_our_record_agrees_with_theirs(name):
     drop = {"attn_pdrop", "embd_pdrop", "resid_pdrop"}
     differ = {field for field in ours.keys() & theirs.keys() if ours[field] != theirs[field]} - drop
     assert differ == {"bos_token_id", "eos_token_id", "pad_token_id"}
-    assert ours.keys() - theirs.keys() <= {"rotary_pct", "rotary_emb_base"}
+    assert ours.keys() - theirs.keys() <= {"rotary_pct", "rotary_emb_base", "rope_theta", "rope_scaling", "head_dim"}

@@ -8,7 +8,7 @@ import numpy as np
 import pytest
 
 from rlhf_jax import generate
-from rlhf_jax.models import hf, hf_config
+from rlhf_jax.models import families, hf, hf_config
 from rlhf_jax.models.heads import LanguageModel, ScalarModel
 from rlhf_jax.ops import logprobs, losses
 
@@ -16,7 +16,10 @@ HERE = Path(__file__).parent
 PAD = 0
 
 
-@pytest.fixture(scope="module", params=["gpt2_parity", "neox_parity", "neox_sequential_parity"])
+FOLDERS = [f"{name}_parity" for name in ("gpt2", "neox", "neox_sequential", "llama", "mistral", "qwen2", "qwen3")]
+
+
+@pytest.fixture(scope="module", params=FOLDERS)
 def folder(request):
     return HERE / request.param
 
@@ -52,10 +55,9 @@ def test_hidden_states_and_logits(columns, model, params, expected):
     np.testing.assert_allclose(logits_BTV[real_BT], expected["logits_BTV"][real_BT], rtol=0, atol=1e-4)
 
 
-@pytest.mark.parametrize("columns", [0, 5])
-def test_greedy_continuations(columns, model, params, expected):
-    tokens_BP = more_padding(expected["tokens_BT"], columns, PAD)
-    mask_BP = more_padding(expected["mask_BT"], columns, 0)
+def test_greedy_continuations(model, params, expected):
+    """Read token by token with a cache. Three of the four rows are left-padded, and then all."""
+    tokens_BP, mask_BP = more_padding(expected["tokens_BT"], 5, PAD), more_padding(expected["mask_BT"], 5, 0)
     keys_B = jax.random.split(jax.random.key(0), len(tokens_BP))
     never = -1  # no token is EOS: every row is continued to the end
     config = generate.Sampling(max_tokens=expected["greedy_BR"].shape[1], eos_id=never, pad_id=PAD, temperature=0)
@@ -82,7 +84,8 @@ def test_loss_and_its_gradient_by_every_parameter(model, params, expected):
 
 def test_scores_of_a_reward_model(folder, model, expected):
     arrays = {**hf.read(folder), "score.weight": expected["score.weight"]}
-    arrays.pop("embed_out.weight", None)
+    for head in "embed_out.weight", "lm_head.weight":
+        arrays.pop(head, None)
     scalar = ScalarModel(model.config)
     tokens_BT = more_padding(expected["scored_BT"], 5, PAD)
     score_B = jax.jit(scalar.score)(hf.scalar_from_hf(arrays, model.config), tokens_BT, tokens_BT != PAD)
@@ -105,5 +108,19 @@ def test_each_fixture_has_the_architecture_of_its_name(folder, model):
         "gpt2_parity": (0, 10_000, False, False, True, 1e-5),
         "neox_parity": (0.25, 10_000, True, True, False, 1e-5),
         "neox_sequential_parity": (0.5, 100, False, False, True, 1e-3),
+        "llama_parity": (1, 1000, False, False, False, 1e-5),
+        "mistral_parity": (1, 10_000, False, False, False, 1e-6),
+        "qwen2_parity": (1, 10_000, False, False, True, 1e-6),
+        "qwen3_parity": (1, 10_000, False, False, True, 1e-6),
     }[folder.name]
     assert (c.rotary_share, c.rotary_base, c.parallel_residual, c.exact_gelu, c.tied, c.norm_eps) == settings
+    layout = {
+        "llama_parity": ("attention", False, 0, 4.0, 6),
+        "mistral_parity": ("none", False, 5, 1.0, 6),
+        "qwen2_parity": ("qkv", False, 0, 1.0, 6),
+        "qwen3_parity": ("none", True, 0, 1.0, 8),
+    }.get(folder.name)
+    if layout:
+        assert (c.norm, c.feed_forward, c.heads, c.kv_heads) == ("rms", "swiglu", 4, 2)
+        assert (c.biases, c.qk_norm, c.window, c.rotary_factor, c.head_size) == layout
+    assert folder.name.split("_")[0].replace("neox", "gpt_neox") == families.of(c).TYPE

@@ -95,6 +95,13 @@ def test_pickles_are_refused_unread(name, tmp_path):
         assert "save_pretrained" in message
 
 
+def test_gguf_is_refused(tmp_path):
+    path = tmp_path / "model.Q4_0.gguf"
+    path.write_bytes(b"GGUF")
+    for place in path, tmp_path:
+        assert error(place).startswith(f"{path}: expected safetensors; GGUF holds quantized weights")
+
+
 def test_a_folder_without_weights_is_named(tmp_path):
     assert error(tmp_path) == f"{tmp_path}: expected model.safetensors or model.safetensors.index.json in this folder"
 
