@@ -23,7 +23,7 @@ from rlhf_jax.algorithms import policy_gradient
 from rlhf_jax.config import Evaluation, Reward, Supervised, Text
 from rlhf_jax.data import corpus
 from rlhf_jax.errors import InputError
-from rlhf_jax.models import gpt2
+from rlhf_jax.models.families import preset
 
 
 def get_config(arg="made"):
@@ -40,7 +40,7 @@ def tweets():
     return configs.write(
         text=Text(kind="char"),
         data=corpus.Config(kind="tweets", source="file", length=32),
-        model=gpt2.preset("micro", heads=4, head_size=32, context=32, init_std=0.08),
+        model=preset("micro", heads=4, head_size=32, context=32, init_std=0.08),
         pretrain=Supervised(**adam, lr=1e-3, steps=1_000, batch=64, eval_every=250),
         sft=Supervised(**adam, lr=5e-4, steps=500, batch=64, eval_every=100),
         reward=Reward(kind="sentiment", lr=1e-3, warmup=20, adam_b2=0.95, steps=150, batch=32, eval_every=50),

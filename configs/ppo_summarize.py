@@ -36,7 +36,7 @@ from rlhf_jax.algorithms import dpo, policy_gradient, ppo
 from rlhf_jax.config import Config, Evaluation, Reward, Supervised, Text, Trace
 from rlhf_jax.data import sources
 from rlhf_jax.errors import InputError
-from rlhf_jax.models import gpt2
+from rlhf_jax.models.families import preset
 
 POSTS, PAIRS, EPISODES = 116_722, 92_800, 1_000_000  # posts and pairs: one epoch
 
@@ -49,11 +49,11 @@ def get_config(arg="tiny"):
     arguments = {
         "tiny": tiny,
         "files": files,
-        "gpt2": lambda: published("openai-community/gpt2", gpt2.preset("gpt2"), **GPT2_LENGTHS),
-        "gpt2-medium": lambda: published("openai-community/gpt2-medium", gpt2.preset("gpt2-medium"), **GPT2_LENGTHS),
-        "gpt2-2019": lambda: first("openai-community/gpt2", gpt2.preset("gpt2"), **GPT2_LENGTHS),
+        "gpt2": lambda: published("openai-community/gpt2", preset("gpt2"), **GPT2_LENGTHS),
+        "gpt2-medium": lambda: published("openai-community/gpt2-medium", preset("gpt2-medium"), **GPT2_LENGTHS),
+        "gpt2-2019": lambda: first("openai-community/gpt2", preset("gpt2"), **GPT2_LENGTHS),
         "pythia-160m": lambda: published(
-            "EleutherAI/pythia-160m", gpt2.preset("pythia-160m", vocab_size=50_304), **PYTHIA_LENGTHS
+            "EleutherAI/pythia-160m", preset("pythia-160m", vocab_size=50_304), **PYTHIA_LENGTHS
         ),
     }
     if arg not in arguments:
@@ -66,7 +66,7 @@ def tiny():
     return Config(
         text=Text(kind="bpe", vocab_size=800),
         data=sources.Config(prompt_length=56, response_length=22),
-        model=gpt2.preset("micro", heads=4, head_size=32, context=80, init_std=0.08),
+        model=preset("micro", heads=4, head_size=32, context=80, init_std=0.08),
         sft=Supervised(lr=2e-3, warmup=100, adam_b2=0.95, steps=600, batch=32, loss_on="response", eval_every=200),
         reward=Reward(lr=1e-3, warmup=20, adam_b2=0.95, steps=150, batch=32, eval_every=50),
         **configs.policies(lr=3e-4, steps=50, batch=64, epochs=2, temperature=1.0, eval_every=10)
@@ -84,7 +84,7 @@ def files():
     """
     return Config(
         data=sources.Config(source="files", prompt_length=128),
-        model=gpt2.preset("micro", layers=2, heads=4, head_size=32, context=192, init_std=0.08),
+        model=preset("micro", layers=2, heads=4, head_size=32, context=192, init_std=0.08),
         sft=Supervised(lr=2e-3, warmup=50, adam_b2=0.95, steps=250, batch=8, loss_on="response", eval_every=50),
         reward=Reward(lr=1e-3, warmup=20, adam_b2=0.95, steps=120, batch=16, eval_every=20),
         ppo=ppo.Config(lr=5e-4, steps=30, batch=32, epochs=2, temperature=1.0, kl_coef=0.005, eval_every=10),

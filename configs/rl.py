@@ -26,7 +26,7 @@ from rlhf_jax.algorithms import policy_gradient
 from rlhf_jax.config import Config, Evaluation, Reward, Supervised, Text
 from rlhf_jax.data import sources
 from rlhf_jax.errors import InputError
-from rlhf_jax.models import gpt2
+from rlhf_jax.models.families import preset
 
 
 def get_config(arg="small"):
@@ -45,7 +45,7 @@ def small():
         task="prompts",
         text=Text(kind="char"),
         data=sources.Config(source="files", prompt_length=64, response_length=32, cut="left"),
-        model=gpt2.preset("micro", heads=4, head_size=32, context=96, init_std=0.08),
+        model=preset("micro", heads=4, head_size=32, context=96, init_std=0.08),
         sft=Supervised(**adam, lr=2e-3, steps=0, loss_on="response"),
         reward=Reward(**adam, lr=1e-3, steps=150, kind="sentiment"),
         **configs.policies(**rollouts, lr=3e-4, steps=50, epochs=2, missing_eos="subtract")
@@ -62,7 +62,7 @@ def pretrained():
         task="prompts",
         text=Text(path=place),
         data=sources.Config(source="files", prompt_length=128, response_length=64, cut="left"),
-        model=gpt2.preset("gpt2", init=place),
+        model=preset("gpt2", init=place),
         sft=Supervised(lr=1e-5, steps=0, batch=32, microbatches=4),
         reward=Reward(lr=1e-5, steps=500, batch=32, microbatches=4, kind="sentiment"),
         **configs.policies(**rollouts, lr=1e-6, steps=200, epochs=2)

@@ -12,7 +12,7 @@ In a notebook, from the folder of a run to texts:
 Array names end in one letter an axis (Shazeer suffixes); a scalar or a pytree has none. A digit is an axis of that
 size:
 
-    A  answers: the completions of one prompt
+    A  attention heads of keys and values: H, or fewer where several heads of queries read each
     B  rows of a batch
     C  candidates: the ids that a model finds most likely
     D  width of the model
@@ -24,8 +24,9 @@ size:
     K  entries of a head
     M  models that read the same tokens
     N  rows of a data set or a table, prompts of a queue
+    O  outputs: the completions of one prompt, a group
     P  columns of the prompts
-    Q  questions: the prompts of a batch, each with A completions
+    Q  questions: the prompts of a batch, each with O completions
     R  columns of the responses
     S  slots of the KV cache: the tokens that a query attends to
     T  tokens of a sequence: P + R where a prompt and a response are side by side

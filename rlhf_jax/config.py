@@ -11,7 +11,7 @@ from rlhf_jax import fields, hub, jsonfile
 from rlhf_jax.algorithms import ALGORITHMS, POLICY, preference, supervised
 from rlhf_jax.data import corpus, sources
 from rlhf_jax.errors import InputError, listed, short
-from rlhf_jax.models import gpt2
+from rlhf_jax.models import decoder
 from rlhf_jax.report import trackers
 from rlhf_jax.rewards import function
 from rlhf_jax.tasks import TASKS
@@ -29,16 +29,29 @@ SIZES |= {"made", "cache", *(f"world_{kind}" for kind in ("sft", "preferences", 
 class Text:
     """The tokenizer."""
 
-    kind: str = fields.choice("gpt2", "gpt2", "bpe", "char")  # gpt2: from `path`; bpe, char: trained on the texts
-    path: str = fields.path()  # of gpt2: a folder with its files, or NAME or NAME@REVISION on the hub
+    # files: read from `path`; gpt2: the same, its older name; bpe, char: trained on the texts
+    kind: str = fields.choice("files", "files", "gpt2", "bpe", "char")
+    path: str = fields.path()  # of files: a folder with a tokenizer, or NAME or NAME@REVISION on the hub
     vocab_size: int = fields.number(800, least=1)  # tokens of bpe
+    eos: str = ""  # of files: names of the tokens that end a completion, with commas; empty: those that the files name
+    pad: str = ""  # of files: name of PAD, which is never EOS; empty: that of the files, or a new token
+    # The chat template of rows that are conversations: a file in Jinja; empty: that of the tokenizer's files; none: the
+    # contents of the messages, with an empty line between them.
+    template: str = fields.path()
 
     def unused(self):
         """Fields without effect, and why."""
-        if self.kind != "gpt2":
-            yield "path", f"kind is {self.kind}, which is trained on the texts (gpt2 is read from a path)"
+        if not self.of_files:
+            yield "path", f"kind is {self.kind}, which is trained on the texts (files are read from a path)"
+            for name in ("eos", "pad"):
+                yield name, f"kind is {self.kind}, which has its own"
         if self.kind != "bpe":
             yield "vocab_size", f"kind is {self.kind}"
+
+    @property
+    def of_files(self):
+        """Whether the tokenizer is read from files."""
+        return self.kind in ("files", "gpt2")
 
 
 @dataclasses.dataclass(frozen=True)
@@ -73,8 +86,8 @@ class Supervised(supervised.Config):
 class Reward(preference.Config):
     """The reward of reinforcement learning, and the training of the reward model where it is learned."""
 
-    # learned | gold: the embedded world's truth | sentiment: VADER's | exact, partial: the row's label, or the share of
-    # its characters | path/to/file.py:function (rewards/function.py)
+    # learned | gold: the embedded world's truth | sentiment: VADER's | rouge: ROUGE-L with the row's label | exact,
+    # partial: the label itself, or the share of its characters | path/to/file.py:function (rewards/function.py)
     kind: str = fields.path(LEARNED)
     # another workdir whose finished reward model is used; config and files must agree
     from_: str = fields.path(neutral=True)
@@ -104,7 +117,7 @@ class Config:
     algorithm: str = fields.choice("ppo", *ALGORITHMS)  # the section that the last stage reads
     text: Text = Text()
     data: Any = sources.Config()  # of the task: tasks.TASKS[task].Config
-    model: gpt2.Config = gpt2.Config()
+    model: decoder.Config = decoder.Config()
     pretrain: Supervised = Supervised(steps=0)
     sft: Supervised = Supervised()
     reward: Reward = Reward()
@@ -148,6 +161,11 @@ class Config:
     def learned(self):
         """Whether the reward is a reward model."""
         return self.reward.kind == LEARNED and self.sampled
+
+    @property
+    def named(self):
+        """Whether the reward is a function with a name, which may also only measure."""
+        return self.reward.kind != LEARNED
 
     @property
     def sampled(self):
@@ -344,6 +362,8 @@ def _check_files(config):
     local = getattr(config.data, "source", "") != "hub"  # a file that is named but not read is as likely a mistake
     names = [name for name in ("path", "sft", "preferences", "prompts") if local and hasattr(config.data, name)]
     paths |= {f"data.{name}": getattr(config.data, name) for name in names}
+    if config.text.template != "none":
+        paths["text.template"] = config.text.template
     if missing := [f"{field} = {path!r}" for field, path in paths.items() if path and not _exists(path)]:
         raise InputError(f"missing files: {listed(missing)}; give each as --config.FIELD=PATH")
     for field, path in (named | paths).items():
@@ -365,8 +385,10 @@ def _reward(config, _):
     if config.learned and not config.reward.steps:
         yield "reward.steps", "more than 0 where the reward is learned"
     if config.reward.kind == "gold" and getattr(config.data, "source", "") != "world":
-        yield "reward.kind", "learned, sentiment or path/to/file.py:function where no row has a record (data.source)"
-    elif config.reward.kind != LEARNED:
+        others = ", ".join(name for name in function.NAMED if name != "gold")
+        expected = f"learned, {others} or path/to/file.py:function where no row has a record (data.source)"
+        yield "reward.kind", expected
+    elif config.named:
         reward = function.load(config.reward.kind)  # its own InputError names what is wrong
         if reward.takes_rows and config.task == "write":
             yield "reward.kind", "a function of texts alone where task is write, whose rows hold nothing"

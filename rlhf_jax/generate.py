@@ -8,6 +8,8 @@ batch.
 """
 
 import dataclasses
+import functools
+import operator
 from typing import NamedTuple
 
 import flax
@@ -26,13 +28,23 @@ class Sampling:
     """How completions are sampled."""
 
     max_tokens: int  # R, EOS included
-    eos_id: int
+    eos_id: int  # ends a completion
     pad_id: int
     temperature: float = 1.0  # 0: the most likely token
     top_k: int = 0  # 0: all. Evaluation and playground only
     top_p: float = 1.0  # 1: all. Evaluation and playground only
     lanes: int = 0  # completions generated at once, a divisor of their number; 0: all
     widths: int = 1  # number of prompt widths that the reading of prompts is compiled for; see ops/padding.py
+    more_eos: tuple[int, ...] = ()  # further ids that end a completion, as some models have
+
+    def ends(self, token_B):
+        """Whether each token ends its completion [B]."""
+        return ends(token_B, (self.eos_id, *self.more_eos))
+
+
+def ends(token_B, eos_ids):
+    """Whether each token is one of the ids that end a completion [B]."""
+    return functools.reduce(operator.or_, (token_B == id for id in eos_ids))
 
 
 @flax.struct.dataclass
@@ -84,7 +96,7 @@ def _draw(model, params, hidden_BD, state, config):
 
     return state.replace(
         step=state.step + 1,
-        done_B=state.done_B | (token_B == config.eos_id),
+        done_B=state.done_B | config.ends(token_B),
         response_BR=write(state.response_BR, jnp.where(alive_B, token_B, config.pad_id)),
         mask_BR=write(state.mask_BR, alive_B),
         logp_BR=write(state.logp_BR, jnp.where(alive_B, logp_B, 0)),
@@ -218,7 +230,7 @@ def _draw_rows(model, params, hidden_GD, row_G, count_G, drawn, config):
     count_G = jnp.broadcast_to(count_G, row_G.shape)
     keys_G = jax.vmap(jax.random.fold_in)(drawn.keys_B[row_G], count_G)
     token_G, logp_G = _tokens(model, params, hidden_GD, keys_G, config)
-    ended_G = token_G == config.eos_id
+    ended_G = config.ends(token_G)
 
     def write(array_NR, column_G):
         return array_NR.at[row_G, count_G].set(column_G, mode="drop")
@@ -258,7 +270,7 @@ class Token:
 
 def stream(
     model, params_M, source_B, prompt_1P, prompt_mask_1P, keys_B, how,
-    *, rows_B, max_tokens, eos_id, slots, forced=(),
+    *, rows_B, max_tokens, eos_ids, slots, forced=(),
 ):  # fmt: skip
     """Yields the next Token of each row, as NumPy arrays, until all rows have ended or have max_tokens tokens.
 
@@ -281,7 +293,7 @@ def stream(
             token, caches_M = step(model, params_M, token_B, mask_B, caches_M, *args)
         token_B, here = token.token_B, jax.device_get(token).replace(mask_B=mask_B)
         yield here if rows_B.all() else _of_rows(here, rows_B)
-        mask_B = mask_B & (here.token_B != eos_id)
+        mask_B = mask_B & ~ends(here.token_B, eos_ids)
         if not mask_B.any():
             return
 

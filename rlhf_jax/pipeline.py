@@ -18,17 +18,18 @@ from rlhf_jax.evaluate import seeds
 from rlhf_jax.models import heads, hf
 from rlhf_jax.report import plots
 from rlhf_jax.report.console import Silent
-from rlhf_jax.rewards import Reward, function, learned
+from rlhf_jax.rewards import Reward, function, learned, rouge
 from rlhf_jax.stages import Setup
 from rlhf_jax.stages.language_model import language_model
 from rlhf_jax.stages.preference import check_references, dpo, reward_model
 from rlhf_jax.stages.rl import rl
-from rlhf_jax.text import bpe, char, gpt2
+from rlhf_jax.text import bpe, char, files
 from rlhf_jax.training import sharding
 from rlhf_jax.training.fit import fit, write_summary
 from rlhf_jax.training.workdir import Workdir
 from rlhf_jax.viz import recorder
 
+PADDING = 512  # a model must have fewer than this many ids beyond the tokenizer's; Qwen2.5 has 271
 KINDS = {"pretrain": "pretrain", "sft": "sft", "reward": "preferences"}  # of rows by stage
 
 
@@ -123,8 +124,8 @@ class Stages:
         config = self.config
         tokenizer = self._tokenizer()
         model, ids = config.model, tokenizer.vocab_size
-        if model.vocab_size and not ids <= model.vocab_size < ids + 256:
-            expected = f"0 or, for this tokenizer, {ids} to {ids + 255}"
+        if model.vocab_size and not ids <= model.vocab_size < ids + PADDING:
+            expected = f"0 or, for this tokenizer, {ids} to {ids + PADDING - 1}"
             raise InputError(f"model.vocab_size: expected {expected}, got {model.vocab_size}")
         sized = dataclasses.replace(model, vocab_size=model.vocab_size or ids)
         return Setup(
@@ -156,7 +157,7 @@ class Stages:
             if saved.fingerprint() != there.get("fingerprint"):
                 raise InputError(f"workdir: {folder}: not the tokenizer that was saved there; remove the folder")
             return saved
-        tokenizer = _make_tokenizer(config.text, self.task)
+        tokenizer = _make_tokenizer(config.text, self.task, self.reporter.note)
         if tokenizer.fingerprint() not in (there.get("fingerprint"), saved and saved.fingerprint()):
             for name in self.names:
                 if self.workdir.started(name):
@@ -198,8 +199,8 @@ class Stages:
         sides = ("_before", "_after") if config.task == "write" else ("_sft", "")
         reward: Reward
         if not config.sampled:
-            function_of = None if config.reward.kind == configs.LEARNED else function.load(config.reward.kind)
-            return dpo(name, setup, section, policy, function_of, key=key, sides=sides)
+            measure = function.load(config.reward.kind) if config.named else None
+            return dpo(name, setup, section, policy, measure, key=key, sides=sides)
         if config.learned:
             params = self.parameters("reward", "reward", scalar.zero_head(policy))
             sampling = setup.sampling(section.temperature, lanes=section.lanes, widths=section.widths)
@@ -293,6 +294,9 @@ class Stages:
                     self.reporter.note(note)
         if name == "reward":
             check_references(self.setup)
+        if name == self.names[-1] and self.config.reward.kind == "rouge":
+            for side in self.task.rows(kind)[:2]:
+                rouge.check(side)
         section = configs.section(self.config, name)
         part = getattr(self.config, section)
         self.setup.batch_at(kind, part.batch, "rl", f"{section}.batch", getattr(part, "group", 1))
@@ -356,18 +360,20 @@ class Stages:
         return write_summary(self.workdir, "summary.json", seconds, numbers, self.config.seed)
 
 
-def _make_tokenizer(config, task):
+def _make_tokenizer(config, task, note):
     """The tokenizer of a Text section: read from its path, or trained on the task's texts."""
-    if config.kind == "gpt2":
+    if config.of_files:
         if not config.path:
             raise InputError("text.path: expected a folder or a name on the hub, as gpt2, got none")
+        wanted = {"eos": config.eos, "pad": config.pad, "template": config.template}
         try:
-            return gpt2.from_files(hub.folder(config.path, *gpt2.FILES, also=gpt2.ALSO))
+            return files.from_files(hub.folder(config.path, *files.FILES, also=files.ALSO), **wanted, note=note)
         except InputError as error:
-            raise InputError(f"text.path: {error}") from None
+            raise InputError(str(error) if str(error).startswith("text.") else f"text.path: {error}") from None
     try:
         texts = task.texts()
-        return bpe.train(texts, config.vocab_size) if config.kind == "bpe" else char.train(texts)
+        tokenizer = bpe.train(texts, config.vocab_size) if config.kind == "bpe" else char.train(texts)
+        return dataclasses.replace(tokenizer, template=files.chat_template(config.template))
     except InputError as error:
         named = str(error).startswith(("data", "reward"))
         raise InputError(str(error) if named else f"text.{error}") from None

@@ -27,15 +27,18 @@ from rlhf_jax import generate, hub, jsonfile, rollout, text
 from rlhf_jax.data import tldr
 from rlhf_jax.errors import InputError
 from rlhf_jax.generate import Token
-from rlhf_jax.models import gpt2, heads, hf, hf_config, hf_layout
-from rlhf_jax.text import gpt2 as text_gpt2
+from rlhf_jax.models import decoder, heads, hf, hf_config, hf_layout
+from rlhf_jax.text import chat, files
 
-FILES = tuple((*weights, *tokenizer) for tokenizer in text_gpt2.FILES for weights in hf.FILES)  # of transformers
-SCORE = hf_layout.name(("score", "embedding"), gpt2.Config())  # the array that only a reward model has
+FILES = tuple((*weights, *tokenizer) for tokenizer in files.FILES for weights in hf.FILES)  # of transformers
+SCORE = "score.weight"  # the array that only a reward model has
 
 ROWS = (1, 4, 32)  # on the device at a time: each number is compiled for
 NARROWEST = 16  # tokens
 MAX_TOKENS = 64  # of a completion, where no run says how long its own are
+
+
+Prompts = str | Sequence[str | list[chat.Message]] | list[chat.Message]  # one text or conversation, or several
 
 
 class Sample(NamedTuple):
@@ -55,7 +58,7 @@ class Pretrained:
     are padded to a few widths, so that others of about the same length do not compile again.
     """
 
-    config: gpt2.Config
+    config: decoder.Config
     tokenizer: text.Tokenizer
     apply: rollout.Apply  # the functions of the parameters
     params: dict | None = dataclasses.field(repr=False)  # the policy's; None: there is only a reward model
@@ -69,7 +72,7 @@ class Pretrained:
 
     def generate(
         self,
-        prompts: str | Sequence[str],
+        prompts: Prompts,
         *,
         n: int = 1,
         max_tokens: int | None = None,
@@ -80,12 +83,14 @@ class Pretrained:
     ) -> list[str]:
         """n completions of each prompt, in one list: first those of the first prompt. A str is one prompt.
 
+        A conversation, a list of messages {"role", "content"}, is a prompt where the tokenizer has a chat template.
+
         A completion ends at EOS or after max_tokens, EOS included. Temperature 0 takes the most likely token; top_k = 0
         and top_p = 1 sample from all. The same arguments give the same texts. Space around a text is dropped.
 
         InputError where a prompt and max_tokens are more than the context.
         """
-        ids = self._prompts([prompts] if isinstance(prompts, str) else prompts)
+        ids = self._prompts([prompts] if _is_one(prompts) else prompts)
         how: dict[str, Any] = {"temperature": temperature, "top_k": top_k, "top_p": top_p}
         return [sample.text for sample in self.sample(ids, n=n, max_tokens=max_tokens, seed=seed, **how)]
 
@@ -109,10 +114,10 @@ class Pretrained:
             return []
         how = {"temperature": temperature, "top_k": top_k, "top_p": top_p}
         drawn = self._draw(prompts, n, max_tokens, seed, how, first)
-        texts, eos_id = text.responses(self.tokenizer, *drawn[:2]), self.tokenizer.eos_id
+        texts, eos_ids = text.responses(self.tokenizer, *drawn[:2]), self.tokenizer.eos_ids
         rows = zip(texts, *drawn, strict=True)
         return [
-            Sample(words, ids[mask].tolist(), logp_R[mask], bool(ids[mask][-1] == eos_id))
+            Sample(words, ids[mask].tolist(), logp_R[mask], bool(ids[mask][-1] in eos_ids))
             for words, ids, mask, logp_R in rows
         ]
 
@@ -144,12 +149,10 @@ class Pretrained:
         return generate.stream(
             self.apply.policy, params_M, np.repeat(np.arange(len(params_M)), lanes), prompt_1P, mask_1P, keys_B,
             generate.How(**how), rows_B=np.tile(np.arange(lanes) < n, len(params_M)), max_tokens=R,
-            eos_id=self.tokenizer.eos_id, slots=self.context, forced=forced,
+            eos_ids=self.tokenizer.eos_ids, slots=self.context, forced=forced,
         )  # fmt: skip
 
-    def logprobs(
-        self, prompts: str | Sequence[str], completions: Sequence[str], *, temperature: float = 1.0
-    ) -> list[np.ndarray]:
+    def logprobs(self, prompts: Prompts, completions: Sequence[str], *, temperature: float = 1.0) -> list[np.ndarray]:
         """Log-probs [R] of the tokens of each completion after its prompt, in nats. A str is the prompt of them all.
 
         The tokens are those of " " + completion.strip(), or of the completion as it is after an empty prompt; then EOS,
@@ -161,7 +164,7 @@ class Pretrained:
         starts, ends = self._pairs(prompts, completions)
         return self._logprobs(starts, ends, temperature)
 
-    def scores(self, prompts: str | Sequence[str], completions: Sequence[str]) -> np.ndarray:
+    def scores(self, prompts: Prompts, completions: Sequence[str]) -> np.ndarray:
         """The reward model's score of each completion, read at its EOS; tokens are as for `logprobs`.
 
         InputError where there is no reward model.
@@ -244,7 +247,8 @@ class Pretrained:
         keys_N = jax.vmap(lambda i: jax.random.fold_in(jax.random.fold_in(key, first + i // n), i % n))(sample_N)
         width = _width(max(map(len, prompts)), self.context - R)
         arrays = self._padded([ids for ids in prompts for _ in range(n)], width)
-        sampling = generate.Sampling(R, self.tokenizer.eos_id, self.tokenizer.pad_id, **how)
+        eos_id, *more = self.tokenizer.eos_ids
+        sampling = generate.Sampling(R, eos_id, self.tokenizer.pad_id, more_eos=tuple(more), **how)
         return _over(functools.partial(_sample, self.apply.policy, sampling, self.params), *arrays, keys_N)
 
     def _checked(self, prompts, n, max_tokens, seed, how):
@@ -289,24 +293,30 @@ class Pretrained:
         """(ids of each prompt, ids of each completion)."""
         if isinstance(completions, str):
             raise InputError("completions: expected a list of texts, got one text")
-        prompts = [prompts] * len(completions) if isinstance(prompts, str) else prompts
+        prompts = [prompts] * len(completions) if _is_one(prompts) else prompts
         if len(prompts) != len(completions):
             raise InputError(f"completions: expected one for each of {len(prompts)} prompts, got {len(completions)}")
         starts, ends = self._prompts(prompts), []
         for i, (prompt, completion) in enumerate(zip(prompts, completions, strict=True)):
-            ids = self._ids(completion, f"completions[{i}]", tldr.completion if prompt else str)
-            ends.append([*ids, self.tokenizer.eos_id])
+            ends.append(self._ids(completion, f"completions[{i}]", after=prompt))
         for i, (start, end) in enumerate(zip(starts, ends, strict=True)):
             if len(start) + len(end) > self.context:
                 most = f"at most {self.context} tokens with prompts[{i}], the context, got {len(start)} + {len(end)}"
                 raise InputError(f"completions[{i}]: expected {most}")
         return starts, ends
 
-    def _ids(self, value, name, form=str):
-        if not isinstance(value, str):
+    def _ids(self, value, name, after=None):
+        """The ids of a prompt; or, `after` a prompt, of its completion, EOS included."""
+        is_chat = after is None and isinstance(value, list)
+        if not isinstance(value, str) and not is_chat:
             raise InputError(f"{name}: expected a text, got {type(value).__name__}")
         try:
-            return self.tokenizer.encode(form(value))
+            if is_chat:
+                return chat.prompt(self.tokenizer, value)
+            if isinstance(after, list):
+                return chat.answer(self.tokenizer, after, value)
+            form = tldr.completion(value, self.tokenizer.space) if after else value
+            return self.tokenizer.encode(form) + [self.tokenizer.eos_id] * (after is not None)
         except InputError as error:
             raise InputError(f"{name}: {error}") from None
 
@@ -341,7 +351,12 @@ def load(source: str | os.PathLike, stage: str = "") -> Pretrained:
         return _from_run(path, stage)
     if stage:
         raise InputError(f"stage: expected none, as {source} is not the folder of a run, got {stage!r}")
-    return _from_transformers(hub.folder(source, *FILES, also=text_gpt2.ALSO))
+    return _from_transformers(hub.folder(source, *FILES, also=files.ALSO))
+
+
+def _is_one(prompts: Prompts) -> bool:
+    """Whether this is one prompt, a text or a conversation, and not a list of them."""
+    return isinstance(prompts, str) or (isinstance(prompts, list) and bool(prompts) and isinstance(prompts[0], dict))
 
 
 def _is_run(folder: Path) -> bool:
@@ -396,7 +411,7 @@ def _quiet() -> Iterator[None]:
 
 
 def _from_transformers(folder: Path) -> Pretrained:
-    config, tokenizer = hf_config.read(folder), text_gpt2.from_files(folder)
+    config, tokenizer = hf_config.read(folder), files.from_files(folder)
     config = dataclasses.replace(config, vocab_size=max(config.vocab_size, tokenizer.vocab_size))
     arrays = hf.read(folder)
     if SCORE not in map(hf_layout.unwrapped, arrays):

@@ -22,14 +22,15 @@ def depends(config, stage) -> dict:
     if "reward" not in record and (stage == configs.rl_name(config) or config.task == "write"):
         record["reward"] = {"kind": config.reward.kind}
     files = fingerprints(config)
-    if "reward" in record and not config.learned and (digest := function.fingerprint(config.reward.kind)):
+    if "reward" in record and config.named and (digest := function.fingerprint(config.reward.kind)):
         files[f"reward = {config.reward.kind}"] = digest
     return record | {"section": configs.section(config, stage), "sha256": files}
 
 
 def fingerprints(config) -> dict[str, str]:
     """{"data.sft = rows.jsonl": sha256} of the local files that a run reads: data, tokenizer and weights."""
-    places = tasks.load(config).files() | {"model.init": config.model.init, "text.path": config.text.path}
+    places = tasks.load(config).files() | {"model.init": config.model.init}
+    places |= {"text.path": config.text.path, "text.template": config.text.template}
     digests = {f"{field} = {place}": _digest(Path(place)) for field, place in places.items() if place}
     return {name: digest for name, digest in digests.items() if digest}
 

@@ -17,7 +17,7 @@ import pytest
 
 from rlhf_jax import config as configs
 from rlhf_jax.data import sources
-from rlhf_jax.models import gpt2, heads
+from rlhf_jax.models import decoder, heads
 from rlhf_jax.ops import logprobs
 from rlhf_jax.report import plots
 from rlhf_jax.rollout import Apply
@@ -28,7 +28,9 @@ from tests import support
 # Compiling is most of the time, and four fifths of that are LLVM's optimizations and MLIR's kernels of fusions: small
 # programs need neither. What XLA does before them (fusion, layouts, memory) is as always. XLA_FLAGS set by hand is left
 # as it is. support.OPTIMIZED is for tests that compare the bits of two programs: without it they may round differently.
-FLAGS = "--xla_backend_optimization_level=0 --xla_cpu_use_fusion_emitters=false"
+FLAGS = "--xla_backend_optimization_level=0"
+if support.FUSION_EMITTERS:
+    FLAGS += " --xla_cpu_use_fusion_emitters=false"
 os.environ.setdefault("XLA_FLAGS", FLAGS)
 
 # A second run takes a fifth of the first, and equal programs compile once in a run.
@@ -118,7 +120,7 @@ def bigram():
 
 
 # heads * head_size is not the width, and no other size is the vocabulary's: an array that has it shows.
-TINY = gpt2.Config(layers=2, heads=2, head_size=7, width=16, context=40, vocab_size=29)
+TINY = decoder.Config(layers=2, heads=2, head_size=7, width=16, context=40, vocab_size=29)
 CHUNK = 8  # tokens projected on the vocabulary at a time, fewer than any batch has
 
 

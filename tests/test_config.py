@@ -117,7 +117,7 @@ def test_the_edge_of_what_is_possible(changes):
 @pytest.mark.parametrize(
     ("field", "value", "expected"),
     [
-        ("text.kind", "words", "gpt2 or bpe or char, got 'words'"),
+        ("text.kind", "words", "files or gpt2 or bpe or char, got 'words'"),
         ("data.source", "web", "world or files or hub, got 'web'"),
         ("data.split", "", "the name of one, got ''"),
         ("model.dtype", "float16", "float32 or bfloat16, got 'float16'"),
@@ -378,7 +378,8 @@ def test_a_stage_may_be_from_elsewhere(name):
     assert f"{name}.from_: no such field" in error(configs.parse, tree(**{f"{name}.from_": "runs/a"}))
 
 
-GOLD = "learned, sentiment or path/to/file.py:function where no row has a record (data.source), got 'gold'"
+KNOWN = "learned, sentiment, rouge, exact, partial or path/to/file.py:function"
+GOLD = f"{KNOWN} where no row has a record (data.source), got 'gold'"
 
 
 def test_what_an_algorithm_or_a_reward_needs(tmp_path):

@@ -8,10 +8,10 @@ import pytest
 
 from rlhf_jax.algorithms import ppo
 from rlhf_jax.commands import benchmark
-from rlhf_jax.models import gpt2
+from rlhf_jax.models import decoder
 
 # The vocabulary is a prime and no other size a multiple of it; heads are many, so that attention weights would show.
-MODEL = gpt2.Config(layers=2, heads=8, head_size=4, width=32, vocab_size=97, context=32)
+MODEL = decoder.Config(layers=2, heads=8, head_size=4, width=32, vocab_size=97, context=32)
 SHAPE = benchmark.Shape("counted", MODEL, prompt=24, response=8, algorithm=ppo.Config(batch=8))
 CHUNK = 16  # tokens projected on the vocabulary at a time, of the 64 of a rollout
 

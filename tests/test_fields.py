@@ -236,6 +236,7 @@ def test_a_choice_is_one_of_its_words(task, path):
 def test_which_fields_are_choices():
     both = {
         *("task", "algorithm", "text.kind", "model.dtype", "evaluation.result", "guard.action"),
+        *("model.norm", "model.feed_forward", "model.biases"),
         *(f"{name}.schedule" for name in STAGES),
         *("pretrain.loss_on", "sft.loss_on", "ppo.value_init", "policy_gradient.baseline", "reinforce_pp.baseline"),
         *(f"{name}.{field}" for name in POLICY for field in ("missing_eos", "reduction", "kl")),
@@ -314,6 +315,11 @@ def test_fields_that_go_together(task, changes):
                 ({"model.rotary_share": 0.01}, "model.rotary_share: expected 0, or a share of "),
                 ({"model.rotary_share": 0.02}, "model.rotary_share: expected 0, or a share of "),
                 ({"model.rotary_share": 0.05}, "model.rotary_share: expected 0, or a share of "),
+                ({"model.kv_heads": 5}, "model.kv_heads: expected 0, or a divisor of heads = "),
+                (
+                    {"model.rotary_slow": 4.0},
+                    "model.rotary_fast: expected more than rotary_slow = 4, got 4.0",
+                ),
                 ({"data.split": ""}, "data.split: expected the name of one, got ''"),
             )
         ),
@@ -401,7 +407,10 @@ UNUSED = [
     ("summarize", {}, "guard.limit"),
     ("summarize", {}, "alarms.patience"),
     ("summarize", {}, "alarms.freeze"),
-    ("summarize", {}, "model.rotary_base"),
+    *(("summarize", {}, f"model.rotary_{name}") for name in ("base", "factor", "context", "slow", "fast")),
+    ("summarize", {"model.rotary_share": 1.0}, "model.rotary_context"),
+    ("summarize", {"model.feed_forward": "swiglu"}, "model.exact_gelu"),
+    ("summarize", {"model.window": 4096}, "model.window"),
     ("summarize", {"model.init": "gpt2"}, "model.init_std"),
     ("summarize", {"model.fused": True}, "model.fused"),
     ("write", {}, "policy_gradient.importance"),
@@ -429,7 +438,8 @@ ALWAYS = {
     *("seed", "seeds", "task", "algorithm", "text.kind", "deterministic", "reward.kind", "pretrain.steps", "sft.steps"),
     *("data.source", "data.kind", "data.path", "data.prompt_length", "data.cut", "data.response_length", "data.length"),
     *(f"model.{name}" for name in ("layers", "heads", "head_size", "width", "context", "vocab_size", "rotary_share")),
-    *(f"model.{name}" for name in ("parallel_residual", "exact_gelu", "tied", "norm_eps", "dtype", "remat", "init")),
+    *(f"model.{name}" for name in ("parallel_residual", "tied", "norm_eps", "dtype", "remat", "init")),
+    *(f"model.{name}" for name in ("kv_heads", "feed_forward", "feed_forward_size", "norm", "qk_norm", "biases")),
     *(f"alarms.{name}" for name in ("distinct2", "repeat_rate", "entropy", "length", "kl_exact")),
     *(f"evaluation.{name}" for name in ("prompts", "batch", "temperature", "samples", "result")),
     *("keep.last", "keep.best", "guard.action", "trace.every", "log"),

@@ -63,6 +63,19 @@ def test_eos_in_the_last_place_is_an_end(bigram):
     assert state.done_B[0] and state.mask_BR.all()
 
 
+@pytest.mark.parametrize("lanes", [0, 1])
+def test_several_ids_can_end_a_completion(lanes, bigram):
+    """As Llama 3's and Qwen's: either ends it, is in the mask, and nothing comes after it."""
+    C, END = 4, 5
+    prompt_BP = jnp.array([[A], [C]])
+    table = follow((A, B), (B, EOS), (C, END), (END, A), vocabulary=6)
+    how = options(4, more_eos=(END,), lanes=lanes)
+    state = run(bigram, table, prompt_BP, prompt_BP != PAD, keys(2), how)
+    np.testing.assert_array_equal(state.response_BR, [[B, EOS, PAD, PAD], [END, PAD, PAD, PAD]])
+    np.testing.assert_array_equal(state.mask_BR, [[1, 1, 0, 0], [1, 0, 0, 0]])
+    np.testing.assert_array_equal(state.done_B, [1, 1])
+
+
 def test_pad_drawn_by_the_policy_is_a_token_like_any_other(bigram):
     """invariant 13: only EOS ends a row, and a mask is never read off the ids."""
     prompt_BP = jnp.array([[A]])
@@ -155,7 +168,7 @@ def streamed(model, tables, prompt, rows_B=None, **changes):
     source_B = np.arange(len(tables))
     rows_B = np.ones(len(tables), bool) if rows_B is None else rows_B
     keys_B, how = jax.random.split(jax.random.key(0), 1)[np.zeros(len(tables), int)], changes.pop("how", generate.How())
-    sizes = {"max_tokens": 4, "eos_id": EOS, "slots": 8} | changes
+    sizes = {"max_tokens": 4, "eos_ids": (EOS,), "slots": 8} | changes
     prompt_1P = jnp.array([prompt])
     return list(
         generate.stream(model, tables, source_B, prompt_1P, prompt_1P != PAD, keys_B, how, rows_B=rows_B, **sizes)
@@ -173,6 +186,7 @@ def test_models_side_by_side_by_hand(bigram):
     np.testing.assert_array_equal(tokens[0].best_MBC[:, :, 0], [[B, B], [A, A]])
     np.testing.assert_allclose(tokens[1].logp_MB[1, 0], np.log(1 / 4), rtol=1e-5)  # the second knows nothing of B
     assert len(streamed(bigram, tables[:1], [PAD, A])) == 2  # it ends with the last row
+    assert len(streamed(bigram, tables[:1], [PAD, A], eos_ids=(EOS, B))) == 1
 
 
 def test_the_same_noise_and_the_same_model_give_the_same_tokens(bigram):

@@ -21,7 +21,7 @@ MAY_IMPORT = {
     "text": {"hub"},
     "models": {"ops", "hub"},
     "data": {"text", "hub"},
-    "rewards": {"text", "rollout"},
+    "rewards": {"text", "rollout", "evaluate"},
     "tasks": {"data", "text", "rewards"},
     "evaluate": set(),
     "generate": {"ops"},

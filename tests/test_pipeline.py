@@ -13,7 +13,8 @@ from rlhf_jax import config as configs
 from rlhf_jax import out_of_memory, pipeline
 from rlhf_jax.data import batches, sources
 from rlhf_jax.errors import OutOfMemory
-from rlhf_jax.models import gpt2, hf
+from rlhf_jax.models import hf
+from rlhf_jax.models.families import neox
 from rlhf_jax.text import bpe
 from rlhf_jax.text import hf as text_hf
 from tests.support import changed, error, on_disk, opened, smallest, stages, write_rows
@@ -396,7 +397,7 @@ def test_a_vocabulary_too_small_is_named_by_its_field(config, tmp_path):
 # The model
 
 
-@pytest.mark.parametrize(("beyond", "fine"), [(-1, False), (0, True), (255, True), (256, False)])
+@pytest.mark.parametrize(("beyond", "fine"), [(-1, False), (0, True), (511, True), (512, False)])
 def test_the_vocabulary_may_be_padded_a_little(beyond, fine, config, tmp_path):
     ids = stages(config, tmp_path).setup.tokenizer.vocab_size
     steps = stages(changed(config, model={"vocab_size": ids + beyond}), tmp_path)
@@ -404,7 +405,7 @@ def test_the_vocabulary_may_be_padded_a_little(beyond, fine, config, tmp_path):
         apply = steps.setup.apply
         assert apply.policy.config.vocab_size == apply.scalar.config.vocab_size == ids + beyond
     else:
-        expected = f"model.vocab_size: expected 0 or, for this tokenizer, {ids} to {ids + 255}, got {ids + beyond}"
+        expected = f"model.vocab_size: expected 0 or, for this tokenizer, {ids} to {ids + 511}, got {ids + beyond}"
         assert error(lambda: steps.setup) == expected
 
 
@@ -509,7 +510,7 @@ def test_weights_that_are_a_pickle_are_not_taken(config, tmp_path, hub_server):
 def test_pretrained_weights_of_gpt_neox(config, tmp_path):
     """From a folder. Both tables of a token id get the rows that the checkpoint lacks."""
     sizes = {"heads": 2, "head_size": 16, "width": 32, "init": str(PARITY.parents[1] / "neox_parity")}
-    sizes |= gpt2.NEOX | {"context": 32}
+    sizes |= neox.NEOX | {"context": 32}
     steps = pretrained(config, tmp_path, characters=90, **sizes)
     params = steps._policy_init()
     for name in "wte", "unembed":

@@ -11,7 +11,7 @@ import pytest
 
 from rlhf_jax import config as configs
 from rlhf_jax.data import sources
-from rlhf_jax.models import gpt2, heads
+from rlhf_jax.models import decoder, heads
 from rlhf_jax.rewards import function
 from rlhf_jax.text import char
 
@@ -35,7 +35,7 @@ def python(title):
 def demo(tmp_path, monkeypatch, finished):
     """The current folder has runs/demo, whose tokens are characters."""
     folder, tokenizer = tmp_path / "runs" / "demo", char.train([README])
-    config = gpt2.Config(layers=1, heads=1, head_size=8, width=8, context=160, vocab_size=tokenizer.vocab_size)
+    config = decoder.Config(layers=1, heads=1, head_size=8, width=8, context=160, vocab_size=tokenizer.vocab_size)
     tokenizer.save(folder / "text")
     whole = configs.Config(model=config, data=sources.Config(response_length=9))
     (folder / "config.json").write_text(json.dumps(configs.tree(whole)))

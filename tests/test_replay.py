@@ -12,7 +12,7 @@ from rlhf_jax import checkpoint, pipeline, replay
 from rlhf_jax import config as configs
 from rlhf_jax.algorithms import ppo
 from rlhf_jax.data import sources
-from rlhf_jax.models import gpt2
+from rlhf_jax.models import decoder
 from rlhf_jax.replay import Watch
 from rlhf_jax.stages import rl
 from rlhf_jax.training import guard
@@ -96,7 +96,7 @@ def exploding(tmp_path_factory):
         task="prompts",
         text=configs.Text(kind="char"),
         data=sources.Config(source="files", prompts=prompts, held_out=0.3, prompt_length=9, response_length=5),
-        model=gpt2.Config(layers=1, heads=2, head_size=7, width=16, context=20),
+        model=decoder.Config(layers=1, heads=2, head_size=7, width=16, context=20),
         sft=configs.Supervised(steps=0),
         reward=configs.Reward(kind="sentiment"),
         ppo=ppo.Config(**rollouts),

@@ -14,12 +14,12 @@ import optax
 from rlhf_jax import generate, rollout
 from rlhf_jax.algorithms import grpo, ppo, preference, supervised
 from rlhf_jax.algorithms import policy as policy_algorithm
-from rlhf_jax.models import gpt2, heads
+from rlhf_jax.models import decoder, heads
 from rlhf_jax.rollout import Apply
 from rlhf_jax.training import sharding
 
 B, P, R, V, PAD, EOS = 16, 4, 5, 13, 0, 1
-SIZES = gpt2.Config(layers=1, heads=2, head_size=4, width=8, context=P + R, vocab_size=V)
+SIZES = decoder.Config(layers=1, heads=2, head_size=4, width=8, context=P + R, vocab_size=V)
 APPLY = Apply(heads.LanguageModel(SIZES, chunk=10), heads.ScalarModel(SIZES))
 TX = optax.sgd(0.1)  # plain steps: a difference in a gradient is not scaled away
 SAMPLING = generate.Sampling(max_tokens=R, eos_id=EOS, pad_id=PAD, temperature=0.7, lanes=B // 2)

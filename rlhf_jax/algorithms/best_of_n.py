@@ -46,10 +46,10 @@ def estimate(rollout, kl_coef, *, config):
 
     The weights' mean over the tokens of the rollout is 1, so the loss is a mean over the kept tokens.
     """
-    mask_BR, eos_QA = rollout.mask_BR, rollout.eos_B.reshape(-1, config.group)
-    score_QA = rollout.score_B.reshape(-1, config.group)
-    best_QA = jnp.arange(config.group) == jnp.argmax(jnp.where(eos_QA, score_QA, -jnp.inf), axis=1, keepdims=True)
-    kept_B = (best_QA & eos_QA).reshape(-1)
+    mask_BR, eos_QO = rollout.mask_BR, rollout.eos_B.reshape(-1, config.group)
+    score_QO = rollout.score_B.reshape(-1, config.group)
+    best_QO = jnp.arange(config.group) == jnp.argmax(jnp.where(eos_QO, score_QO, -jnp.inf), axis=1, keepdims=True)
+    kept_B = (best_QO & eos_QO).reshape(-1)
     share = masked.mean(kept_B[:, None] * jnp.ones(mask_BR.shape), mask_BR)
     weight_BR = jnp.where(mask_BR & kept_B[:, None], 1 / jnp.maximum(share, 1e-8), 0.0)
     final_B = policy.scored(rollout, config)

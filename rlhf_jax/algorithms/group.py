@@ -60,9 +60,9 @@ def estimate(rollout, kl_coef, *, config):
     score_B, mask_BR = policy.scored(rollout, config), rollout.mask_BR
     shape = jax.vmap(lambda score, kl_R, mask_R: advantages.shape_rewards(score, kl_R, mask_R, kl_coef=kl_coef))
     total_B = score_B - kl_coef * masked.sum(rollout.kl_BR, mask_BR, axis=1)
-    total_QA = total_B.reshape(-1, config.group)
-    advantage_QA = advantages.group(total_QA, baseline=config.baseline, scale=config.scale)
-    raw_BR = jnp.where(mask_BR, advantage_QA.reshape(-1, 1), 0)
+    total_QO = total_B.reshape(-1, config.group)
+    advantage_QO = advantages.group(total_QO, baseline=config.baseline, scale=config.scale)
+    raw_BR = jnp.where(mask_BR, advantage_QO.reshape(-1, 1), 0)
     return rollout.replace(
         rewards_BR=shape(score_B, rollout.kl_BR, mask_BR),
         returns_BR=jnp.where(mask_BR, total_B[:, None], 0),
@@ -92,10 +92,10 @@ def loss(params, batch, *, config, apply):
 
 def metrics(rollout, *, kl_coef, config):
     """The rollout's own statistics, the total that is maximized, and how many groups teach nothing."""
-    score_QA = policy.scored(rollout, config).reshape(-1, config.group)
+    score_QO = policy.scored(rollout, config).reshape(-1, config.group)
     return {
         **rollout.statistics(kl_coef),
         **policy.totals(rollout, kl_coef, config),
-        "groups_equal": jnp.mean(jnp.ptp(score_QA, axis=1) == 0),  # share of prompts whose scores are all the same
+        "groups_equal": jnp.mean(jnp.ptp(score_QO, axis=1) == 0),  # share of prompts whose scores are all the same
         "advantage_std": jnp.sqrt(masked.var(rollout.advantages_BR, rollout.mask_BR)),
     }

@@ -48,9 +48,9 @@ class Config(policy.Config):
 def estimate(rollout, kl_coef, *, config):
     """The rollout with an advantage of 1 for the better completion of a pair and -1 for the worse; 0 for equal ones."""
     mask_BR, final_B = rollout.mask_BR, policy.scored(rollout, config)
-    final_QA = final_B.reshape(-1, 2)
-    better_QA = jnp.sign(final_QA - final_QA[:, ::-1])
-    sign_BR = jnp.where(mask_BR, better_QA.reshape(-1, 1), 0.0)
+    final_QO = final_B.reshape(-1, 2)
+    better_QO = jnp.sign(final_QO - final_QO[:, ::-1])
+    sign_BR = jnp.where(mask_BR, better_QO.reshape(-1, 1), 0.0)
     return rollout.replace(
         returns_BR=jnp.where(mask_BR, final_B[:, None], 0), raw_advantages_BR=sign_BR, advantages_BR=sign_BR
     )
@@ -63,14 +63,14 @@ def loss(params, batch, *, config, apply):
         params["policy"], batch.tokens_BT, batch.attend_BT, R, temperature=config.temperature
     )
     _, aux = losses.ppo_policy(logp_BR, batch.logp_BR, batch.advantages_BR, mask_BR, clip=math.inf)  # what is logged
-    sums_QA, ref_QA = (masked.sum(x_BR, mask_BR, axis=1).reshape(-1, 2) for x_BR in (logp_BR, batch.logp_ref_BR))
+    sums_QO, ref_QO = (masked.sum(x_BR, mask_BR, axis=1).reshape(-1, 2) for x_BR in (logp_BR, batch.logp_ref_BR))
     sign_Q = batch.advantages_BR[::2, 0]
     first_Q = sign_Q > 0
 
-    def side(x_QA, chosen):
-        return jnp.where(first_Q == chosen, x_QA[:, 0], x_QA[:, 1])
+    def side(x_QO, chosen):
+        return jnp.where(first_Q == chosen, x_QO[:, 0], x_QO[:, 1])
 
-    pairs = (side(sums_QA, True), side(sums_QA, False), side(ref_QA, True), side(ref_QA, False))
+    pairs = (side(sums_QO, True), side(sums_QO, False), side(ref_QO, True), side(ref_QO, False))
     pair_Q = losses.dpo(*pairs, beta=config.beta, kind=config.loss, smoothing=config.smoothing)
     pair_BR = jnp.repeat(jnp.where(sign_Q == 0, 0.0, pair_Q), 2)[:, None] * jnp.ones(mask_BR.shape)
     value = masked.mean(pair_BR, mask_BR, weight_B=batch.weight_B)

@@ -24,7 +24,7 @@ from jax.experimental.compilation_cache import compilation_cache
 from rlhf_jax import generate, jsonfile, rollout, text
 from rlhf_jax.algorithms import policy_gradient, ppo
 from rlhf_jax.errors import InputError
-from rlhf_jax.models import cost, gpt2, heads
+from rlhf_jax.models import cost, decoder, families, heads
 from rlhf_jax.report import metrics
 from rlhf_jax.report.console import Silent
 from rlhf_jax.rewards import function, learned
@@ -48,7 +48,7 @@ class Shape:
     """The sizes of an iteration. Batch, epochs, minibatches and microbatches are in the algorithm's config."""
 
     name: str
-    model: gpt2.Config
+    model: decoder.Config
     prompt: int  # tokens of a prompt
     response: int  # tokens of a response
     algorithm: ppo.Config | policy_gradient.Config
@@ -56,14 +56,14 @@ class Shape:
 
 def _ppo(name, layers, heads, width, vocab_size, prompt, response, **algorithm):
     sizes = {"layers": layers, "heads": heads, "head_size": width // heads, "width": width, "vocab_size": vocab_size}
-    model = gpt2.Config(**sizes, context=prompt + response)
+    model = decoder.Config(**sizes, context=prompt + response)
     return Shape(name, model, prompt, response, ppo.Config(**algorithm))
 
 
 def _article(name, length, **algorithm):
     """The article's policy gradient on `length` characters, of which the first is the prompt."""
     sizes = {"heads": 4, "head_size": 32, "context": length, "vocab_size": CHARACTERS.vocab_size, "init_std": 0.08}
-    return Shape(name, gpt2.preset("micro", **sizes), 1, length - 1, policy_gradient.Config(**algorithm))
+    return Shape(name, families.preset("micro", **sizes), 1, length - 1, policy_gradient.Config(**algorithm))
 
 
 SHAPES = {

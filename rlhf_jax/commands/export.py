@@ -68,4 +68,6 @@ def _generation(config, model, tokenizer):
     # The default top_k of transformers is 50.
     sampling = {"do_sample": True, "temperature": temperature, "top_k": 0} if temperature else {"do_sample": False}
     beyond = list(range(tokenizer.vocab_size, model.vocab_size))  # ids that the tokenizer does not have
-    return sampling | {"max_new_tokens": config.data.response_length} | ({"suppress_tokens": beyond} if beyond else {})
+    ends = {"eos_token_id": list(tokenizer.eos_ids)} if len(tokenizer.eos_ids) > 1 else {}
+    sampling |= {"max_new_tokens": config.data.response_length}
+    return ends | sampling | ({"suppress_tokens": beyond} if beyond else {})

@@ -10,7 +10,7 @@ from typing import NamedTuple
 import rlhf_jax
 from rlhf_jax import config as configs
 from rlhf_jax import fields, jsonfile
-from rlhf_jax.data import batches, files
+from rlhf_jax.data import batches, files, sources
 from rlhf_jax.errors import InputError
 from rlhf_jax.pretrained import Sample
 from rlhf_jax.report.console import Silent
@@ -36,13 +36,18 @@ class Settings:
 
 
 def rows_of(prompt: str | None, prompts: str | None) -> list[dict]:
-    """The rows to complete: one prompt, or those of a JSONL, JSON, CSV or Parquet file with all their columns."""
+    """The rows to complete: one prompt, or those of a JSONL, JSON, CSV or Parquet file with all their columns.
+
+    In a file, a prompt is a text or a conversation (data/chats.py).
+    """
     if (prompt is None) == (prompts is None):
         raise InputError("prompt: expected either --prompt=TEXT or --prompts=FILE")
     if prompts is None:
         return [{"prompt": prompt}]
     try:
-        return list(files.read(os.path.expanduser(prompts), ("prompt",), extra=True))
+        path = os.path.expanduser(prompts)
+        cells = files.cells(path, ("prompt",), files.Also(sources.CHATS["prompts"]), extra=True)
+        return list(files.rows(cells, path, convert=sources.converter("prompts", []), texts=("prompt",)))
     except InputError as error:
         raise InputError(f"prompts: {error}") from None
 
@@ -103,7 +108,7 @@ def _prompts(config, model, rows, settings) -> list[_Prompt]:
     room = max(model.context - length - len(start), 1)
     limit, cut = (room, "left") if write else (min(config.data.prompt_length, room), config.data.cut)
     arrays, _ = batches.encode_prompts(rows, tokenizer, prompt_length=limit, cut=cut, source="prompts")
-    whole = [len(ids) for ids in tokenizer.encode_batch([row["prompt"] for row in rows])]
+    whole = [len(ids or ()) for ids in batches.prompt_ids(rows, tokenizer, "prompts")]
     return [
         _Prompt(rows[i], start + ids[mask].tolist() or [tokenizer.eos_id], whole[i] > limit)
         for i, ids, mask in zip(arrays["index_N"], arrays["prompt_NP"], arrays["prompt_mask_NP"], strict=True)

@@ -8,12 +8,14 @@ import contextlib
 import functools
 import hashlib
 from collections.abc import Callable, Iterator
+from typing import Any
 
 import numpy as np
 
-from rlhf_jax.data import tldr
+from rlhf_jax.data import chats, tldr
 from rlhf_jax.errors import InputError
-from rlhf_jax.text import Tokenizer
+from rlhf_jax.text import Tokenizer, chat
+from rlhf_jax.text import files as text_files
 
 Arrays = dict[str, np.ndarray]
 Counts = dict[str, int]
@@ -144,29 +146,75 @@ def encode(
     tokenizer: Tokenizer,
     source: str,
     bad: Bad | None = None,
-    form: Callable[[str], str] = str,
 ) -> Iterator[list[int] | None]:
-    """The ids of form(text) for each row's text in the column.
+    """The ids of each row's text in the column.
 
     A text that cannot be encoded is an InputError that names the row. With a dict `bad` its ids are None instead, and
     the dict gets the message.
     """
-    texts = [form(row[column]) for row in rows]
-    for start in range(0, len(texts), CHUNK):
-        chunk: list = texts[start : start + CHUNK]
+    yield from _encoded(rows, column, source, bad, lambda row: row[column], tokenizer.encode_batch)
+
+
+def _encoded(
+    rows: list[dict],
+    column: str,
+    source: str,
+    bad: Bad | None,
+    read: Callable[[dict], Any],
+    encode_batch: Callable[[list], list[list[int]]],
+) -> Iterator[list[int] | None]:
+    """encode_batch([read(row), ...]) of all rows, as in `encode`."""
+    for start in range(0, len(rows), CHUNK):
+        values = [read(row) for row in rows[start : start + CHUNK]]
+        chunk: list = values
         try:
-            chunk = tokenizer.encode_batch(chunk)
+            chunk = encode_batch(values)
         except InputError:  # one by one, to name the row
-            for i, text in enumerate(chunk, start):
-                chunk[i - start] = None
+            chunk = [None] * len(values)
+            for i, value in enumerate(values, start):
                 try:
                     with _naming(rows, i, source, column):
-                        chunk[i - start] = tokenizer.encode(text)
+                        (chunk[i - start],) = encode_batch([value])
                 except InputError as error:
                     if bad is None:
                         raise
                     bad.setdefault(i, str(error))
         yield from chunk
+
+
+def _is_chat(row: dict, tokenizer: Tokenizer) -> bool:
+    """Whether the row is read through the chat template."""
+    return chats.KEY in row and tokenizer.template != text_files.NONE
+
+
+def prompt_ids(
+    rows: list[dict], tokenizer: Tokenizer, source: str, bad: Bad | None = None
+) -> Iterator[list[int] | None]:
+    """The ids of each row's prompt, as `encode` yields them."""
+    if not _is_chat(rows[0], tokenizer):
+        return encode(rows, "prompt", tokenizer, source, bad)
+
+    def encode_batch(conversations):
+        return [chat.prompt(tokenizer, messages) for messages in conversations]
+
+    return _encoded(rows, "prompt", source, bad, lambda row: row[chats.KEY], encode_batch)
+
+
+def _answer_ids(
+    rows: list[dict], column: str, tokenizer: Tokenizer, source: str, bad: Bad | None
+) -> Iterator[list[int] | None]:
+    """The ids of each row's answer in the column, EOS included, as `encode` yields them."""
+    if _is_chat(rows[0], tokenizer):
+
+        def encode_batch(pairs):
+            return [chat.answer(tokenizer, messages, answer) for messages, answer in pairs]
+
+        return _encoded(rows, column, source, bad, lambda row: (row[chats.KEY], row[column]), encode_batch)
+
+    def with_eos(texts):
+        return [[*ids, tokenizer.eos_id] for ids in tokenizer.encode_batch(texts)]
+
+    return _encoded(rows, column, source, bad, lambda row: tldr.completion(row[column], tokenizer.space), with_eos)
 
 
 def note(bad: Bad | None, source: str, notes: list[str] | None) -> None:
@@ -193,7 +241,7 @@ def _prompts(
     prompt_NP = np.full((len(rows), prompt_length), tokenizer.pad_id, np.int32)
     kept_N = np.ones(len(rows), bool)
     lengths, counts = [], {"rows": len(rows), "cut_prompts": 0, "skipped_prompts": 0}
-    for i, ids in enumerate(encode(rows, "prompt", tokenizer, source, bad)):
+    for i, ids in enumerate(prompt_ids(rows, tokenizer, source, bad)):
         if ids is None:
             kept_N[i] = False
             continue
@@ -204,7 +252,7 @@ def _prompts(
                 counts["skipped_prompts"] += 1
                 continue
             with _naming(rows, i, source, "prompt"):
-                ids = _shorten(ids, rows[i]["prompt"], tokenizer, prompt_length, cut)
+                ids = _shorten(ids, rows[i], tokenizer, prompt_length, cut)
             counts["cut_prompts"] += 1
         prompt_NP[i, prompt_length - len(ids) :] = ids
     if bad and not lengths:
@@ -245,9 +293,9 @@ def _encode_answered(
     fits_N = np.ones(len(rows), bool)
     for column, name in responses.items():
         response_NR = np.full((len(rows), response_length), tokenizer.pad_id, np.int32)
-        for i, ids in enumerate(encode(rows, column, tokenizer, source, bad, tldr.completion)):
-            if ids is not None and len(ids) < response_length:
-                response_NR[i, : len(ids) + 1] = [*ids, tokenizer.eos_id]
+        for i, ids in enumerate(_answer_ids(rows, column, tokenizer, source, bad)):
+            if ids is not None and len(ids) <= response_length:
+                response_NR[i, : len(ids)] = ids
             else:
                 fits_N[i] = False
         answers |= {f"{name}_NR": response_NR, f"{name}_mask_NR": response_NR != tokenizer.pad_id}
@@ -265,16 +313,17 @@ def _encode_answered(
     return arrays, counts | {"skipped_labels": len(too_long)}
 
 
-def _shorten(ids: list[int], text: str, tokenizer: Tokenizer, limit: int, cut: str) -> list[int]:
-    """The ids of `text`, more than `limit`, cut to at most that. InputError if `cut` does not allow it."""
+def _shorten(ids: list[int], row: dict, tokenizer: Tokenizer, limit: int, cut: str) -> list[int]:
+    """The ids of the row's prompt, more than `limit`, cut to at most that. InputError if `cut` does not allow it."""
     match cut:
         case "left":
             return ids[len(ids) - limit :]
         case "right":
             return ids[:limit]
-        case "newline":
-            return tldr.fit(text, tokenizer, limit)[0]
-    raise InputError(f"expected at most {limit} tokens, got {len(ids)}")
+        case "newline" if not _is_chat(row, tokenizer):
+            return tldr.fit(row["prompt"], tokenizer, limit)[0]
+    whole = "; a conversation has no post to cut (data.cut)" if cut == "newline" else ""
+    raise InputError(f"expected at most {limit} tokens, got {len(ids)}{whole}")
 
 
 @contextlib.contextmanager

@@ -28,6 +28,10 @@ Cells = Iterator[tuple[str, dict | InputError]]
 Choices = tuple[tuple[str, ...], ...]
 
 
+class Also(tuple):
+    """A choice of columns that errors do not name."""
+
+
 def read(
     path: str | os.PathLike, columns: tuple[str, ...], skipped: list[str] | None = None, *, extra: bool = False
 ) -> list[Row]:
@@ -214,6 +218,7 @@ def _chosen(choices: Choices, there: Collection[str]) -> tuple[str, ...]:
     for columns in choices:
         if all(column in there for column in columns):
             return columns
+    choices = tuple(columns for columns in choices if not isinstance(columns, Also))
     wanted = "columns " + ", or ".join(" and ".join(map(repr, columns)) for columns in choices)
     if len(choices) == 1:
         wanted = f"a column {next(column for column in choices[0] if column not in there)!r}"

@@ -5,12 +5,14 @@ import functools
 import itertools
 from pathlib import Path
 
-from rlhf_jax.data import batches, cache, comparisons, files, hub
+from rlhf_jax.data import batches, cache, chats, comparisons, files, hub
 from rlhf_jax.errors import InputError
 from rlhf_jax.fields import choice, number, path
 
 COLUMNS = {"sft": ("prompt", "label"), "preferences": ("prompt", "chosen", "rejected"), "prompts": ("prompt",)}
 ANSWERS = ("label", "chosen", "rejected")  # texts that end with EOS, whose name must not be in them
+# The columns of conversations without a prompt of their own (data/chats.py).
+CHATS = {"sft": (chats.MESSAGES,), "preferences": ("chosen", "rejected"), "prompts": (chats.MESSAGES,)}
 
 
 @dataclasses.dataclass(frozen=True)
@@ -123,22 +125,43 @@ def _read(kind, config, split, *, skipped, found, extra):
     place = getattr(config, kind)
     theirs = {name: getattr(config.columns, name) for name in COLUMNS[kind]}
     choices = [tuple(theirs.values())] + [comparisons.COLUMNS] * (kind == "preferences")
+    choices += [files.Also(theirs.get(name, name) for name in CHATS[kind])]
     if config.source == "hub":
         cells = hub.cells(place, split, *choices, cache_folder=Path(config.cache or cache.folder()), extra=extra)
     else:
         cells = files.cells(place, *choices, extra=extra)
 
-    def convert(values):
+    def named(values):
         if tuple(values) == comparisons.COLUMNS:
-            ours = comparisons.pair(values)
-        else:
-            ours = {name: values[column] for name, column in theirs.items()}
-            ours = {name: value for name, value in values.items() if name not in theirs.values()} | ours
-        return ours | {name: files.without_special(ours[name], found) for name in theirs if name in ANSWERS}
+            return comparisons.pair(values)
+        ours = {name: values[column] for name, column in theirs.items() if column in values}
+        if kind == "prompts" and config.columns.label in values:
+            ours["label"] = values[config.columns.label]  # for rewards that compare with it
+        return {name: value for name, value in values.items() if name not in theirs.values()} | ours
 
-    rows = files.rows(cells, place, skipped, convert=convert, texts=COLUMNS[kind])
+    convert = converter(kind, found)
+    rows = files.rows(cells, place, skipped, convert=lambda values: convert(named(values)), texts=COLUMNS[kind])
     for one, other in itertools.combinations(COLUMNS[kind], 2):
         if all(row[one].strip() == row[other].strip() for row in rows):
             same = f"the same text in all {len(rows)} rows"
             raise InputError(f"{place}: expected {one} and {other} that differ, got {same}")
     return rows
+
+
+def converter(kind, found):
+    """A function of the values of a row, by our columns, that makes conversations (data/chats.py) and checks answers.
+
+    Names of special tokens at the end of an answer are taken off, and added to `found`. Raises InputError for a row
+    that is a conversation among texts, or a text among conversations.
+    """
+    kinds: list[bool] = []  # whether the rows so far are conversations
+
+    def convert(values):
+        ours = chats.row(values, COLUMNS[kind])
+        kinds.append(chats.KEY in ours)
+        if kinds[-1] != kinds[0]:
+            got, expected = ("text", "conversation")[:: 1 if kinds[0] else -1]
+            raise InputError(f"expected a {expected}, as in the first row, got a {got}")
+        return ours | {name: files.without_special(ours[name], found) for name in COLUMNS[kind] if name in ANSWERS}
+
+    return convert

@@ -14,9 +14,12 @@ def format_query(subreddit: str, title: str, post: str) -> str:
     return f"SUBREDDIT: r/{subreddit}\n\nTITLE: {title}{POST}{post}{END}"
 
 
-def completion(text: str) -> str:
-    """A summary as the text that follows a query: after one space, with nothing around it. EOS comes next."""
-    return " " + text.strip()
+def completion(text: str, space: str = " ") -> str:
+    """A summary as the text that follows a query: after one space, with nothing around it. EOS comes next.
+
+    space: that of the tokenizer (text/__init__.py), which may put it before every text itself.
+    """
+    return space + text.strip()
 
 
 def fit(prompt: str, tokenizer: Tokenizer, limit: int) -> tuple[list[int], bool]:

@@ -1,5 +1,7 @@
 """Overlap of generated summaries with reference summaries (Lin 2004)."""
 
+import functools
+
 import numpy as np
 
 from rlhf_jax.errors import InputError
@@ -17,9 +19,15 @@ def rouge(targets, predictions, *, stemmer=False):
     """
     if not targets:
         raise InputError("rouge: expected at least one pair of target and prediction, got none")
-    from rouge_score.rouge_scorer import RougeScorer  # imports nltk, which takes a second: not at every start
-
-    scorer = RougeScorer(NAMES, use_stemmer=stemmer)
-    pairs = [scorer.score(target, prediction) for target, prediction in zip(targets, predictions, strict=True)]
+    overlap = scorer(NAMES, stemmer=stemmer)
+    pairs = [overlap.score(target, prediction) for target, prediction in zip(targets, predictions, strict=True)]
     for name in NAMES:
         yield name, float(np.mean([pair[name].fmeasure for pair in pairs]))
+
+
+@functools.cache
+def scorer(names, *, stemmer=False):
+    """The scorer of rouge-score: score(target, prediction) -> {name: precision, recall, fmeasure}."""
+    from rouge_score.rouge_scorer import RougeScorer  # imports nltk, which takes a second: not at every start
+
+    return RougeScorer(names, use_stemmer=stemmer)

@@ -1,9 +1,10 @@
-"""FLOPs and bytes that a GPT-2 needs, counted from its Config.
+"""FLOPs and bytes that a decoder needs, counted from its Config.
 
-FLOPs are those of matrix products; a multiplication and its addition are two. Norms, softmax, GELU and the look-up of
-embeddings are not counted: they are a few percent in all but the narrowest models. Attention counts the pairs that a
-causal mask leaves. The last layer counts what the selected tokens need (`select` in gpt2.py). A backward pass costs
-twice its forward pass, once for the gradient of each factor. What is computed twice to save memory counts once.
+FLOPs are those of matrix products; a multiplication and its addition are two. Norms, softmax, activations, rotary
+positions and the look-up of embeddings are not counted: they are a few percent in all but the narrowest models.
+Attention counts the pairs that a causal mask leaves, without a window. The last layer counts what the selected tokens
+need (`select` in decoder.py). A backward pass costs twice its forward pass, once for the gradient of each factor. What
+is computed twice to save memory counts once.
 """
 
 import jax
@@ -31,8 +32,10 @@ def step(config, seen):
 def _layer(config, tokens, queries, pairs):
     """pairs: the number of (query, key) pairs that the mask leaves."""
     width, inner = config.width, config.heads * config.head_size
-    keys_and_values = tokens * 2 * width * 2 * inner
-    rest = queries * 2 * (width * inner + inner * width + 2 * width * 4 * width)  # queries, out, feed-forward layer
+    keys_and_values = tokens * 2 * width * 2 * config.cached_heads * config.head_size
+    matrices = 3 if config.feed_forward == "swiglu" else 2
+    feed_forward = matrices * width * config.hidden_size
+    rest = queries * 2 * (width * inner + inner * width + feed_forward)  # queries, out, feed-forward layer
     return keys_and_values + rest + pairs * 2 * 2 * inner  # scores, and the weighted sums of values
 
 
@@ -52,7 +55,7 @@ def step_bytes(config, batch, seen):
     These are every weight once, and the cached keys and values. Weights count in the type of the activations, to which
     they are cast.
     """
-    cached = 2 * config.layers * config.heads * config.head_size * seen * batch
+    cached = 2 * config.layers * config.cached_heads * config.head_size * seen * batch
     return (_step_weights(config) + cached) * jnp.dtype(config.dtype).itemsize
 
 

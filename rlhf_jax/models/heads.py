@@ -2,7 +2,7 @@
 
 Each is a bundle of pure functions of a parameter pytree; algorithms receive them as `apply`. A language model's tree is
 the trunk's, plus {"unembed": {"embedding": [V, D]}} if the head is not tied. The reward and the value model share one
-class and one tree, {"trunk": GPT-2, "head": {"kernel" [D], "bias" []}}.
+class and one tree, {"trunk": the decoder's, "head": {"kernel" [D], "bias" []}}.
 """
 
 import dataclasses
@@ -12,7 +12,7 @@ from typing import Any
 import jax
 import jax.numpy as jnp
 
-from rlhf_jax.models import gpt2
+from rlhf_jax.models import decoder
 from rlhf_jax.ops import kl, logprobs
 
 NEVER = -1e9  # the logit of an id that the tokenizer does not have
@@ -20,16 +20,16 @@ NEVER = -1e9  # the logit of an id that the tokenizer does not have
 
 @dataclasses.dataclass(frozen=True)
 class LanguageModel:
-    """GPT-2 with its projection onto the vocabulary: the token embedding if tied, else a table of its own."""
+    """The decoder with its projection onto the vocabulary: the token embedding if tied, else a table of its own."""
 
-    config: gpt2.Config
+    config: decoder.Config
     chunk: int = 2048  # tokens projected onto the vocabulary at a time
     ids: int = 0  # ids that the tokenizer has; those beyond are never sampled. 0: all of the vocabulary
 
     def init(self, key):
         """Random parameters."""
         c, tokens_BT = self.config, jnp.zeros((1, 1), jnp.int32)
-        trunk = gpt2.GPT2(c).init(key, tokens_BT, jnp.ones_like(tokens_BT))["params"]
+        trunk = decoder.Decoder(c).init(key, tokens_BT, jnp.ones_like(tokens_BT))["params"]
         if c.tied:
             return trunk
         table_VD = c.init_std * jax.random.normal(jax.random.fold_in(key, 0), (c.vocab_size, c.width))
@@ -42,7 +42,7 @@ class LanguageModel:
         """
         how: dict[str, Any] = {} if dropout_key is None else {"deterministic": False, "rngs": {"dropout": dropout_key}}
         select = None if count is None else functools.partial(logprobs.before, count=count)
-        return gpt2.GPT2(self.config).apply({"params": params}, tokens_BT, mask_BT, select=select, **how)[0]
+        return decoder.Decoder(self.config).apply({"params": params}, tokens_BT, mask_BT, select=select, **how)[0]
 
     def logits(self, params, hidden):
         """hidden [..., D] -> logits [..., V] in float32."""
@@ -55,7 +55,7 @@ class LanguageModel:
 
     def prefill(self, params, tokens_BP, mask_BP, slots):
         """Reads the prompts: (hidden [B, D] of the last prompt token, cache with `slots` slots)."""
-        trunk, last = gpt2.GPT2(self.config), lambda x_BP: x_BP[:, -1:]
+        trunk, last = decoder.Decoder(self.config), lambda x_BP: x_BP[:, -1:]
         hidden_B1D, cache = trunk.apply({"params": params}, tokens_BP, mask_BP, slots=slots, select=last)
         return hidden_B1D[:, 0], cache
 
@@ -65,7 +65,9 @@ class LanguageModel:
         Its keys and values go to the next slot or, if given, to `slot`, whose contents must be no longer needed.
         """
         cache = cache if slot is None else cache.replace(used=slot)
-        hidden_B1D, cache = gpt2.GPT2(self.config).apply({"params": params}, token_B[:, None], mask_B[:, None], cache)
+        hidden_B1D, cache = decoder.Decoder(self.config).apply(
+            {"params": params}, token_B[:, None], mask_B[:, None], cache
+        )
         return hidden_B1D[:, 0], cache
 
     def insert(self, cache, new, rows_G):
@@ -76,20 +78,17 @@ class LanguageModel:
                 row_1 = jax.lax.dynamic_slice_in_dim(new_G, g, 1)
                 return jax.lax.dynamic_update_slice_in_dim(array_B, row_1, rows_G[g], axis=0)
 
-            return jax.tree.map(one, arrays, (new.keys, new.values, new.valid_BS))
+            return jax.tree.map(one, arrays, new.replace(used=None))
 
-        arrays = (cache.keys, cache.values, cache.valid_BS)
-        keys, values, valid_BS = jax.lax.fori_loop(0, len(rows_G), put, arrays)
-        return cache.replace(keys=keys, values=values, valid_BS=valid_BS)
+        return jax.lax.fori_loop(0, len(rows_G), put, cache.replace(used=None)).replace(used=cache.used)
 
     def repeat(self, cache, rows, padding):
         """The cache of one prompt for `rows` rows, without the first `padding` slots: left padding is not kept."""
 
-        def rolled(x_1HSK, axis):
-            return jnp.repeat(jnp.roll(x_1HSK, -padding, axis=axis), rows, axis=0)
+        def rolled(x_1):  # slots are the axis before the last of keys and values, and the last one of the others
+            return jnp.repeat(jnp.roll(x_1, -padding, axis=-2 if x_1.ndim == 4 else -1), rows, axis=0)
 
-        keys, values = (tuple(rolled(x_1HSK, 2) for x_1HSK in each) for each in (cache.keys, cache.values))
-        return cache.replace(keys=keys, values=values, valid_BS=rolled(cache.valid_BS, 1), used=cache.used - padding)
+        return jax.tree.map(rolled, cache.replace(used=None)).replace(used=cache.used - padding)
 
     def logprobs(self, params, tokens_BT, mask_BT, count, *, temperature=1.0, dropout_key=None):
         """Log-probs [B, count], in nats, of the last `count` tokens; only these are projected onto the vocabulary."""
@@ -119,9 +118,9 @@ class LanguageModel:
 
 @dataclasses.dataclass(frozen=True)
 class ScalarModel:
-    """GPT-2 with one number per position: read at every response token (value) or at the last (reward)."""
+    """The decoder with one number per position: read at every response token (value) or at the last (reward)."""
 
-    config: gpt2.Config
+    config: decoder.Config
 
     def init(self, key, policy):
         """The trunk of the given policy with a new head ~ N(0, 1/sqrt(D + 1)) and bias 0 (arXiv 2403.17031)."""
@@ -155,7 +154,7 @@ class ScalarModel:
         return self.read(params, self._hidden(params, tokens_BT, mask_BT, last)[:, 0])
 
     def _hidden(self, params, tokens_BT, mask_BT, select):
-        return gpt2.GPT2(self.config).apply({"params": params["trunk"]}, tokens_BT, mask_BT, select=select)[0]
+        return decoder.Decoder(self.config).apply({"params": params["trunk"]}, tokens_BT, mask_BT, select=select)[0]
 
     def _without_unembed(self, policy):
         # A scalar model never reads this table, which is as large as the token embedding.

@@ -1,4 +1,4 @@
-"""Weights of Hugging Face's GPT-2 and GPT-NeoX <-> our parameter trees. Arrays only: no torch, no transformers.
+"""Weights of Hugging Face's models <-> our parameter trees, by family (families/). Arrays only: no torch.
 
     params = hf.load("gpt2", config)                           # or hf.from_hf(hf.read(path), config), piece by piece
     hf.save("policy", params, config, eos_id=..., pad_id=...)  # what transformers' from_pretrained reads
@@ -20,13 +20,15 @@ from safetensors import SafetensorError
 from safetensors.numpy import save_file
 
 from rlhf_jax.errors import InputError, listed
-from rlhf_jax.models import hf_config, hf_layout
+from rlhf_jax.models import families, hf_config, hf_layout
 from rlhf_jax.models.heads import LanguageModel
 from rlhf_jax.models.weights import FILE, INDEX, read
 
 # Files of a model of transformers, in a folder or on the hub; any one of these sets is enough.
 FILES = ((hf_config.FILE, FILE), (hf_config.FILE, INDEX, "model-*.safetensors"))
 
+SCORE_BIAS = "score.bias"
+SHARD = 5 * 10**9  # most bytes of a file; a larger model is written as shards with an index, as transformers does
 VOCABULARY = (("wte", "embedding"), ("unembed", "embedding"))  # tables with one row per token id
 
 
@@ -64,10 +66,14 @@ def from_hf(arrays, config):
 def to_hf(params, config):
     """A LanguageModel's parameters (or their gradients) -> {transformers' name: array}.
 
-    transformers can use them only if heads * head_size is the width.
+    transformers can use them only if it has an architecture of this Config (hf_config.py refuses the others).
     """
-    paths = flatten_dict(params).items()
-    return {hf_layout.name(path, config): hf_layout.to_theirs(path, np.asarray(leaf), config) for path, leaf in paths}
+    family, arrays = families.of(config), {}
+    for path, leaf in flatten_dict(params).items():
+        leaf = np.asarray(leaf)
+        for name, columns in family.parts(path, config).items():
+            arrays[name] = family.to_theirs(path, leaf[..., columns], config)
+    return arrays
 
 
 def scalar_from_hf(arrays, config):
@@ -75,9 +81,11 @@ def scalar_from_hf(arrays, config):
     shapes = jax.eval_shape(LanguageModel(config).init, jax.random.key(0))
     shapes.pop("unembed", None)
     shapes["score"] = {"embedding": jax.ShapeDtypeStruct((1, config.width), np.float32)}
+    arrays = dict(arrays)
+    bias = arrays.pop(SCORE_BIAS, np.zeros(1)) if not families.of(config).NORM_BIAS else np.zeros(1)
     trunk = _import(arrays, shapes, config)
     kernel_D = trunk.pop("score")["embedding"][0]
-    return {"trunk": trunk, "head": {"kernel": kernel_D, "bias": np.zeros((), np.float32)}}
+    return {"trunk": trunk, "head": {"kernel": kernel_D, "bias": np.asarray(bias, np.float32).reshape(())}}
 
 
 def scalar_to_hf(params, config):
@@ -85,9 +93,13 @@ def scalar_to_hf(params, config):
 
     Their head has no bias. Our bias b moves into the bias of the last layer norm, which only the head w reads:
     w.(y + b w / w.w) = w.y + b, the same score up to rounding. b = 0 changes no bit. InputError if w is 0 and b is not.
+    An RMS norm has no bias: b is then an array of its own, SCORE_BIAS, which we read back. transformers ignores it, and
+    its scores are ours minus b: the order of completions is the same.
     """
     kernel_D, bias = (np.asarray(params["head"][name], np.float64) for name in ("kernel", "bias"))
     trunk = {**params["trunk"], "score": {"embedding": kernel_D.astype(np.float32)[None]}}
+    if bias and not families.of(config).NORM_BIAS:
+        return to_hf(trunk, config) | {SCORE_BIAS: np.full(1, bias, np.float32)}
     if bias:
         if not kernel_D.any():
             raise InputError(f"reward head: expected weights other than 0, to export the bias of {bias} with them")
@@ -117,25 +129,35 @@ def save_scalar(folder, params, config, *, eos_id, pad_id, beside=None):
 
 def _import(arrays, shapes, config):
     shapes = {path: leaf.shape for path, leaf in flatten_dict(shapes).items()}
-    arrays = _Unwrapped(arrays)
-    prefix = hf_layout.PREFIX[hf_layout.model_type(config)]
+    arrays, family = _Unwrapped(arrays), families.of(config)
+    prefix = hf_layout.unwrapped(family.PREFIX)
     bare = not any(name.startswith(prefix) for name in arrays)  # a trunk saved without a head
-    names = {path: hf_layout.name(path, config).removeprefix(prefix if bare else "") for path in shapes}
-    problems = _problems(arrays, names, shapes, "" if bare else prefix, config)
+    parts = {
+        path: {
+            hf_layout.unwrapped(name).removeprefix(prefix if bare else ""): columns
+            for name, columns in family.parts(path, config).items()
+        }
+        for path in shapes
+    }
+    problems = _problems(arrays, parts, shapes, "" if bare else prefix, config)
     if any(problems):
         reasons = "; ".join(listed(messages, "; ") for messages in problems if messages)
-        raise InputError(f"{hf_layout.model_type(config)} checkpoint: {reasons}")
+        raise InputError(f"{family.TYPE} checkpoint: {reasons}")
     # Largest first: an array is in memory twice while it is copied.
     paths = sorted(shapes, key=lambda path: -math.prod(shapes[path]))
     leaves = {}
     for path in paths:
-        leaves[path] = leaf = _copy(hf_layout.to_ours(path, arrays[names[path]], config), shapes[path])
+        leaves[path] = leaf = _aligned(shapes[path])
+        for name, columns in parts[path].items():
+            _fill(leaf[..., columns], family.to_ours(path, arrays[name], config))
         with np.errstate(invalid="ignore"):
             total = leaf.sum(dtype=np.float64)  # in float64 no sum of float32 numbers overflows
         if not math.isfinite(total):
-            count = int(np.sum(~np.isfinite(leaf)))
-            expected = f"expected finite numbers (float32), got {count} of {leaf.size} that are not"
-            raise InputError(f"{hf_layout.model_type(config)} checkpoint: {names[path]}: {expected}")
+            bad = {name: leaf[..., columns] for name, columns in parts[path].items()}
+            name, part = next((name, part) for name, part in bad.items() if not np.isfinite(part).all())
+            count = int(np.sum(~np.isfinite(part)))
+            expected = f"expected finite numbers (float32), got {count} of {part.size} that are not"
+            raise InputError(f"{family.TYPE} checkpoint: {name}: {expected}")
     return unflatten_dict({path: leaves[path] for path in shapes})
 
 
@@ -160,23 +182,25 @@ class _Unwrapped(Mapping):
         return len(self._names)
 
 
-def _problems(arrays, names, shapes, prefix, config):
+def _problems(arrays, parts, shapes, prefix, config):
     """What is missing, what is wrong and what is unexpected: three lists of messages."""
-    missing = [f"{name} is missing" for name in names.values() if name not in arrays]
-    wrong = []
-    for path, name in names.items():
-        if name not in arrays:
-            continue
-        expected, array = hf_layout.shape(path, shapes[path], config), arrays[name]
-        if not jax.numpy.issubdtype(array.dtype, np.floating):
-            wrong.append(f"{name} is of {array.dtype}, expected floating-point numbers")
-        if array.shape != expected and not (path in VOCABULARY and _lacks_rows(array.shape, expected)):
-            wrong.append(f"{name} has shape {array.shape}, expected {expected}")
-    head, embedding = hf_layout.name(("unembed", "embedding"), config), names["wte", "embedding"]
+    family, missing, wrong = families.of(config), [], []
+    for path, names in parts.items():
+        for name, columns in names.items():
+            if name not in arrays:
+                missing.append(f"{name} is missing")
+                continue
+            ours = np.broadcast_to(np.float32(0), shapes[path])[..., columns]  # takes no memory
+            expected, array = family.turned(path, ours).shape, arrays[name]
+            if not jax.numpy.issubdtype(array.dtype, np.floating):
+                wrong.append(f"{name} is of {array.dtype}, expected floating-point numbers")
+            if array.shape != expected and not (path in VOCABULARY and _lacks_rows(array.shape, expected)):
+                wrong.append(f"{name} has shape {array.shape}, expected {expected}")
+    head, (embedding,) = family.name(("unembed", "embedding")), parts["wte", "embedding"]
     tied, table = {head} if config.tied else set(), arrays.get(embedding)
     if tied & arrays.keys() and (table is None or not np.array_equal(arrays[head], table, equal_nan=True)):
         wrong.append(f"{head} is not tied: expected it absent or equal to {embedding}")
-    others = sorted(arrays.keys() - names.values() - tied)
+    others = sorted(arrays.keys() - {name for names in parts.values() for name in names} - tied)
     others = [name for name in others if not hf_layout.BUFFER.fullmatch(name.removeprefix(prefix))]
     return missing, wrong, [f"{name} is unexpected" for name in others]
 
@@ -185,18 +209,20 @@ def _lacks_rows(shape, expected):
     return shape[1:] == expected[1:] and shape != () and 0 < expected[0] - shape[0] < hf_config.PADDING
 
 
-def _copy(array, shape):
-    """A float32 copy, aligned so that JAX uses its memory on a CPU without a second copy. Missing rows become the
-    mean row."""
+def _aligned(shape):
+    """An empty float32 array, aligned so that JAX uses its memory on a CPU without a second copy."""
     size = 4 * math.prod(shape)
     memory = np.empty(size + 64, np.uint8)
     start = -memory.ctypes.data % 64
-    copy = memory[start : start + size].view(np.float32).reshape(shape)
+    return memory[start : start + size].view(np.float32).reshape(shape)
+
+
+def _fill(part, array):
+    """Copies an array into a part of ours. Missing rows become the mean row."""
     with np.errstate(over="ignore", invalid="ignore"):  # `_import` refuses inf, which a large float64 becomes, and NaN
-        copy[: len(array)] = array
-        if len(array) < len(copy):
-            copy[len(array) :] = copy[: len(array)].mean(axis=0)
-    return copy
+        part[: len(array)] = array
+        if len(array) < len(part):
+            part[len(array) :] = part[: len(array)].mean(axis=0)
 
 
 def check_folder(folder):
@@ -218,7 +244,7 @@ def _write(folder, arrays, records):
     try:
         shutil.rmtree(unfinished, ignore_errors=True)  # left by an export that was killed
         unfinished.mkdir(parents=True)
-        save_file(arrays, unfinished / FILE, metadata={"format": "pt"})
+        _write_arrays(unfinished, arrays)
         for name, record in records.items():
             text = record if isinstance(record, str) else json.dumps(record, indent=2, sort_keys=True) + "\n"
             (unfinished / name).write_text(text, encoding="utf-8")
@@ -226,3 +252,22 @@ def _write(folder, arrays, records):
     except (OSError, SafetensorError) as error:
         shutil.rmtree(unfinished, ignore_errors=True)
         raise InputError(f"{folder}: cannot be written ({error})") from error
+
+
+def _write_arrays(folder, arrays):
+    """One file or, of more than SHARD bytes, shards and their index."""
+    shards: list[dict] = [{}]
+    for name, array in arrays.items():
+        if shards[-1] and sum(each.nbytes for each in shards[-1].values()) + array.nbytes > SHARD:
+            shards.append({})
+        shards[-1][name] = array
+    if len(shards) == 1:
+        save_file(arrays, folder / FILE, metadata={"format": "pt"})
+        return
+    file_of: dict[str, str] = {}
+    for i, shard in enumerate(shards, start=1):
+        file = f"model-{i:05}-of-{len(shards):05}.safetensors"
+        save_file(shard, folder / file, metadata={"format": "pt"})
+        file_of |= dict.fromkeys(shard, file)
+    index = {"metadata": {"total_size": sum(array.nbytes for array in arrays.values())}, "weight_map": file_of}
+    (folder / INDEX).write_text(json.dumps(index, indent=2, sort_keys=True) + "\n", encoding="utf-8")

@@ -1,4 +1,4 @@
-"""Rotary positions (Su et al. 2021, arXiv 2104.09864) as in GPT-NeoX: queries and keys are rotated by their position.
+"""Rotary positions (Su et al. 2021, arXiv 2104.09864): queries and keys are rotated by their position.
 
 J is the number of planes: half the number of a head's rotated entries.
 """
@@ -6,9 +6,24 @@ J is the number of planes: half the number of a head's rotated entries.
 import jax.numpy as jnp
 
 
-def angles(positions_T, planes, base):
-    """Positions [...] -> angles [..., J] in radians: position * base^(-j / J), float32."""
-    frequencies_J = base ** (-jnp.arange(planes, dtype=jnp.float32) / planes)
+def frequencies(planes, base):
+    """The angle per token of each plane [J], in radians: base^(-j / J), float32."""
+    return base ** (-jnp.arange(planes, dtype=jnp.float32) / planes)
+
+
+def scaled(frequencies_J, factor, *, context, slow, fast):
+    """Frequencies [J] for sequences up to `factor` times as long as `context` tokens (Llama 3.1, arXiv 2407.21783).
+
+        f_j -> f_j (s_j + (1 - s_j) / factor),   s_j = (context f_j / 2 pi - slow) / (fast - slow), within 0 and 1
+
+    A plane with at most `slow` turns in `context` tokens turns `factor` times slower; one with `fast` or more stays.
+    """
+    share_J = jnp.clip((context * frequencies_J / (2 * jnp.pi) - slow) / (fast - slow), 0, 1)
+    return frequencies_J * (share_J + (1 - share_J) / factor)
+
+
+def angles(positions_T, frequencies_J):
+    """Positions [...] -> angles [..., J] in radians."""
     return positions_T[..., None] * frequencies_J
 
 

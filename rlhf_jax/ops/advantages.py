@@ -57,7 +57,7 @@ BASELINES = ("none", "mean", "leave_one_out", "batch_mean")
 SCALES = ("none", "group_std", "batch_std")
 
 
-def group(scores_QA, *, baseline, scale):
+def group(scores_QO, *, baseline, scale):
     """Advantages [Q, A] of A completions of each of Q prompts: (score - baseline) / scale.
 
     baseline: 0; the group's mean (GRPO, arXiv 2402.03300, eq. 3); the mean of the group's other completions (RLOO,
@@ -67,7 +67,7 @@ def group(scores_QA, *, baseline, scale):
     Scores that are all equal (largest = smallest) have the advantage 0 exactly, with any baseline but "none". They are
     compared as they are: a standard deviation of equal scores may be a rounding error above 0.
     """
-    Q, A = scores_QA.shape
+    Q, A = scores_QO.shape
 
     def centred(scores, others=False):
         """Scores minus their mean, or the mean of the others, along the last axis."""
@@ -84,12 +84,12 @@ def group(scores_QA, *, baseline, scale):
         std = spread * jnp.sqrt(square / max(scores.shape[-1] - 1, 1))
         return jnp.where(std > 0, std, 1)
 
-    advantages_QA = {
-        "none": lambda: scores_QA,
-        "mean": lambda: centred(scores_QA),
-        "leave_one_out": lambda: centred(scores_QA, others=True),
-        "batch_mean": lambda: centred(scores_QA.reshape(1, -1)).reshape(Q, A),
+    advantages_QO = {
+        "none": lambda: scores_QO,
+        "mean": lambda: centred(scores_QO),
+        "leave_one_out": lambda: centred(scores_QO, others=True),
+        "batch_mean": lambda: centred(scores_QO.reshape(1, -1)).reshape(Q, A),
     }[baseline]()
     if scale == "group_std":
-        return advantages_QA / deviation(scores_QA)
-    return advantages_QA / deviation(scores_QA.reshape(1, -1)) if scale == "batch_std" else advantages_QA
+        return advantages_QO / deviation(scores_QO)
+    return advantages_QO / deviation(scores_QO.reshape(1, -1)) if scale == "batch_std" else advantages_QO

@@ -10,8 +10,11 @@ import jax.numpy as jnp
 BLOCKS, SMALLEST = 3, 32  # most blocks of causal queries, fewest queries in a block
 
 
-def attend(q_BHTK, k_BHSK, v_BHSK, mask_BTS, *, causal=False):
+def attend(q_BHTK, k_BASK, v_BASK, mask_BTS, *, causal=False):
     """softmax(q k' / sqrt(K)) v, [B, H, T, K], with weights only where mask_BTS is 1; softmax in float32 or wider.
+
+    A divides H: head h of the queries reads head h // (H / A) of keys and values (Ainslie et al. 2023, arXiv
+    2305.13245), which are not repeated: the queries of a group are rows of one product.
 
     causal=True promises that T = S and that the mask hides every key after its query: most of those pairs are then
     not computed. A query that sees no key gets an arbitrary finite result.
@@ -19,23 +22,33 @@ def attend(q_BHTK, k_BHSK, v_BHSK, mask_BTS, *, causal=False):
     q_BHTK = q_BHTK * q_BHTK.shape[-1] ** -0.5
     T = q_BHTK.shape[2]
     if not causal:
-        return _attend(q_BHTK, k_BHSK, v_BHSK, mask_BTS)
+        return _grouped(q_BHTK, k_BASK, v_BASK, mask_BTS)
     size = max(-(-T // BLOCKS), SMALLEST)
     blocks = []
     for start in range(0, T, size):
         end = min(start + size, T)
-        keys, values = k_BHSK[:, :, :end], v_BHSK[:, :, :end]
-        blocks.append(_attend(q_BHTK[:, :, start:end], keys, values, mask_BTS[:, start:end, :end]))
+        keys, values = k_BASK[:, :, :end], v_BASK[:, :, :end]
+        blocks.append(_grouped(q_BHTK[:, :, start:end], keys, values, mask_BTS[:, start:end, :end]))
     return jnp.concatenate(blocks, axis=2)
 
 
-def fused(q_BHTK, k_BHSK, v_BHSK, mask_BTS):
+def _grouped(q_BHTK, k_BASK, v_BASK, mask_BTS):
+    """_attend of A heads: the T queries of each head of a group follow one another, T H/A rows in all."""
+    B, H, T, K = q_BHTK.shape
+    group = H // k_BASK.shape[1]
+    if group == 1:
+        return _attend(q_BHTK, k_BASK, v_BASK, mask_BTS)
+    out = _attend(q_BHTK.reshape(B, -1, group * T, K), k_BASK, v_BASK, jnp.tile(mask_BTS, (1, group, 1)))
+    return out.reshape(B, H, T, K)
+
+
+def fused(q_BHTK, k_BASK, v_BASK, mask_BTS):
     """`attend` as one cuDNN kernel, which never stores the weights. NVIDIA GPUs and half precision only."""
     T, S = mask_BTS.shape[1:]
     # With a mask, the kernel has gradients for even lengths only.
     q_BTHK, k_BSHK, v_BSHK = (
         jnp.pad(jnp.moveaxis(x_BHTK, 1, 2), ((0, 0), (0, x_BHTK.shape[2] % 2), (0, 0), (0, 0)))
-        for x_BHTK in (q_BHTK, k_BHSK, v_BHSK)
+        for x_BHTK in (q_BHTK, k_BASK, v_BASK)
     )
     mask_B1TS = jnp.pad(mask_BTS, ((0, 0), (0, T % 2), (0, S % 2)))[:, None]
     out_BTHK = jax.nn.dot_product_attention(q_BTHK, k_BSHK, v_BSHK, mask=mask_B1TS, implementation="cudnn")

@@ -26,11 +26,12 @@ from typing import Any
 import numpy as np
 
 from rlhf_jax.errors import STOPPED, InputError
-from rlhf_jax.rewards import Completions, answers, gold, sentiment
+from rlhf_jax.rewards import Completions, answers, gold, rouge, sentiment
 
 NAMED: dict[str, Callable] = {
     "sentiment": sentiment.compound,
     "gold": gold.of_rows,
+    "rouge": rouge.of_rows,
     "exact": answers.exact,
     "partial": answers.partial,
 }
@@ -106,7 +107,7 @@ def fingerprint(spec: str) -> str:
 def _split(spec: str) -> tuple[Path, str]:
     path, colon, name = spec.rpartition(":")
     if not colon or not path.endswith(".py"):
-        raise InputError(f"reward: expected learned, {', '.join(NAMED)}, or path/to/file.py:function; got {spec!r}")
+        raise InputError(f"reward: expected learned, {', '.join(NAMED)} or path/to/file.py:function; got {spec!r}")
     if not Path(path).is_file():
         raise InputError(f"reward: {path}: no such file")
     return Path(path), name

@@ -156,6 +156,7 @@ class Setup:
             max_tokens=self.task.response_length,
             eos_id=self.tokenizer.eos_id,
             pad_id=self.tokenizer.pad_id,
+            more_eos=self.tokenizer.eos_ids[1:],
             temperature=temperature,
             **changes,
         )

@@ -95,11 +95,11 @@ class Given:
         return [row["prompt"] for row in self.rows_by_kind["prompts"]]
 
     def rows(self, kind):
-        columns = sources.COLUMNS[kind]
+        columns, ours = sources.COLUMNS[kind], sources.converter(kind, [])
+        choices = columns, files.Also(sources.CHATS[kind])
 
         def convert(row):
-            row = files.of_record(row, (columns,), extra=True)
-            return row | {name: files.without_special(row[name], []) for name in columns if name in sources.ANSWERS}
+            return ours(files.of_record(row, choices, extra=True))
 
         cells = ((f"rows[{i}]", row) for i, row in enumerate(self.rows_by_kind[kind]))
         rows: list[dict] = list(files.rows(cells, "rows", convert=convert, texts=columns))
@@ -131,7 +131,7 @@ def unused(config):
         for name in ("data.preferences", "data.pair_length", "data.columns.chosen", "data.columns.rejected"):
             yield name, reward
         yield "data.world_preferences", reward
-        if not config.sft.steps and config.text.kind == "gpt2" and data.prompts:
+        if not config.sft.steps and config.text.of_files and data.prompts:
             for name in ("data.sft", "data.columns.label"):
                 yield name, f"sft.steps is 0, {reward}, and the tokenizer is read from a path"
 

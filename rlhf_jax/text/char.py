@@ -16,6 +16,7 @@ class CharTokenizer:
     """Id i is characters[i]; the three ids after them are UNK (any other character), EOS and PAD."""
 
     characters: str
+    template: str = ""  # the chat template, in Jinja; empty: there is none
 
     def __post_init__(self):
         if not isinstance(self.characters, str) or not self.characters:
@@ -25,7 +26,7 @@ class CharTokenizer:
 
     @classmethod
     def from_record(cls, record: dict) -> "CharTokenizer":
-        return cls(record["characters"])
+        return cls(record["characters"], record.get("template", ""))
 
     @property
     def unk_id(self) -> int:
@@ -34,6 +35,22 @@ class CharTokenizer:
     @property
     def eos_id(self) -> int:
         return len(self.characters) + 1
+
+    @property
+    def roles(self) -> dict[str, str]:
+        return {}
+
+    @property
+    def special(self) -> tuple[str, ...]:
+        return ()
+
+    @property
+    def space(self) -> str:
+        return " "
+
+    @property
+    def eos_ids(self) -> tuple[int, ...]:
+        return (self.eos_id,)
 
     @property
     def pad_id(self) -> int:
@@ -55,6 +72,9 @@ class CharTokenizer:
     def encode_batch(self, texts: list[str]) -> list[list[int]]:
         return [self.encode(text) for text in texts]
 
+    def encode_special(self, text: str) -> list[int]:
+        return self.encode(text)
+
     def decode(self, ids: list[int]) -> str:
         known = (i for i in ids if i not in (self.pad_id, self.eos_id))
         return "".join(self.characters[i] if i < len(self.characters) else UNKNOWN for i in known)
@@ -70,7 +90,7 @@ class CharTokenizer:
 
     @property
     def _record(self) -> dict:
-        return {"kind": "char", "characters": self.characters}
+        return {"kind": "char"} | dataclasses.asdict(self)
 
     @functools.cached_property
     def _ids(self) -> dict[str, int]:

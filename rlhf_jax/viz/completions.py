@@ -230,7 +230,7 @@ class _Choice:
         """One more token, number b of the rows; `last`: no other comes."""
         id, tokenizer = int(token.token_B[b]), self.run.model.tokenizer
         self.count += 1
-        ended = id == tokenizer.eos_id
+        ended = id in tokenizer.eos_ids
         if self.request.logprobs is not None:
             self._note(token, b, id)
         self._text += self._decoder.decode(b"" if ended else tokenizer.token_bytes(id), final=ended or last)

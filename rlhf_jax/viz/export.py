@@ -134,6 +134,6 @@ def _prompt(file, manifest, row, update, place, step):
 
 def _text(file, manifest, i):
     """The text of an id; what is no UTF-8 is U+FFFD, as the schema has texts alone."""
-    if i == manifest["tokenizer"]["eos_id"]:
+    if i in manifest["tokenizer"].get("eos_ids", [manifest["tokenizer"]["eos_id"]]):
         return "<|endoftext|>"
     return file.strings[i].encode("utf-8", "surrogateescape").decode("utf-8", "replace")

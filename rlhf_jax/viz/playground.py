@@ -114,9 +114,7 @@ class Run:
     @property
     def reward_name(self) -> str:
         """The reward that scores completions: "learned", "sentiment", a file and function, or none (empty)."""
-        if self.config.learned:
-            return self.config.reward.kind if self.has_reward_model else ""
-        return self.config.reward.kind
+        return self.config.reward.kind if self.config.named or self.has_reward_model else ""
 
     @property
     def votes(self) -> int:
@@ -252,7 +250,7 @@ class Run:
 
     def label(self, id: int) -> dict[str, Any]:
         """{"id", "text"} of a token; bytes that are no whole character are written as \\xNN, and EOS says so."""
-        if id == self.model.tokenizer.eos_id:
+        if id in self.model.tokenizer.eos_ids:
             return {"id": id, "text": "", "special": "EOS"}
         part = self.model.tokenizer.token_bytes(id)
         if not part:
@@ -261,9 +259,9 @@ class Run:
 
     def _end(self, prompt, ids, logps, reference):
         """The end of a row of ids with their log-probs [M] under each side."""
-        eos_id = self.model.tokenizer.eos_id
+        eos_ids = self.model.tokenizer.eos_ids
         text = self.model.tokenizer.decode(ids).strip()
-        end: dict[str, Any] = {"text": text, "tokens": len(ids), "ended": bool(ids) and ids[-1] == eos_id}
+        end: dict[str, Any] = {"text": text, "tokens": len(ids), "ended": bool(ids) and ids[-1] in eos_ids}
         if len(self.sides) == 2:
             end["log_ratio"] = round(float(np.sum([logp_M[-1] - logp_M[0] for logp_M in logps])), 5)
         if reference:
@@ -280,10 +278,10 @@ class Run:
         """
         found: list[dict[str, Any]] = [{} for _ in rows]
         texts = [end["text"] for end in ends]
-        if self.config.learned and self.has_reward_model:
+        if not self.config.named and self.has_reward_model:
             for row, score in zip(found, self.model.score_tokens(rows).tolist(), strict=True):
                 row["score"] = round(score, 5)
-        elif not self.config.learned:
+        elif self.config.named:
             try:
                 reward = function.load(self.config.reward.kind)
                 parts = reward.scores([{"prompt": prompt.text}] * len(texts), texts)

@@ -4,7 +4,6 @@ The one exception is `rollout.look`, a scoring pass of some rows that records lo
 """
 
 import dataclasses
-import functools
 from pathlib import Path
 
 import jax
@@ -99,6 +98,7 @@ class Recorder:
                 "sha256": tokenizer.fingerprint(),
                 "vocab_size": tokenizer.vocab_size,
                 "eos_id": tokenizer.eos_id,
+                "eos_ids": list(tokenizer.eos_ids),
                 "pad_id": tokenizer.pad_id,
             },
             "stages": {},
@@ -113,20 +113,4 @@ def _is_ids(name):
 
 def text_of(tokenizer, i: int) -> str:
     """The text of one id; a byte that is not part of UTF-8 is a lone surrogate, as Python's surrogateescape has it."""
-    if i in (tokenizer.eos_id, tokenizer.pad_id):
-        return ""
-    tokens = getattr(tokenizer, "tokens", None)
-    if tokens is None or tokens[i] in getattr(tokenizer, "added", ()):
-        return tokenizer.decode([i])
-    byte_of = _bytes()
-    if any(character not in byte_of for character in tokens[i]):
-        return tokens[i]  # a special token
-    return bytes(byte_of[character] for character in tokens[i]).decode("utf-8", "surrogateescape")
-
-
-@functools.cache
-def _bytes():
-    """{character of GPT-2's alphabet: its byte} (Radford et al. 2019): printable bytes stand for themselves."""
-    printable = [*range(0x21, 0x7F), *range(0xA1, 0xAD), *range(0xAE, 0x100)]
-    others = [byte for byte in range(256) if byte not in printable]
-    return {chr(byte): byte for byte in printable} | {chr(256 + n): byte for n, byte in enumerate(others)}
+    return tokenizer.token_bytes(i).decode("utf-8", "surrogateescape")

@@ -143,6 +143,7 @@ def claims(file: File, manifest: dict) -> Iterator[Claim]:
 
 def _rollout(file, manifest):
     ids, pad, eos = (manifest["tokenizer"][name] for name in ("vocab_size", "pad_id", "eos_id"))
+    ends = manifest["tokenizer"].get("eos_ids", [eos])
     prompt, prompt_mask = file["rollout.prompt_BP"], file["rollout.prompt_mask_BP"]
     P = prompt.shape[1]
     start = P - prompt_mask.sum(axis=1)
@@ -154,8 +155,8 @@ def _rollout(file, manifest):
     yield Claim("response", "rollout.response_BR", response[~mask], np.full((~mask).sum(), pad))
     yield Claim("response", "rollout.response_BR", (response < ids) & (response >= 0), np.ones((B, R)))
     last = response[np.arange(B), np.maximum(length - 1, 0)]
-    yield Claim("response", "rollout.eos_B", file["rollout.eos_B"], last == eos)
-    is_eos = (response == eos) & mask
+    yield Claim("response", "rollout.eos_B", file["rollout.eos_B"], np.isin(last, ends))
+    is_eos = np.isin(response, ends) & mask
     yield Claim("response", "rollout.response_BR", is_eos.sum(axis=1), file["rollout.eos_B"])
     for name, array in file.part("rollout").items():
         if name.endswith("_BR") and name not in ("response_BR", "mask_BR"):

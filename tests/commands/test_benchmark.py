@@ -16,15 +16,15 @@ from rlhf_jax import rollout
 from rlhf_jax.algorithms import policy_gradient, ppo
 from rlhf_jax.commands import benchmark
 from rlhf_jax.errors import InputError
-from rlhf_jax.models import gpt2
+from rlhf_jax.models import decoder
 from rlhf_jax.report import metrics
 from rlhf_jax.report.console import Reporter, Silent
 from rlhf_jax.rewards import function
 from rlhf_jax.training import guard
 
 CONFIGS = Path(__file__).parents[2] / "configs"
-HAND = gpt2.Config(layers=1, heads=1, head_size=2, width=3, context=4, vocab_size=5)
-SMALL = gpt2.Config(layers=1, heads=2, head_size=4, width=8, context=9, vocab_size=benchmark.CHARACTERS.vocab_size)
+HAND = decoder.Config(layers=1, heads=1, head_size=2, width=3, context=4, vocab_size=5)
+SMALL = decoder.Config(layers=1, heads=2, head_size=4, width=8, context=9, vocab_size=benchmark.CHARACTERS.vocab_size)
 ALGORITHMS = {"ppo": ppo.Config(batch=4, microbatches=2), "pg": policy_gradient.Config(batch=4)}
 
 

@@ -20,15 +20,16 @@ from rlhf_jax.data import corpus, sources
 from rlhf_jax.data.tldr import format_query
 from rlhf_jax.errors import InputError
 from rlhf_jax.generate import Sampling, generate
-from rlhf_jax.models import gpt2, hf, hf_config
+from rlhf_jax.models import decoder, hf, hf_config
+from rlhf_jax.models.families import neox
 from rlhf_jax.models.heads import LanguageModel, ScalarModel
 from rlhf_jax.report import metrics
-from rlhf_jax.text import gpt2 as gpt2_text
+from rlhf_jax.text import files
 from rlhf_jax.training.checkpoint import Checkpoints
 from tests.support import assert_trees_equal, changed, differ, error, opened, stages
 
 SIZES = {"layers": 1, "heads": 2, "head_size": 8, "width": 16, "context": 64}
-MODELS = {"gpt2": SIZES, "neox": SIZES | gpt2.NEOX | {"context": 64, "rotary_share": 0.5, "vocab_size": 320}}
+MODELS = {"gpt2": SIZES, "neox": SIZES | neox.NEOX | {"context": 64, "rotary_share": 0.5, "vocab_size": 320}}
 ROW = {"prompt": format_query("s", "title", "the secret post"), "label": "the secret label"}
 MEASURED = {"ppo/score": 0.25, "ppo/score_ci95": [0.125, 0.5], "reward/accuracy": 0.75, "ppo/steps": 3}
 
@@ -56,7 +57,7 @@ def made(request, tmp_path_factory):
         data=sources.Config(
             source="files", sft=str(folder / "rows.jsonl"), held_out=0.3, prompt_length=40, response_length=9
         ),
-        model=gpt2.Config(**MODELS[request.param]),
+        model=decoder.Config(**MODELS[request.param]),
         ppo=ppo.Config(kl_coef=0.0625),
     )
     steps = stages(config, folder / "run")
@@ -90,7 +91,7 @@ def test_a_policy_is_read_back_from_its_folder_alone(made, tmp_path):
     """Bit for bit, and it writes the same text at its likeliest."""
     assert export(made.workdir, tmp_path / "out") == "ppo"
     config = hf_config.read(tmp_path / "out")
-    params, tokenizer = hf.load(tmp_path / "out", config), gpt2_text.from_files(tmp_path / "out")
+    params, tokenizer = hf.load(tmp_path / "out", config), files.from_files(tmp_path / "out")
     assert_trees_equal(params, made.policy)
     assert tokenizer == made.tokenizer and tokenizer.pad_id != tokenizer.eos_id
     prompts = ["the", "the secret label", "0", "a post, a title", "post? 12 posts!"]
@@ -251,7 +252,7 @@ def test_of_several_seeds_the_first_is_exported(tmp_path):
     """Of a policy that learned by itself, whose texts begin with EOS."""
     config = configs.write(
         seeds=2,
-        model=gpt2.Config(**SIZES),
+        model=decoder.Config(**SIZES),
         data=corpus.Config(made=20, length=12),
         pretrain=configs.Supervised(steps=0),
         sft=configs.Supervised(steps=0),
@@ -282,7 +283,7 @@ def own(tmp_path_factory):
         data=sources.Config(
             source="files", prompts=str(folder / "prompts.jsonl"), held_out=0.3, prompt_length=9, response_length=5
         ),
-        model=gpt2.Config(**SIZES),
+        model=decoder.Config(**SIZES),
         sft=configs.Supervised(steps=0),
         reward=configs.Reward(kind=f"{folder}/mine.py:length"),
         ppo=ppo.Config(**rollouts),

@@ -7,12 +7,12 @@ from rlhf_jax.algorithms import policy_gradient, ppo
 from rlhf_jax.commands import memory
 from rlhf_jax.config import Config, Evaluation, Reward
 from rlhf_jax.data import corpus, sources
-from rlhf_jax.models import gpt2
+from rlhf_jax.models import decoder
 from rlhf_jax.training.state import TrainState
 
 CONFIG = Config(
     data=sources.Config(prompt_length=24, response_length=8),
-    model=gpt2.Config(layers=2, heads=2, head_size=8, width=16, context=32),
+    model=decoder.Config(layers=2, heads=2, head_size=8, width=16, context=32),
     ppo=ppo.Config(batch=32, epochs=1),
 )
 WRITE = configs.write(

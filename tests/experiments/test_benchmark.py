@@ -12,9 +12,9 @@ SMALL = """
 import runpy
 from rlhf_jax.commands import benchmark
 from rlhf_jax.algorithms import policy_gradient
-from rlhf_jax.models import gpt2
+from rlhf_jax.models import decoder
 sizes = {"vocab_size": benchmark.CHARACTERS.vocab_size, "context": 9}
-model = gpt2.Config(layers=1, heads=1, head_size=4, width=8, **sizes)
+model = decoder.Config(layers=1, heads=1, head_size=4, width=8, **sizes)
 benchmark.SHAPES["small"] = benchmark.Shape("small", model, 4, 5, policy_gradient.Config(batch=4))
 benchmark.PRODUCT_SIZE["cpu"] = 64
 %s

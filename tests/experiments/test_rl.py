@@ -127,9 +127,12 @@ def test_a_stage_that_is_unfinished_or_not_there_is_refused(unfinished, other, t
         (["--config.evaluation.temperature=-inf"], ["evaluation.temperature: expected at least 0 ", "got -inf"]),
         (
             ["--config.reward=joy"],
-            ["reward: expected learned, sentiment, gold, exact, partial, or path/to/file.py:function; got"],
+            ["reward: expected learned, sentiment, gold, rouge, exact, partial or path/to/file.py:function; got"],
         ),
-        (["--config.reward=gold"], ["reward.kind: expected learned, sentiment or path/to/file.py:function", "'gold'"]),
+        (
+            ["--config.reward=gold"],
+            ["reward.kind: expected learned, sentiment, rouge, exact, partial or path/to/file.py:function", "'gold'"],
+        ),
         (["--config.ppo.value_init=reward"], ["ppo.value_init: expected zero or auto where reward is", "'reward'"]),
         (["--config.data.cut=middle"], ["data.cut: expected left or right or newline or skip or error, got 'middle'"]),
         (["--config.data.prompts=no.jsonl"], ["missing files: data.prompts = 'no.jsonl'"]),

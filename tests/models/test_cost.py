@@ -6,14 +6,17 @@ import jax
 import jax.numpy as jnp
 import pytest
 
-from rlhf_jax.models import cost, gpt2
+from rlhf_jax.models import cost, decoder
+from rlhf_jax.models.families import neox
+from rlhf_jax.models.families.llama import LLAMA
 from rlhf_jax.models.heads import LanguageModel, ScalarModel
 
-HAND = gpt2.Config(layers=1, heads=1, head_size=2, width=3, context=4, vocab_size=5)
-WIDE = gpt2.Config(layers=3, heads=4, head_size=32, width=128, context=128, vocab_size=512)
-NEOX = dataclasses.replace(WIDE, **gpt2.NEOX | {"context": 128})
+HAND = decoder.Config(layers=1, heads=1, head_size=2, width=3, context=4, vocab_size=5)
+WIDE = decoder.Config(layers=3, heads=4, head_size=32, width=128, context=128, vocab_size=512)
+NEOX = dataclasses.replace(WIDE, **neox.NEOX | {"context": 128})
+GROUPED = dataclasses.replace(WIDE, **LLAMA | {"kv_heads": 2, "feed_forward_size": 340})
 # XLA also counts norms, GELU (more for the exact one), the rotation of keys, and most of the masked pairs.
-MORE = {WIDE: 1.06, NEOX: 1.12}
+MORE = {WIDE: 1.06, NEOX: 1.12, GROUPED: 1.12}
 
 
 def test_a_layer_by_hand():
@@ -23,6 +26,23 @@ def test_a_layer_by_hand():
     assert cost.trunk(HAND, tokens=4, first=1, count=2) == 4 * 24 + 2 * 168 + (2 + 3) * 8
     assert cost.step(HAND, seen=3) == 24 + 168 + 4 * 8
     assert (cost.logits(HAND), cost.scalar(HAND)) == (2 * 3 * 5, 2 * 3)
+
+
+def test_a_layer_of_llama_by_hand():
+    """Two heads of size 2 read one of keys and values: 3 x 4 products, 24 FLOPs a token. The part of a query: 3 x 4
+    twice and three products of 3 x 7, 87 or 174 FLOPs; a pair: 4 for the scores, 4 to mix, 16. Cached per token and
+    row: 2 + 2 numbers, not the 4 + 4 of the query heads."""
+    llama = dataclasses.replace(HAND, heads=2, kv_heads=1, feed_forward="swiglu", feed_forward_size=7)
+    assert cost.trunk(llama, tokens=4, first=2, count=1) == 4 * 24 + 174 + 3 * 16
+    more = cost.step_bytes(llama, batch=3, seen=5) - cost.step_bytes(llama, batch=3, seen=4)
+    assert more == 4 * 3 * 4
+    cache = jax.eval_shape(lambda: _cache(llama, rows=3, slots=5))
+    assert sum(x.size for x in jax.tree.leaves((cache.keys, cache.values))) == 3 * 5 * 4
+
+
+def _cache(config, rows, slots):
+    model, tokens_BP = LanguageModel(config), jnp.zeros((rows, 2), jnp.int32)
+    return model.prefill(model.init(jax.random.key(0)), tokens_BP, jnp.ones_like(tokens_BP), slots)[1]
 
 
 def test_only_the_last_of_several_layers_is_computed_in_part():
@@ -45,7 +65,7 @@ def counted(function, *args):
     return jax.jit(function).lower(*args).cost_analysis()["flops"]
 
 
-@pytest.mark.parametrize("config", [WIDE, NEOX], ids=["gpt2", "neox"])
+@pytest.mark.parametrize("config", [WIDE, NEOX, GROUPED], ids=["gpt2", "neox", "llama"])
 def test_a_forward_pass_is_what_xla_counts(config):
     model = LanguageModel(config)
     params = jax.eval_shape(model.init, jax.random.key(0))

@@ -7,7 +7,8 @@ import numpy as np
 import pytest
 import scipy.special
 
-from rlhf_jax.models import gpt2
+from rlhf_jax.models import decoder
+from rlhf_jax.models.families import neox
 from rlhf_jax.models.heads import LanguageModel, ScalarModel
 from rlhf_jax.ops import kl
 from rlhf_jax.ops.logprobs import before, entropy
@@ -114,7 +115,7 @@ def test_compare(temperature, chunk, apply, policy, reference, sequences):
     assert exact.min() > 0.1 and not np.allclose(exact, exact_kl(theirs, ours), rtol=0.01)
 
 
-@pytest.mark.parametrize("changes", [{}, gpt2.NEOX | {"context": 40}, {"remat": True}], ids=["gpt2", "neox", "remat"])
+@pytest.mark.parametrize("changes", [{}, neox.NEOX | {"context": 40}, {"remat": True}], ids=["gpt2", "neox", "remat"])
 def test_tokens_that_are_not_selected_are_not_needed(changes, apply, sequences):
     """The last layer computes only the selected tokens: same states, same gradients."""
     model = LanguageModel(dataclasses.replace(apply.policy.config, **changes))
@@ -146,7 +147,7 @@ def test_prefill_and_decode_read_what_hidden_reads(apply, policy, prompts, seque
 
 def test_scalar_head_starts_small(apply, policy):
     """invariant 12: N(0, 1/sqrt(D + 1)), bias 0, on the trunk given."""
-    wide = ScalarModel(gpt2.Config(width=10_000)).init(jax.random.key(0), "trunk")
+    wide = ScalarModel(decoder.Config(width=10_000)).init(jax.random.key(0), "trunk")
     np.testing.assert_allclose(wide["head"]["kernel"].std() * 10_001**0.5, 1, atol=0.03)
     np.testing.assert_allclose(wide["head"]["kernel"].mean() * 10_001**0.5, 0, atol=0.05)
     assert wide["head"]["bias"] == 0 and wide["trunk"] == "trunk"

@@ -14,12 +14,13 @@ from safetensors import safe_open
 from safetensors.numpy import save_file
 
 from rlhf_jax.errors import InputError
-from rlhf_jax.models import gpt2, hf, hf_config
+from rlhf_jax.models import decoder, families, hf, hf_config
+from rlhf_jax.models.families import neox
 from rlhf_jax.models.heads import LanguageModel, ScalarModel
 
 # Every size is different: D 5, heads * head size 6, 3 * 6 = 18, F = 4 * 5 = 20.
-GPT2 = gpt2.Config(layers=1, heads=2, head_size=3, width=5, context=7, vocab_size=11)
-NEOX = dataclasses.replace(GPT2, **gpt2.NEOX | {"context": 7, "rotary_share": 0.7})
+GPT2 = decoder.Config(layers=1, heads=2, head_size=3, width=5, context=7, vocab_size=11)
+NEOX = dataclasses.replace(GPT2, **neox.NEOX | {"context": 7, "rotary_share": 0.7})
 SAVED = {"heads": 1, "head_size": 6, "width": 6}  # transformers requires heads * head size = width
 IDS = {"eos_id": 3, "pad_id": 4}
 
@@ -141,7 +142,7 @@ def test_an_untied_gpt2_has_a_head_of_its_own():
 
 
 def test_more_than_nine_layers_keep_their_order():
-    config = gpt2.preset("nano", layers=12, width=4, heads=1, head_size=4, context=2, vocab_size=3)
+    config = families.preset("nano", layers=12, width=4, heads=1, head_size=4, context=2, vocab_size=3)
     assert_same_tree(hf.from_hf(hf.to_hf(policy(config), config), config), policy(config))
 
 
@@ -443,13 +444,13 @@ def test_the_path_of_wrong_arrays_is_named(saved):
 MEASURE = """
 import re, sys
 import jax, numpy as np
-from rlhf_jax.models import gpt2, hf
+from rlhf_jax.models import decoder, hf
 from rlhf_jax.models.heads import LanguageModel
 
 def kilobytes(what):
     return int(re.search(what + r":\\s+(\\d+) kB", open("/proc/self/status").read())[1])
 
-config = gpt2.Config(**eval(sys.argv[2]))
+config = decoder.Config(**eval(sys.argv[2]))
 jax.device_put(np.zeros(9))
 jax.eval_shape(LanguageModel(config).init, jax.random.key(0))  # JAX's own memory, before the measurement
 before = kilobytes("VmRSS")
@@ -461,10 +462,10 @@ print(kilobytes("VmHWM") - before)
 
 
 @pytest.mark.skipif(not Path("/proc/self/status").exists(), reason="memory is read from /proc")
-@pytest.mark.parametrize("extra", [{}, gpt2.NEOX], ids=["gpt2", "neox"])
+@pytest.mark.parametrize("extra", [{}, neox.NEOX], ids=["gpt2", "neox"])
 def test_a_checkpoint_is_in_memory_once(extra, tmp_path):
     """Read, with a row added for PAD, every number used, put on the device: less than 1.3 times the file."""
-    config = gpt2.Config(layers=8, heads=4, head_size=64, width=256, vocab_size=20_000, **extra)
+    config = decoder.Config(layers=8, heads=4, head_size=64, width=256, vocab_size=20_000, **extra)
     hf.save(tmp_path / "model", policy(config), config, **IDS)
     size = (tmp_path / "model" / "model.safetensors").stat().st_size
     sizes = dataclasses.asdict(dataclasses.replace(config, vocab_size=20_001))

@@ -5,11 +5,12 @@ from pathlib import Path
 import pytest
 
 from rlhf_jax.errors import InputError
-from rlhf_jax.models import gpt2, hf_config
+from rlhf_jax.models import families, hf_config
+from rlhf_jax.models.families import neox
 
 HERE = Path(__file__).parent
-GPT2 = gpt2.preset("gpt2", vocab_size=50_257)
-PYTHIA = gpt2.preset("pythia-1b", vocab_size=50_304)
+GPT2 = families.preset("gpt2", vocab_size=50_257)
+PYTHIA = families.preset("pythia-1b", vocab_size=50_304)
 IDS = {"eos_id": 0, "pad_id": 1}
 
 # As published: of GPT-2 and, with the names that transformers 4 used for rotary positions, of Pythia 1B.
@@ -43,6 +44,7 @@ PYTHIA_JSON = {
     "use_parallel_residual": True,
     "vocab_size": 50304,
 }
+TYPES = "gpt2 or gpt_neox or llama or mistral or qwen2 or qwen3"
 FULL_ROTARY = {"rope_type": "default", "rope_theta": 500.0, "partial_rotary_factor": 1.0}
 
 
@@ -92,8 +94,8 @@ def test_tokens_and_the_single_score():
 @pytest.mark.parametrize(
     "change, expected",
     [
-        ({"model_type": "llama"}, 'model_type: expected gpt2 or gpt_neox, got "llama"'),
-        ({"model_type": None}, "model_type: expected gpt2 or gpt_neox, got null"),
+        ({"model_type": "bert"}, f'model_type: expected {TYPES}, got "bert"'),
+        ({"model_type": None}, f"model_type: expected {TYPES}, got null"),
         (
             {"architectures": ["GPT2ForTokenClassification"]},
             'architectures: expected ["GPT2LMHeadModel"] or ["GPT2ForSequenceClassification"] or ["GPT2Model"], '
@@ -106,7 +108,7 @@ def test_tokens_and_the_single_score():
         ({"scale_attn_weights": False}, "scale_attn_weights: expected true, got false"),
         ({"scale_attn_by_inverse_layer_idx": True}, "scale_attn_by_inverse_layer_idx: expected false, got true"),
         ({"add_cross_attention": True}, "add_cross_attention: expected false, got true"),
-        ({"n_inner": 768}, "n_inner: expected null or 3072, got 768"),
+        ({"n_inner": 0}, "n_inner: expected a whole number above 0, got 0"),
         ({"n_head": 7}, "n_head: expected a divisor of n_embd, got 7"),
         ({"n_layer": 0}, "n_layer: expected a whole number above 0, got 0"),
         ({"n_positions": "1k"}, 'n_positions: expected a whole number above 0, got "1k"'),
@@ -124,13 +126,13 @@ def test_what_we_compute_differently_is_refused(change, expected, tmp_path):
 @pytest.mark.parametrize(
     "change, expected",
     [
-        ({"intermediate_size": 4096}, "intermediate_size: expected 8192, got 4096"),
+        ({"intermediate_size": "8k"}, 'intermediate_size: expected a whole number above 0, got "8k"'),
         ({"attention_bias": False}, "attention_bias: expected true, got false"),
         ({"hidden_act": "silu"}, 'hidden_act: expected gelu_new or gelu_pytorch_tanh or gelu, got "silu"'),
         ({"use_parallel_residual": None}, "use_parallel_residual: expected true or false, got null"),
         ({"rotary_pct": 0}, "partial_rotary_factor: expected a number above 0, got 0"),
-        ({"rotary_pct": 3 / 256}, f"partial_rotary_factor: expected {hf_config.EVEN}, got {3 / 256}"),
-        ({"rotary_pct": 1.5}, f"partial_rotary_factor: expected {hf_config.EVEN}, got 1.5"),
+        ({"rotary_pct": 3 / 256}, f"partial_rotary_factor: expected {neox.EVEN}, got {3 / 256}"),
+        ({"rotary_pct": 1.5}, f"partial_rotary_factor: expected {neox.EVEN}, got 1.5"),
         ({"rope_scaling": {"type": "linear", "factor": 2.0}}, 'type: expected "default", got "linear"'),
         ({"rope_parameters": 10_000}, "rope_parameters: expected an object"),
         ({"rope_parameters": FULL_ROTARY | {"rope_type": "yarn"}}, 'rope_type: expected "default", got "yarn"'),
@@ -179,11 +181,11 @@ def test_rotary_positions_may_be_fewer(tmp_path):
     "config, ids, expected",
     [
         (
-            gpt2.preset("micro", vocab_size=50),
+            families.preset("micro", vocab_size=50),
             IDS,
             "model.head_size: expected model.width / model.heads = 128 / 3, as in transformers, got 48",
         ),
-        (dataclasses.replace(GPT2, parallel_residual=True), IDS, "model.parallel_residual: expected False where "),
+        (dataclasses.replace(GPT2, parallel_residual=True), IDS, "model.parallel_residual: expected False (gpt2 of "),
         (GPT2, {"eos_id": 0, "pad_id": 50_257}, "pad_id: expected one of the 50257 ids of the model, got 50257"),
         (GPT2, {"eos_id": -1, "pad_id": 0}, "eos_id: expected one of the 50257 ids of the model, got -1"),
     ],

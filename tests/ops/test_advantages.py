@@ -218,10 +218,10 @@ def test_group_scales_by_hand(float64):
 @pytest.mark.parametrize("score", [0.1, 1e7 + 0.3, -3e-8])
 def test_equal_scores_teach_exactly_nothing(baseline, scale, score):
     """In float32 the mean of eight .1 is not .1, and their standard deviation is above 0."""
-    scores_QA = jnp.full((2, 8), score, jnp.float32)
-    assert not advantages.group(scores_QA, baseline=baseline, scale=scale).any()
-    other_QA = scores_QA.at[1, 0].add(jnp.abs(scores_QA[0, 0]))  # a group beside it that differs
-    assert not advantages.group(other_QA, baseline=baseline, scale=scale)[0].any()
+    scores_QO = jnp.full((2, 8), score, jnp.float32)
+    assert not advantages.group(scores_QO, baseline=baseline, scale=scale).any()
+    other_QO = scores_QO.at[1, 0].add(jnp.abs(scores_QO[0, 0]))  # a group beside it that differs
+    assert not advantages.group(other_QO, baseline=baseline, scale=scale)[0].any()
 
 
 def test_scores_that_hardly_differ_are_not_divided_by_a_rounding_error():
@@ -230,13 +230,13 @@ def test_scores_that_hardly_differ_are_not_divided_by_a_rounding_error():
 
 
 @given(hnp.arrays(np.float64, (3, 4), elements=st.floats(-5, 5, width=32)), st.sampled_from(advantages.SCALES))
-def test_a_group_sums_to_zero_and_a_constant_changes_nothing(scores_QA, scale):
+def test_a_group_sums_to_zero_and_a_constant_changes_nothing(scores_QO, scale):
     with jax.enable_x64(True):
         for baseline in ("mean", "leave_one_out"):
-            found = group(scores_QA, baseline=baseline, scale=scale)
+            found = group(scores_QO, baseline=baseline, scale=scale)
             assert_close(found.sum(axis=1), 0, atol=1e-9)
-            if np.ptp(scores_QA, axis=1).min() > 1e-3:
-                assert_close(group(scores_QA + 64, baseline=baseline, scale=scale), found, atol=1e-9)
+            if np.ptp(scores_QO, axis=1).min() > 1e-3:
+                assert_close(group(scores_QO + 64, baseline=baseline, scale=scale), found, atol=1e-9)
 
 
 THETA, PAID = np.array([0.3, -0.2, 0.5]), np.array([1, 0, 0.4])  # a bandit of three arms
@@ -245,10 +245,10 @@ P = np.exp(THETA) / np.exp(THETA).sum()
 
 def expected_gradient(k, baseline, scale):
     """Mean over all groups of k arms of the mean over the group of A grad log p, by enumeration."""
-    groups_QA = np.array(list(itertools.product(range(3), repeat=k)))
-    slopes = np.eye(3)[groups_QA] - P  # grad log p of each arm
-    mean = advantages.group(jnp.array(PAID[groups_QA]), baseline=baseline, scale=scale)[..., None] * slopes
-    return np.sum(P[groups_QA].prod(axis=1)[:, None] * mean.mean(axis=1), axis=0)
+    groups_QO = np.array(list(itertools.product(range(3), repeat=k)))
+    slopes = np.eye(3)[groups_QO] - P  # grad log p of each arm
+    mean = advantages.group(jnp.array(PAID[groups_QO]), baseline=baseline, scale=scale)[..., None] * slopes
+    return np.sum(P[groups_QO].prod(axis=1)[:, None] * mean.mean(axis=1), axis=0)
 
 
 @pytest.mark.parametrize("k", [2, 3, 4])

@@ -9,7 +9,7 @@ from rlhf_jax import config as configs
 from rlhf_jax.algorithms import policy_gradient, ppo
 from rlhf_jax.config import Reward, Supervised
 from rlhf_jax.data import sources
-from rlhf_jax.models import gpt2
+from rlhf_jax.models import decoder
 from tests.support import assert_trees_equal, differ, logged, samples, stages, trained, write_rows
 
 ROWS = [{"prompt": f"{i} + {i % 7} =", "answer": str(i + i % 7)[-1]} for i in range(60)]
@@ -42,7 +42,7 @@ def test_own_prompts_and_own_reward(tmp_path):
             prompt_length=9,
             response_length=5,
         ),
-        model=gpt2.Config(layers=1, heads=2, head_size=7, width=16, context=14, init_std=0.2),
+        model=decoder.Config(layers=1, heads=2, head_size=7, width=16, context=14, init_std=0.2),
         sft=Supervised(steps=0),
         reward=Reward(kind=f"{tmp_path}/own.py:mine"),
         ppo=ppo.Config(**often, epochs=2, missing_eos="subtract"),

@@ -19,7 +19,7 @@ from rlhf_jax.algorithms import ppo
 from rlhf_jax.config import Reward, Supervised
 from rlhf_jax.data import sources
 from rlhf_jax.data.tldr import format_query
-from rlhf_jax.models import gpt2
+from rlhf_jax.models import decoder
 from rlhf_jax.report import metrics
 from rlhf_jax.rewards import gold
 from rlhf_jax.text import bpe
@@ -57,7 +57,7 @@ def config(tmp_path_factory):
     return configs.Config(
         text=configs.Text(kind="bpe", vocab_size=600),
         data=sources.Config(**sizes, cache=str(tmp_path_factory.mktemp("world")), prompt_length=72, response_length=20),
-        model=gpt2.Config(layers=1, heads=2, head_size=7, width=16, context=96, init_std=0.2),
+        model=decoder.Config(layers=1, heads=2, head_size=7, width=16, context=96, init_std=0.2),
         sft=Supervised(**often, lr=1e-2),
         reward=Reward(**often, lr=1e-2, microbatches=2),
         ppo=ppo.Config(
@@ -633,7 +633,7 @@ def run_stage(steps, stage):
 
 @pytest.mark.parametrize(
     ("name", "field", "place"),
-    [("sft", "policy", "gpt2.py"), ("reward", "reward", "gpt2.py"), ("ppo", "value", "gpt2.py")],
+    [("sft", "policy", "decoder.py"), ("reward", "reward", "decoder.py"), ("ppo", "value", "decoder.py")],
 )
 def test_an_update_that_is_not_finite_is_not_made_and_can_be_made_again(name, field, place, whole, tmp_path):
     """A parameter that overflows, put into a checkpoint: what comes of it stops the run, and the place is found."""

@@ -14,7 +14,7 @@ from rlhf_jax.algorithms import policy_gradient, ppo
 from rlhf_jax.config import Reward, Supervised
 from rlhf_jax.data import corpus
 from rlhf_jax.evaluate import interval
-from rlhf_jax.models import gpt2
+from rlhf_jax.models import decoder
 from rlhf_jax.rewards import sentiment
 from rlhf_jax.training import loop
 from rlhf_jax.viz.trace import Trace
@@ -46,7 +46,7 @@ def config():
     return configs.write(
         text=configs.Text(kind="char"),
         data=corpus.Config(made=120, length=12),
-        model=gpt2.Config(layers=1, heads=2, head_size=7, width=16, context=12, init_std=0.2),
+        model=decoder.Config(layers=1, heads=2, head_size=7, width=16, context=12, init_std=0.2),
         pretrain=Supervised(**often, lr=1e-2),
         sft=Supervised(**often, lr=1e-2),
         reward=Reward(kind="sentiment", **often, lr=1e-2),

@@ -4,7 +4,7 @@ import pytest
 
 from rlhf_jax import config as configs
 from rlhf_jax.data import corpus
-from rlhf_jax.models import gpt2
+from rlhf_jax.models import decoder
 from rlhf_jax.rewards import sentiment
 from tests.support import changed, error, stages
 
@@ -14,7 +14,7 @@ def config(request):
     return configs.write(
         text=configs.Text(kind="char"),
         data=corpus.Config(kind=request.param, made=120, length=12),
-        model=gpt2.Config(layers=1, heads=2, head_size=7, width=16, context=12),
+        model=decoder.Config(layers=1, heads=2, head_size=7, width=16, context=12),
     )
 
 
@@ -50,4 +50,6 @@ def test_a_reward_of_rows_has_no_rows_here(config, tmp_path):
     expected = "reward.kind: expected a function of texts alone where task is write, whose rows hold nothing, got "
     assert error(configs.check, changed(config, reward={"kind": kind})) == f"{expected}{kind!r}"
     gold = error(configs.check, changed(config, reward={"kind": "gold"}))
-    assert gold.startswith("reward.kind: expected learned, sentiment or path/to/file.py:function where no row has")
+    assert gold.startswith(
+        "reward.kind: expected learned, sentiment, rouge, exact, partial or path/to/file.py:function"
+    )

@@ -9,13 +9,11 @@ from rlhf_jax.errors import InputError
 from rlhf_jax.text import bpe, char
 
 TEXTS = ["one one é 你 \n", 'two "two" two']
-NEOX = bpe.BPETokenizer(
-    (bpe.EOS, "<|padding|>", *bpe.BYTES, "  "), (), ("  ",), (bpe.EOS, "<|padding|>"), "<|padding|>", "NFC"
-)
-TOKENIZERS = [char.train(TEXTS), bpe.train(TEXTS, 270), NEOX]
+TEMPLATED = char.CharTokenizer("one", "{{ messages }}")
+TOKENIZERS = [char.train(TEXTS), bpe.train(TEXTS, 270), TEMPLATED]
 
 
-@pytest.fixture(params=TOKENIZERS, ids=["char", "bpe", "neox"])
+@pytest.fixture(params=TOKENIZERS, ids=["char", "bpe", "templated"])
 def tokenizer(request) -> text.Tokenizer:
     return request.param
 
@@ -57,11 +55,13 @@ def test_a_folder_without_a_tokenizer_is_named(tmp_path):
     ("saved", "message"),
     [
         ('{"kind": "char",\n "characters"', "tokenizer.json:2: expected JSON"),
-        ("[]", "tokenizer.json: expected the fields of a tokenizer of kind char or bpe"),
-        ('{"kind": "words"}', "tokenizer.json: expected the fields of a tokenizer of kind char or bpe"),
-        ('{"kind": "bpe", "tokens": 3, "merges": []}', "tokenizer.json: expected the fields"),
-        ('{"kind": "bpe", "tokens": [], "merges": [], "more": 1}', "tokenizer.json: expected the fields"),
-        ('{"kind": "bpe", "tokens": ["a"], "merges": []}', "tokenizer.json: tokens: expected the 257"),
+        ("[]", "tokenizer.json: expected the fields of a tokenizer of kind char, file"),
+        ('{"kind": "words"}', "tokenizer.json: expected the fields of a tokenizer of kind char, file"),
+        ('{"kind": "file", "json": "{}", "more": 1}', "tokenizer.json: expected the fields"),
+        (
+            '{"kind": "file", "json": "{}", "eos_ids": [1], "pad_id": 2, "named": []}',
+            "tokenizer.json: expected a tokeni",
+        ),
         ('{"kind": "char"}', "tokenizer.json: expected the fields"),
         ('{"kind": "char", "characters": ""}', "tokenizer.json: characters: expected a string"),
         ('{"kind": "char", "characters": "abca"}', "tokenizer.json: characters: expected each character once"),
@@ -73,10 +73,12 @@ def test_a_damaged_file_is_named(tmp_path, saved, message):
         text.load(tmp_path)
 
 
-def test_a_file_without_the_later_fields_is_read(tmp_path):
-    tokens = [*bpe.BYTES, "ab", bpe.EOS]
-    (tmp_path / "tokenizer.json").write_text(json.dumps({"kind": "bpe", "tokens": tokens, "merges": ["a b"]}))
-    assert text.load(tmp_path) == bpe.BPETokenizer(tuple(tokens), ("a b",))
+def test_the_ids_of_eos_and_pad_must_be_special_tokens(tmp_path):
+    bpe.train(TEXTS, 270).save(tmp_path)
+    record = json.loads((tmp_path / "tokenizer.json").read_text())
+    (tmp_path / "tokenizer.json").write_text(json.dumps(record | {"eos_ids": [3]}))
+    with pytest.raises(InputError, match="tokenizer.json: eos_ids and pad_id: expected ids of special tokens"):
+        text.load(tmp_path)
 
 
 def test_the_file_is_json_with_its_kind(tmp_path):

@@ -1,6 +1,6 @@
 // The page: opens a trace, proves it, keeps one cursor (iteration, rollout, token) for all views, and the knobs.
 
-import { chain, knobs, pass } from "./chain.js";
+import { chain, knobs, pass, priced } from "./chain.js";
 import { fmt, h, p } from "./dom.js";
 import { panel } from "./panel.js";
 import { names, open, policyStage, read, TraceError } from "./trace.js";
@@ -46,7 +46,7 @@ export const app = {
       return;
     }
     this.clamp();
-    this.show({ cursor: true, file: moved });
+    this.show(moved ? { cursor: true, file: true } : { cursor: true });
   },
   clamp() {
     const { cursor } = this;
@@ -68,20 +68,25 @@ export const app = {
     this.check = this.manifest.foreign ? { identities: 0, error: 0, breach: "" } : verify(file, this.manifest);
     const shown = [...(file.arrays["look.rows_B"]?.data ?? [])], B = file.arrays["rollout.mask_BR"].shape[0];
     this.order = [...shown, ...[...Array(B).keys()].filter((b) => !shown.includes(b))];
+    this.laid = {};
     this.passes = {};
     this.chain = chain(file, this.manifest, this.knobs);
     return true;
   },
+  // Moves knobs. Only what depends on them is computed again: a slider does this at every step.
   set(change) {
+    const changed = Object.keys(change).filter((name) => this.knobs[name] !== change[name]);
     Object.assign(this.knobs, change);
     this.passes = {};
-    this.chain = chain(this.file, this.manifest, this.knobs);
+    if (changed.some((name) => name !== "eps" && name !== "clipping")) this.chain = chain(this.file, this.manifest, this.knobs);
     this.show({ knobs: true });
   },
   pass(e = this.cursor.epoch) {
-    return (this.passes[e] ??= pass(this.file, this.chain, e, this.knobs));
+    const laid = (this.laid[e] ??= pass(this.file, e));
+    return laid && (this.passes[e] ??= priced(laid, this.chain, this.knobs));
   },
-  // Updates the bar and the views that can be seen; the others follow when they come into sight.
+  // Updates the bar and the views that can be seen; the others follow when they come into sight. what: {file, cursor,
+  // knobs}, with true for each that has changed, and no other. Views of what was recorded do not depend on knobs.
   show(what) {
     bar();
     panel($("panel"), this);

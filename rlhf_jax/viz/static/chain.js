@@ -51,14 +51,14 @@ export function chain(file, manifest, k) {
   const white = raw && config.whiten_advantages ? masked.whiten(raw, mask) : raw;
   // A policy gradient that takes one step a rollout has no ratio in its loss: -A log p.
   const plain = algorithm === "policy_gradient" && !(config.epochs > 1 && config.importance);
-  return { B, R, mask, logp, logp_ref, eos, score, final, k1, rewards, values, deltas, raw, returns, white, algorithm, plain };
+  return { B, R, mask, logp, logp_ref, eos, score, final, k1, rewards, values, deltas, raw, returns, white, algorithm, plain, high: config.clip_high };
 }
 
-// One pass of the update, laid back on the rows of the batch: the new log-probs, ratios and losses [B, R]. Tokens that
+// One pass of the update, laid back on the rows of the batch: the new log-probs, ratios and values [B, R]. Tokens that
 // the pass did not use (of other minibatches) have used 0.
-export function pass(file, c, e, k) {
+export function pass(file, e) {
   if (!has(file, "update.rows_B")) return null;
-  const { B, R, mask, logp } = c;
+  const { data: mask, shape: [B, R] } = get(file, "rollout.mask_BR");
   const [, M] = get(file, "update.rows_B").shape;
   const now = new Float64Array(B * R), ratio = new Float64Array(B * R).fill(1), used = new Uint8Array(B * R);
   const value = has(file, "update.values_BR") ? new Float64Array(B * R) : null;
@@ -76,12 +76,17 @@ export function pass(file, c, e, k) {
       }
     });
   }
-  const high = k.clipping && file.config.clip_high ? file.config.clip_high : k.eps;
-  const token = (i) => losses.ppo_policy(Math.log(ratio[i]), 0, c.white[i], k.clipping ? k.eps : Infinity, k.clipping ? high : Infinity);
+  return { now, ratio, used, value };
+}
+
+// The same pass with the losses [B, R] of its tokens, which the knobs change.
+export function priced(laid, c, k) {
+  const { mask } = c, { now, ratio } = laid, [low, high] = k.clipping ? [k.eps, c.high || k.eps] : [Infinity, Infinity];
+  const token = (i) => losses.ppo_policy(Math.log(ratio[i]), 0, c.white[i], low, high);
   const unweighted = c.plain && !k.clipping;
   const loss = Float64Array.from(mask, (m, i) => (!m ? 0 : unweighted ? losses.policy_gradient(now[i], c.white[i]) : token(i).loss));
   const clipped = Uint8Array.from(mask, (m, i) => (m && token(i).clipped ? 1 : 0));
-  return { now, ratio, used, value, loss, clipped, logp };
+  return { ...laid, loss, clipped };
 }
 
 // What each algorithm would give every token to maximize, from the same rollout. `scores` are of the whole batch, which

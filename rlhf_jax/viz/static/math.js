@@ -73,12 +73,12 @@ export const advantages = {
     return [advantages_R, map2(advantages_R, range(rewards_R.length), (a, t) => (mask_R[t] ? a + values_R[t] : 0))];
   },
   // Scores of the completions of one prompt. baseline: none, mean, leave_one_out; scale: none, group_std.
-  group: (scores_A, baseline, scale) => {
-    const A = scores_A.length, apart = Array.from(scores_A, (s) => s - scores_A[0]);
+  group: (scores_O, baseline, scale) => {
+    const A = scores_O.length, apart = Array.from(scores_O, (s) => s - scores_O[0]);
     const total = apart.reduce((a, b) => a + b, 0), mean = total / A;
     const square = apart.reduce((sum, s) => sum + (s - mean) ** 2, 0);
     const std = apart.every((s) => s === 0) ? 1 : Math.sqrt(square / Math.max(A - 1, 1));
-    const from = { none: () => -scores_A[0], mean: () => mean, leave_one_out: (s) => (total - s) / Math.max(A - 1, 1) }[baseline];
+    const from = { none: () => -scores_O[0], mean: () => mean, leave_one_out: (s) => (total - s) / Math.max(A - 1, 1) }[baseline];
     return Float64Array.from(apart, (s) => (s - from(s)) / (scale === "group_std" ? std : 1));
   },
 };

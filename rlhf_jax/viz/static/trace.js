@@ -109,7 +109,7 @@ const HIDDEN = /[\u00ad\u061c\u180e\u200b-\u200f\u2028-\u202e\u2060-\u206f\ufeff
 
 // The text of an id of a file, as it is shown: a leading space is an open box, EOS and PAD have names.
 export function token(file, tokenizer, id) {
-  if (id === tokenizer.eos_id) return "EOS";
+  if ((tokenizer.eos_ids ?? [tokenizer.eos_id]).includes(id)) return "EOS";
   if (id === tokenizer.pad_id) return "PAD";
   const text = visible(file.strings[id] ?? `id ${id}`);
   return text.startsWith(" ") ? `␣${text.slice(1)}` : text || "∅";

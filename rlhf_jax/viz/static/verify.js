@@ -8,7 +8,7 @@ const CLOSE = 1e-5, SCORED = 1e-4, COARSE = 0.1;
 // Every claim of an iteration: {identity, array, actual, expected, tolerance}.
 function* claims(file, manifest) {
   const config = file.config, stage = file.stage, algorithm = manifest.stages[stage].algorithm;
-  const { pad_id, eos_id } = manifest.tokenizer;
+  const { pad_id, eos_id, eos_ids = [eos_id] } = manifest.tokenizer;
   const x = (name) => get(file, name).data;
   const scored = manifest.config.model.dtype === "float32" ? SCORED : COARSE;
   const mask = x("rollout.mask_BR"), [B, R] = get(file, "rollout.mask_BR").shape, P = get(file, "rollout.prompt_BP").shape[1];
@@ -24,7 +24,7 @@ function* claims(file, manifest) {
   yield claim("response", "rollout.mask_BR", mask.map((_, i) => (i % R < length[Math.floor(i / R)] ? 1 : 0)));
   const response = x("rollout.response_BR"), eos = x("rollout.eos_B");
   yield claim("response", "rollout.response_BR", response.map((id, i) => (mask[i] ? id : pad_id)));
-  yield claim("response", "rollout.eos_B", rows.map((b) => (response[b * R + Math.max(length[b] - 1, 0)] === eos_id ? 1 : 0)));
+  yield claim("response", "rollout.eos_B", rows.map((b) => (eos_ids.includes(response[b * R + Math.max(length[b] - 1, 0)]) ? 1 : 0)));
   const prompt_mask = x("rollout.prompt_mask_BP");
   yield claim("prompt", "rollout.prompt_BP", x("rollout.prompt_BP").map((id, i) => (prompt_mask[i] ? id : pad_id)));
   const logp = x("rollout.logp_BR"), logp_ref = x("rollout.logp_ref_BR");

@@ -88,7 +88,8 @@ const intro = {
     const title = h("h1"), lead = p();
     el.append(title, lead, h("p", { class: "note" },
       "Every number on this page was recorded by the trainer, or is recomputed from what it recorded. Keys: ← → move the token, [ ] the rollout, comma and full stop the iteration. A slider turns the badge above into “what-if”; “as recorded” brings the run back."));
-    return () => {
+    return ({ file }) => {
+      if (!file) return;
       const name = { ppo: "PPO", policy_gradient: "policy gradient" }[app.chain.algorithm] ?? app.chain.algorithm;
       title.textContent = `What ${name} did to one text`;
       lead.textContent = `A policy wrote this text in iteration ${app.file.step}, one of ${app.chain.B} of its batch. Follow one token through the whole update: what it cost, what it was worth, and how far the update could move it.`;
@@ -111,7 +112,8 @@ const map = {
     const list = h("ol", { class: "map" });
     el.append(heading("map", "The run", "pipeline.Stages, stages.rl.rl"), p("Each stage starts from the one before it. The numbers are those of the stage’s held-out rows after its last step."),
       h("figure", {}, list, h("figcaption", { text: "Arrows say what is handed on. A stage leads to its own section." })));
-    return () => {
+    return ({ file }) => {
+      if (!file) return;
       const stages = Object.entries(app.manifest.stages), summaryOf = (name) => app.manifest.stages[name].summary ?? {};
       list.replaceChildren(...stages.map(([name, about], i) => {
         const summary = summaryOf(name), facts = [];
@@ -184,7 +186,7 @@ const tokens = {
       formula.textContent = `position ${position} reads “${t ? word(app, t - 1) : "the end of the prompt"}” and scores position ${position + 1}, “${word(app)}”\nlog p = log softmax(logits)[${position}, id ${get(file, "rollout.response_BR").data[i]}] = ${fmt(c.logp[i])}${c.logp_ref ? `     reference: ${fmt(c.logp_ref[i])}` : ""}`;
       likely(top, app);
     }
-    return draw;
+    return ({ cursor, file }) => (cursor || file) && draw();
   },
 };
 
@@ -312,7 +314,7 @@ const ratioView = {
   id: "ratio",
   build(el, app) {
     need(app.pass(0), "the passes of the update");
-    let range = [0.5, 1.5];
+    let range = [0.5, 1.5], band = 0;
     const dots = (svg, t, width) => {
       const x = scale(...range.map(Math.log), 8, width - 8), i = app.index(t), inside = (v) => x(Math.log(Math.max(range[0], Math.min(range[1], v))));
       svg.replaceChildren(s("rect", { class: "band", x: inside(1 - app.knobs.eps), width: Math.max(inside(1 + app.knobs.eps) - inside(1 - app.knobs.eps), 0), y: 0, height: 18 }), s("line", { class: "zero", x1: x(0), x2: x(0), y1: 0, y2: 18 }));
@@ -353,7 +355,7 @@ const ratioView = {
         return [`${e + 1}`, Math.min(...used), masked.mean(ps.ratio, app.chain.mask), Math.max(...used), ess(app, ps)];
       });
     }
-    return () => {
+    return ({ cursor, file }) => {
       const i = app.index(), ps = app.pass();
       epoch.set(app.cursor.epoch);
       const all = Array.from({ length: app.epochs }, (_, e) => app.pass(e).ratio.subarray(app.row * app.chain.R, app.row * app.chain.R + app.length));
@@ -361,7 +363,8 @@ const ratioView = {
       range = [1 / far, far];
       table.update();
       hist.label(`Distribution of the ratios of all tokens, by epoch`);
-      hist.redraw();
+      if (cursor || file || app.knobs.eps !== band) hist.redraw();
+      band = app.knobs.eps;
       formula.textContent = `ratio = exp(new log p − old log p) = exp(${fmt(ps.now[i])} − ${par(app.chain.logp[i])}) = ${fmt(ps.ratio[i])}`;
       note.textContent = `Effective sample size in epoch ${app.cursor.epoch + 1}: ${percent(ess(app, ps))} of the tokens. It falls as ratios spread: few tokens then carry the whole gradient.`;
     };

@@ -6,22 +6,31 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
-from rlhf_jax import generate
+from rlhf_jax import fields, generate
 from rlhf_jax.errors import InputError
-from rlhf_jax.models import gpt2
+from rlhf_jax.models import decoder, families
+from rlhf_jax.models.families import neox
+from rlhf_jax.models.families.llama import LLAMA
 from rlhf_jax.models.heads import LanguageModel
 from rlhf_jax.ops import attention
 
 PAD = 0
 
 
-@pytest.fixture(scope="module", params=["gpt2", "neox"])
+# A layer with all that GPT-2 lacks: two heads read one of keys and values, and a token sees three before it.
+LLAMA: dict = LLAMA | dict(layers=1, kv_heads=1, head_size=6, feed_forward_size=20, qk_norm=True, window=4, context=40)
+LLAMA |= dict(rotary_factor=8.0, rotary_context=20)
+
+
+@pytest.fixture(scope="module", params=["gpt2", "neox", "llama"])
 def model(request, apply):
-    """The tiny GPT-2 of all tests, and one layer of a GPT-NeoX that rotates 4 of the 7 entries of a head."""
+    """The tiny GPT-2 of all tests, one layer of a GPT-NeoX that rotates 4 of the 7 entries of a head, and LLAMA."""
     if request.param == "gpt2":
         return apply.policy
-    neox = gpt2.NEOX | {"context": 40, "rotary_share": 0.6, "layers": 1}
-    return LanguageModel(dataclasses.replace(apply.policy.config, **neox))
+    if request.param == "llama":
+        return LanguageModel(dataclasses.replace(apply.policy.config, **LLAMA))
+    changes = neox.NEOX | {"context": 40, "rotary_share": 0.6, "layers": 1}
+    return LanguageModel(dataclasses.replace(apply.policy.config, **changes))
 
 
 @pytest.fixture(scope="module")
@@ -29,7 +38,7 @@ def params(model, apply, policy):
     """Parameters far from small initial ones, with which all tokens are about equally likely."""
     if model is apply.policy:
         return policy
-    draw, shapes = np.random.default_rng(0), jax.eval_shape(model.init, jax.random.key(0))
+    draw, shapes = np.random.default_rng(int(model.config.qk_norm)), jax.eval_shape(model.init, jax.random.key(0))
     return jax.tree.map(lambda x: draw.normal(0, 0.5, x.shape).astype(np.float32), shapes)
 
 
@@ -103,12 +112,15 @@ def test_a_position_beyond_the_context_is_an_error(model, params):
 
 
 @pytest.mark.parametrize("place", range(1, 7))
-def test_no_token_sees_a_later_one(place, logits, sequences):
+def test_no_token_sees_a_later_one(place, model, logits, sequences):
+    """Nor, in a layer with a window, one before the window."""
     tokens_BT, mask_BT = sequences
     before = logits(tokens_BT, mask_BT)[2]
     after = logits(tokens_BT.at[2, place].set((tokens_BT[2, place] + 1) % 29), mask_BT)[2]
     np.testing.assert_array_equal(before[:place], after[:place])
-    assert (jnp.abs(before - after)[place:].max(axis=-1) > 1e-3).all()
+    end = place + (model.config.window or 7)
+    np.testing.assert_array_equal(before[end:], after[end:])
+    assert (jnp.abs(before - after)[place:end].max(axis=-1) > 1e-3).all()
 
 
 def test_a_row_of_padding_alone_is_finite(model, params):
@@ -126,7 +138,7 @@ def test_a_row_of_padding_alone_is_finite(model, params):
 def test_a_cache_changes_nothing(parts, model, params, sequences):
     """invariant 4: read in parts, with padding, the tokens have the same hidden states as read whole."""
     tokens_BT, mask_BT = sequences
-    trunk = gpt2.GPT2(model.config)
+    trunk = decoder.Decoder(model.config)
     read = jax.jit(lambda tokens, mask, cache: trunk.apply({"params": params}, tokens, mask, cache, slots=9))
     cache, states, start = None, [], 0
     for length in parts:
@@ -157,7 +169,7 @@ def test_the_log_probs_of_samples_are_the_learners(model, params, prompts):
 
 def test_a_cache_with_a_gap_changes_nothing(model, params):
     """invariants 1 and 4: a token that was read with mask 0 is not seen, and takes no position."""
-    trunk = gpt2.GPT2(model.config)
+    trunk = decoder.Decoder(model.config)
     read = jax.jit(lambda *args: trunk.apply({"params": params}, *args, slots=4))
     _, cache = read(jnp.array([[5, 6, 17]]), jnp.array([[1, 1, 0]]))
     hidden, _ = read(jnp.array([[7]]), jnp.ones((1, 1)), cache)
@@ -165,32 +177,54 @@ def test_a_cache_with_a_gap_changes_nothing(model, params):
     np.testing.assert_allclose(hidden[0, 0], alone[0, 2], rtol=0, atol=1e-5)
 
 
-@pytest.mark.parametrize(
-    "name, parameters",
-    [("gpt2", 124_439_808), ("gpt2-medium", 354_823_168), ("gpt2-large", 774_030_080), ("gpt2-xl", 1_557_611_200)],
-)
-def test_presets_have_the_published_number_of_parameters(name, parameters):
-    model = LanguageModel(gpt2.preset(name, vocab_size=50_257))
-    shapes = jax.eval_shape(model.init, jax.random.key(0))
-    assert sum(x.size for x in jax.tree.leaves(shapes)) == parameters
-    assert model.config.context == 1024
+def count(config):
+    shapes = jax.eval_shape(LanguageModel(config).init, jax.random.key(0))
+    return sum(x.size for x in jax.tree.leaves(shapes))
 
 
 @pytest.mark.parametrize(
-    "name, parameters",
-    [("pythia-160m", 162_322_944), ("pythia-410m", 405_334_016), ("pythia-1b", 1_011_781_632)],
+    ("name", "vocab_size", "parameters"),
+    [
+        ("gpt2", 50_257, 124_439_808),
+        ("gpt2-medium", 50_257, 354_823_168),
+        ("gpt2-large", 50_257, 774_030_080),
+        ("gpt2-xl", 50_257, 1_557_611_200),
+        ("pythia-160m", 50_304, 162_322_944),
+        ("pythia-410m", 50_304, 405_334_016),
+        ("pythia-1b", 50_304, 1_011_781_632),
+        ("smollm2-135m", 49_152, 134_515_008),
+        ("smollm2-360m", 49_152, 361_821_120),
+        ("smollm2-1.7b", 49_152, 1_711_376_384),
+        ("tinyllama-1.1b", 32_000, 1_100_048_384),
+        ("llama-2-7b", 32_000, 6_738_415_616),
+        ("llama-3-8b", 128_256, 8_030_261_248),
+        ("llama-3.2-1b", 128_256, 1_235_814_400),
+        ("llama-3.2-3b", 128_256, 3_212_749_824),
+        ("mistral-7b-v0.1", 32_000, 7_241_732_096),
+        ("mistral-7b-v0.3", 32_768, 7_248_023_552),
+        ("qwen2.5-0.5b", 151_936, 494_032_768),
+        ("qwen2.5-1.5b", 151_936, 1_543_714_304),
+        ("qwen3-0.6b", 151_936, 596_049_920),
+        ("qwen3-1.7b", 151_936, 1_720_574_976),
+    ],
 )
-def test_presets_of_pythia_too(name, parameters):
-    model = LanguageModel(gpt2.preset(name, vocab_size=50_304))
-    shapes = jax.eval_shape(model.init, jax.random.key(0))
-    assert sum(x.size for x in jax.tree.leaves(shapes)) == parameters
-    assert model.config.heads * model.config.head_size == model.config.width
-    assert "wpe" not in shapes and shapes["unembed"]["embedding"].shape == (50_304, model.config.width)
+def test_presets_have_the_published_number_of_parameters(name, vocab_size, parameters):
+    """Counted from one layer and two: all layers are alike."""
+    config = families.preset(name, vocab_size=vocab_size)
+    one, two = (count(dataclasses.replace(config, layers=layers)) for layers in (1, 2))
+    assert one + (config.layers - 1) * (two - one) == parameters
+    fields.check(config)
+    assert not list(families.of(config).refuses(config))
+
+
+def test_every_preset_is_counted():
+    counted = test_presets_have_the_published_number_of_parameters.pytestmark[0].args[1]
+    assert {name for name, *_ in counted} == families.PRESETS.keys() - {"nano", "micro", "mini"}
 
 
 def test_micro_is_the_articles():
     """4 layers, 3 heads, width 128, which 3 does not divide: the head size is free."""
-    config = gpt2.preset("micro", vocab_size=50, context=32)
+    config = families.preset("micro", vocab_size=50, context=32)
     assert (config.layers, config.heads, config.width) == (4, 3, 128)
     params = jax.eval_shape(LanguageModel(config).init, jax.random.key(0))
     assert params["h_3"]["attn"]["qkv"]["kernel"].shape == (128, 3 * 3 * 48)
@@ -199,7 +233,7 @@ def test_micro_is_the_articles():
 
 def test_initial_parameters():
     """Weights N(0, .02), those that add to the residual stream smaller by sqrt(2N), biases 0."""
-    model = LanguageModel(gpt2.Config(layers=2, heads=4, head_size=16, width=64, vocab_size=300))
+    model = LanguageModel(decoder.Config(layers=2, heads=4, head_size=16, width=64, vocab_size=300))
     params = jax.jit(model.init)(jax.random.key(0))
     block = params["h_1"]
     for x in params["wte"]["embedding"], params["wpe"]["embedding"], block["attn"]["qkv"]["kernel"]:
@@ -243,7 +277,7 @@ def test_layers_that_are_computed_again_take_less_memory():
     tokens_BT = jax.ShapeDtypeStruct((4, 64), jnp.int32)
     bytes_needed = []
     for remat in False, True:
-        model = LanguageModel(gpt2.Config(layers=4, heads=2, head_size=16, width=32, vocab_size=50, remat=remat))
+        model = LanguageModel(decoder.Config(layers=4, heads=2, head_size=16, width=32, vocab_size=50, remat=remat))
         grads = jax.jit(jax.grad(lambda p, t, m=model: m.logprobs(p, t, jnp.ones_like(t), 63).sum()))
         shapes = jax.eval_shape(model.init, jax.random.key(0))
         # XLA on a CPU merges equal computations, these too, unless this pass is off.

@@ -1,15 +1,15 @@
-"""GPT-2 (Radford et al. 2019): tokens, mask, cache -> hidden states, cache. Parameters are a plain nested dict.
+"""One decoder for every family: tokens, mask, cache -> hidden states, cache. Parameters are a plain nested dict.
 
 {"wte": {"embedding": [V, D]}, "wpe": {"embedding": [context, D]}, "ln_f": {"scale", "bias"},
- "h_0": {"ln_1", "attn": {"qkv": [D, 3HK], "out": [HK, D]}, "ln_2", "mlp": {"fc": [D, F], "proj": [F, D]}}, ...}
+ "h_0": {"ln_1", "attn": {"qkv": [D, (H + 2A)K], "out": [HK, D]}, "ln_2", "mlp": {"fc": [D, F], "proj": [F, D]}}, ...}
 
-GPT-NeoX (Black et al. 2022, arXiv 2204.06745; Pythia is one) is the same code with other Config fields. It has no
-"wpe": it rotates queries and keys by angles that depend on the position, _J of them per token (rotary.py).
+The defaults are GPT-2's (Radford et al. 2019). The other families (families/: GPT-NeoX, Llama, Mistral, Qwen) are the
+same code with other Config fields. With rotary positions there is no "wpe"; without biases, no "bias"; with SwiGLU "fc"
+is [D, 2F], the gate and then what it gates; with qk_norm, "attn" has "q_norm" and "k_norm" too.
 """
 
 import dataclasses
 from collections.abc import Callable
-from typing import Any
 
 import flax
 import flax.linen as nn
@@ -21,24 +21,41 @@ from rlhf_jax.fields import choice, neutral, number, path
 from rlhf_jax.models import rotary
 from rlhf_jax.ops import attention
 
+BIASES = {"all": ("qkv", "out", "fc", "proj"), "attention": ("qkv", "out"), "qkv": ("qkv",), "none": ()}
+
 
 @dataclasses.dataclass(frozen=True)
 class Config:
-    """Sizes of a GPT-2, and the choices in which a GPT-NeoX differs. heads * head_size need not equal the width."""
+    """Sizes of a decoder, and the choices in which families differ. heads * head_size need not equal the width."""
 
     layers: int = number(12, least=1)  # blocks of attention and feed-forward
     heads: int = number(12, least=1)  # of attention, a block
+    # Heads of keys and values, a divisor of heads: each is read by heads / kv_heads heads (Ainslie et al. 2023,
+    # arXiv 2305.13245). 0: heads
+    kv_heads: int = number(0, least=0)
     head_size: int = number(64, least=1)  # entries
     width: int = number(768, least=1)  # entries of the residual stream
+    feed_forward: str = choice("gelu", "gelu", "swiglu")  # swiglu: silu(gate) * up (Shazeer 2020, arXiv 2002.05202)
+    feed_forward_size: int = number(0, least=0)  # entries of the feed-forward layer; 0: 4 x width
     context: int = number(1024, least=1)  # most tokens of a sequence, prompt and response together
+    # Most tokens that a token attends to, itself included (Mistral: arXiv 2310.06825); 0: all before it.
+    window: int = number(0, least=0)
     vocab_size: int = number(0, least=0)  # tokens; 0: the tokenizer's. The extra ids of a larger one are never targets
-    # Share of each head's entries that is rotated (GPT-NeoX: .25); 0: learned positions.
+    # Share of each head's entries that is rotated (GPT-NeoX: .25, Llama: 1); 0: learned positions.
     rotary_share: float = number(0.0, least=0, most=1)
     rotary_base: float = number(10_000.0, above=0)  # the longest wavelength is nearly 2 pi x this, in tokens
+    # Llama 3.1's scaling (rotary.py: scaled). Slow rotations are this many times slower; 1: none is.
+    rotary_factor: float = number(1.0, least=1)
+    rotary_context: int = number(8192, least=1)  # tokens of a sequence before that scaling
+    rotary_slow: float = number(1.0, above=0)  # most turns in rotary_context of a rotation that is slowed in full
+    rotary_fast: float = number(4.0, above=0)  # fewest turns in it of a rotation that stays as it is
+    norm: str = choice("layer", "layer", "rms")  # rms: no mean, no bias (Zhang & Sennrich 2019, arXiv 1910.07467)
+    norm_eps: float = number(1e-5, above=0, most=1)  # added to the variance in norms
+    qk_norm: bool = False  # queries and keys are RMS-normalized, each head by itself (Qwen3)
+    biases: str = choice("all", *BIASES)  # dense layers that have one: all, attention's, those of queries/keys/values
     parallel_residual: bool = False  # attention and feed-forward read the same input (GPT-NeoX)
     exact_gelu: bool = False  # x Phi(x) (GPT-NeoX), not the tanh approximation
-    tied: bool = True  # the output projection is the token embedding; GPT-NeoX has a separate one
-    norm_eps: float = number(1e-5, above=0, most=1)  # added to the variance in layer norms
+    tied: bool = True  # the output projection is the token embedding, not a table of its own
     # Standard deviation of random weights. Narrow models learn to copy much sooner with about 1 / sqrt(width).
     init_std: float = number(0.02, above=0, most=10)
     dropout: float = number(0.0, least=0, below=1)  # share of activations set to 0, in supervised training only
@@ -54,15 +71,37 @@ class Config:
         entries = int(self.head_size * self.rotary_share)
         if self.rotary_share and (entries < 2 or entries % 2):
             yield "rotary_share", f"0, or a share of head_size = {self.head_size} that is an even number of entries"
+        if self.kv_heads and self.heads % self.kv_heads:
+            yield "kv_heads", f"0, or a divisor of heads = {self.heads}"
+        if self.rotary_fast <= self.rotary_slow:
+            yield "rotary_fast", f"more than rotary_slow = {self.rotary_slow:g}"
 
     def unused(self):
         """Fields without effect, and why."""
         if not self.rotary_share:
-            yield "rotary_base", "rotary_share is 0, and positions are learned"
+            for name in ("rotary_base", "rotary_factor"):
+                yield name, "rotary_share is 0, and positions are learned"
+        if not self.rotary_share or self.rotary_factor == 1:
+            for name in ("rotary_context", "rotary_slow", "rotary_fast"):
+                yield name, "no rotation is scaled (rotary_factor)"
+        if self.feed_forward != "gelu":
+            yield "exact_gelu", f"feed_forward is {self.feed_forward}"
+        if self.window >= self.context:
+            yield "window", f"context = {self.context} has no more tokens"
         if self.init:
             yield "init_std", "init is given, and no weight is random"
         if self.fused and self.dtype != "bfloat16":
             yield "fused", "it needs dtype bfloat16"
+
+    @property
+    def cached_heads(self):
+        """Number of heads of keys and values, A."""
+        return self.kv_heads or self.heads
+
+    @property
+    def hidden_size(self):
+        """Number of entries of the feed-forward layer, F."""
+        return self.feed_forward_size or 4 * self.width
 
     @property
     def rotary_planes(self):
@@ -75,39 +114,20 @@ class Config:
         return self.fused and self.dtype == "bfloat16" and jax.default_backend() == "gpu"
 
 
-NEOX: dict[str, Any] = dict(context=2048, rotary_share=0.25, parallel_residual=True, exact_gelu=True, tied=False)
-
-PRESETS = {
-    "nano": Config(layers=3, heads=3, head_size=16, width=48),
-    "micro": Config(layers=4, heads=3, head_size=48, width=128),  # the article's sizes; 128 / 3 is no whole number
-    "mini": Config(layers=6, heads=6, head_size=32, width=192),
-    "gpt2": Config(layers=12, heads=12, width=768),
-    "gpt2-medium": Config(layers=24, heads=16, width=1024),
-    "gpt2-large": Config(layers=36, heads=20, width=1280),
-    "gpt2-xl": Config(layers=48, heads=25, width=1600),
-    "pythia-160m": Config(layers=12, heads=12, width=768, **NEOX),
-    "pythia-410m": Config(layers=24, heads=16, width=1024, **NEOX),
-    "pythia-1b": Config(layers=16, heads=8, head_size=256, width=2048, **NEOX),
-}
-
-
-def preset(name, **changes):
-    """The named Config with some fields changed."""
-    return dataclasses.replace(PRESETS[name], **changes)
-
-
 @flax.struct.dataclass
 class KVCache:
-    """Keys and values of the tokens seen so far, one [B, H, S, K] array a layer.
+    """Keys and values of the tokens seen so far, one [B, A, S, K] array a layer; A heads of keys and values.
 
     valid_BS is 1 where a slot holds a real token. New tokens are written from slot `used` on. The order of the slots
-    does not matter: every valid slot holds an earlier token.
+    does not matter: every valid slot holds an earlier token. position_BS is its position, kept only where the slots
+    are more than the window.
     """
 
     keys: tuple
     values: tuple
     valid_BS: jax.Array
     used: jax.Array
+    position_BS: jax.Array | None = None
 
 
 class Dense(nn.Module):
@@ -115,6 +135,7 @@ class Dense(nn.Module):
 
     config: Config
     features: int
+    biased: bool = True
     residual: bool = False  # the result is added to the residual stream
 
     @nn.compact
@@ -123,13 +144,18 @@ class Dense(nn.Module):
         # GPT-2 scales what 2N layers add to the stream by 1 / sqrt(2N), so its variance does not grow with depth.
         std = c.init_std / (2 * c.layers) ** 0.5 if self.residual else c.init_std
         kernel = self.param("kernel", nn.initializers.normal(std), (x_BTD.shape[-1], self.features))
-        bias = self.param("bias", nn.initializers.zeros_init(), (self.features,))
-        flat = x_BTD.reshape(-1, x_BTD.shape[-1]) @ kernel[:, columns].astype(c.dtype) + bias[columns].astype(c.dtype)
+        flat = x_BTD.reshape(-1, x_BTD.shape[-1]) @ kernel[:, columns].astype(c.dtype)
+        if self.biased:
+            flat = flat + self.param("bias", nn.initializers.zeros_init(), (self.features,))[columns].astype(c.dtype)
         return flat.reshape(*x_BTD.shape[:-1], -1)
 
 
+def _dense(config, name, features, residual=False):
+    return Dense(config, features, biased=name in BIASES[config.biases], residual=residual, name=name)
+
+
 class Attention(nn.Module):
-    """Causal multi-head attention; `past` is this layer's (keys, values, slot to write at) or None.
+    """Causal attention; `past` is this layer's (keys, values, slot to write at) or None.
 
     select(x [B, T, ...]) -> [B, U, ...], if given, picks the tokens that are queries; all tokens are keys and values.
     """
@@ -140,46 +166,50 @@ class Attention(nn.Module):
     @nn.compact
     def __call__(self, x_BTD, attend_BTS, angles_BTJ, past):
         c = self.config
-        inner = c.heads * c.head_size
-        qkv = Dense(c, 3 * inner, name="qkv")
+        queries, both = c.heads * c.head_size, (c.heads + c.cached_heads) * c.head_size
+        qkv = _dense(c, "qkv", queries + 2 * c.cached_heads * c.head_size)
         if self.select is None:
-            parts = jnp.split(jax.lax.optimization_barrier(qkv(x_BTD)), 3, axis=-1)
+            parts = jnp.split(jax.lax.optimization_barrier(qkv(x_BTD)), [queries, both], axis=-1)
             angles_q = angles_BTJ
         else:
-            q = qkv(self.select(x_BTD), slice(inner))
-            parts = [q, *jnp.split(qkv(x_BTD, slice(inner, None)), 2, axis=-1)]
+            q = qkv(self.select(x_BTD), slice(queries))
+            parts = [q, *jnp.split(qkv(x_BTD, slice(queries, None)), 2, axis=-1)]
             attend_BTS = self.select(attend_BTS)
             angles_q = None if angles_BTJ is None else self.select(angles_BTJ)
         # Heads move next to the batch: products as `bthk,bshk->bhts` are three times slower on a CPU.
-        q_BHTK, k_BHSK, v_BHSK = (
-            jnp.moveaxis(part.reshape(*part.shape[:2], c.heads, c.head_size), 1, 2) for part in parts
-        )
+        q_BHTK, k_BASK, v_BASK = (jnp.moveaxis(part.reshape(*part.shape[:2], -1, c.head_size), 1, 2) for part in parts)
+        if c.qk_norm:
+            q_BHTK, k_BASK = _rms(c, "q_norm")(q_BHTK), _rms(c, "k_norm")(k_BASK)
         if angles_BTJ is not None:  # cached keys are already rotated: their positions never change
-            q_BHTK, k_BHSK = rotary.rotate(q_BHTK, angles_q[:, None]), rotary.rotate(k_BHSK, angles_BTJ[:, None])
+            q_BHTK, k_BASK = rotary.rotate(q_BHTK, angles_q[:, None]), rotary.rotate(k_BASK, angles_BTJ[:, None])
         if past is not None:
             keys, values, slot = past
-            k_BHSK = jax.lax.dynamic_update_slice_in_dim(keys, k_BHSK, slot, axis=2)
-            v_BHSK = jax.lax.dynamic_update_slice_in_dim(values, v_BHSK, slot, axis=2)
+            k_BASK = jax.lax.dynamic_update_slice_in_dim(keys, k_BASK, slot, axis=2)
+            v_BASK = jax.lax.dynamic_update_slice_in_dim(values, v_BASK, slot, axis=2)
         if c.fuses and past is None:
-            mixed_BHTK = attention.fused(q_BHTK, k_BHSK, v_BHSK, attend_BTS)
+            mixed_BHTK = attention.fused(q_BHTK, k_BASK, v_BASK, attend_BTS)
         else:
             causal = past is None and self.select is None
-            mixed_BHTK = attention.attend(q_BHTK, k_BHSK, v_BHSK, attend_BTS, causal=causal)
+            mixed_BHTK = attention.attend(q_BHTK, k_BASK, v_BASK, attend_BTS, causal=causal)
         mixed = jnp.moveaxis(mixed_BHTK, 1, 2).reshape(*parts[0].shape)
-        out = Dense(c, c.width, residual=True, name="out")
-        return out(jax.lax.optimization_barrier(mixed)), (k_BHSK, v_BHSK)
+        out = _dense(c, "out", c.width, residual=True)
+        return out(jax.lax.optimization_barrier(mixed)), (k_BASK, v_BASK)
 
 
 class MLP(nn.Module):
-    """The feed-forward layer: width -> 4 width -> width, GELU between."""
+    """The feed-forward layer: width -> feed_forward_size -> width, with GELU or a gate between."""
 
     config: Config
 
     @nn.compact
     def __call__(self, x_BTD):
         c = self.config
-        h_BTF = jax.nn.gelu(Dense(c, 4 * c.width, name="fc")(x_BTD), approximate=not c.exact_gelu)
-        return Dense(c, c.width, residual=True, name="proj")(h_BTF)
+        if c.feed_forward == "swiglu":
+            gate_BTF, up_BTF = jnp.split(_dense(c, "fc", 2 * c.hidden_size)(x_BTD), 2, axis=-1)
+            h_BTF = jax.nn.silu(gate_BTF) * up_BTF
+        else:
+            h_BTF = jax.nn.gelu(_dense(c, "fc", c.hidden_size)(x_BTD), approximate=not c.exact_gelu)
+        return _dense(c, "proj", c.width, residual=True)(h_BTF)
 
 
 class Block(nn.Module):
@@ -203,7 +233,7 @@ class Block(nn.Module):
         return sum_BTD + dropout(MLP(self.config, name="mlp")(_norm(self.config, "ln_2")(seen_BTD))), kv
 
 
-class GPT2(nn.Module):
+class Decoder(nn.Module):
     """The trunk: everything but the projection onto the vocabulary."""
 
     config: Config
@@ -230,8 +260,14 @@ class GPT2(nn.Module):
         positions_BT = jnp.maximum(seen - 1, 0)
         if (T if cache is None else cache.valid_BS.shape[1]) > c.context:  # else no position can be too large
             _check(positions_BT, c.context)
+        position_BS = None
+        if 0 < c.window < (max(T, slots) if cache is None else cache.valid_BS.shape[1]):  # else all are within it
+            position_BS = positions_BT
+            if cache is not None:
+                position_BS = jax.lax.dynamic_update_slice_in_dim(cache.position_BS, positions_BT, cache.used, axis=1)
+            attend_BTS &= positions_BT[:, :, None] - position_BS[:, None] < c.window
         if c.rotary_share:
-            angles_BTJ = rotary.angles(positions_BT, c.rotary_planes, c.rotary_base)
+            angles_BTJ = rotary.angles(positions_BT, _frequencies(c))
         else:
             angles_BTJ = None
             x_BTD = x_BTD + _embed(c, c.context, "wpe")(positions_BT)
@@ -248,11 +284,12 @@ class GPT2(nn.Module):
         keys, values = zip(*layers, strict=True)
         if cache is not None:
             valid_BS = jax.lax.dynamic_update_slice_in_dim(cache.valid_BS, mask_BT, cache.used, axis=1)
-            return x_BTD, KVCache(keys, values, valid_BS, cache.used + T)
+            return x_BTD, KVCache(keys, values, valid_BS, cache.used + T, position_BS)
         if not slots:
             return x_BTD, None
-        keys, values = (tuple(_widen(x_BHTK, slots, axis=2) for x_BHTK in each) for each in (keys, values))
-        return x_BTD, KVCache(keys, values, _widen(mask_BT, slots, axis=1), jnp.int32(T))
+        keys, values = (tuple(_widen(x_BATK, slots, axis=2) for x_BATK in each) for each in (keys, values))
+        position_BS = None if position_BS is None else _widen(position_BS, slots, axis=1)
+        return x_BTD, KVCache(keys, values, _widen(mask_BT, slots, axis=1), jnp.int32(T), position_BS)
 
 
 def _check(positions_BT, context):
@@ -279,4 +316,18 @@ def _embed(config, entries, name):
 
 
 def _norm(config, name):
+    if config.norm == "rms":
+        return _rms(config, name)
     return nn.LayerNorm(epsilon=config.norm_eps, name=name, dtype=config.dtype)
+
+
+def _rms(config, name):
+    return nn.RMSNorm(epsilon=config.norm_eps, name=name, dtype=config.dtype)
+
+
+def _frequencies(config):
+    frequencies_J = rotary.frequencies(config.rotary_planes, config.rotary_base)
+    if config.rotary_factor == 1:
+        return frequencies_J
+    turns = {"slow": config.rotary_slow, "fast": config.rotary_fast}
+    return rotary.scaled(frequencies_J, config.rotary_factor, context=config.rotary_context, **turns)
