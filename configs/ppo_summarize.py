@@ -32,7 +32,7 @@ import dataclasses
 from ml_collections import ConfigDict
 
 from rlhf_jax import config as configs
-from rlhf_jax.algorithms import policy_gradient, ppo
+from rlhf_jax.algorithms import dpo, policy_gradient, ppo
 from rlhf_jax.config import Config, Evaluation, Reward, Supervised, Text, Trace
 from rlhf_jax.data import sources
 from rlhf_jax.errors import InputError
@@ -77,6 +77,7 @@ def tiny():
         reward=Reward(lr=1e-3, warmup=20, adam_b2=0.95, steps=150, batch=32, eval_every=50),
         **configs.policies(lr=3e-4, steps=50, batch=64, epochs=2, temperature=1.0, eval_every=10)
         | {"policy_gradient": policy_gradient.Config()},
+        dpo=dpo.Config(lr=1e-4, steps=200, batch=32, eval_every=50),
         evaluation=Evaluation(prompts=512, batch=256, temperature=1.0),
         trace=Trace(every=10),
     )

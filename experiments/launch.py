@@ -32,7 +32,12 @@ from rlhf_jax.training import sharding
 CONFIG = config_flags.DEFINE_config_file("config", None, "Config file, and :argument.")
 WORKDIR = flags.DEFINE_string("workdir", None, "Folder of the run; the same command continues a stopped run.")
 
-SCRIPTS = {"summarize": "ppo_summarize.py", "write": "pg_tweets.py or pg_stories.py", "prompts": "rl.py"}  # by task
+SCRIPTS = {  # by task
+    "summarize": "ppo_summarize.py",
+    "write": "pg_tweets.py or pg_stories.py",
+    "prompts": "rl.py",
+    "arithmetic": "rl_arithmetic.py",
+}
 HELP = {"-h", "-?", "-help", "--help", "--helpshort", "--helpfull"}
 INDENT = 44  # columns of a field's name and value in the help
 

@@ -8,7 +8,7 @@ from typing import Any
 
 from rlhf_jax import alarms as limits
 from rlhf_jax import fields, hub, jsonfile
-from rlhf_jax.algorithms import POLICY, preference, supervised
+from rlhf_jax.algorithms import ALGORITHMS, POLICY, preference, supervised
 from rlhf_jax.data import corpus, sources
 from rlhf_jax.errors import InputError, listed, short
 from rlhf_jax.models import decoder
@@ -86,8 +86,8 @@ class Supervised(supervised.Config):
 class Reward(preference.Config):
     """The reward of reinforcement learning, and the training of the reward model where it is learned."""
 
-    # learned | gold: the embedded world's truth | sentiment: VADER's | rouge: ROUGE-L with the row's label |
-    # path/to/file.py:function (rewards/function.py)
+    # learned | gold: the embedded world's truth | sentiment: VADER's | rouge: ROUGE-L with the row's label | exact,
+    # partial: the label itself, or the share of its characters | path/to/file.py:function (rewards/function.py)
     kind: str = fields.path(LEARNED)
     # another workdir whose finished reward model is used; config and files must agree
     from_: str = fields.path(neutral=True)
@@ -99,8 +99,8 @@ def _with_algorithms(kind):
     for name, wanted in kind.__annotations__.items():
         found[name] = wanted
         if name == "reward":
-            found |= {each: algorithm.Config for each, algorithm in POLICY.items()}
-    for name, algorithm in POLICY.items():
+            found |= {each: algorithm.Config for each, algorithm in ALGORITHMS.items()}
+    for name, algorithm in ALGORITHMS.items():
         setattr(kind, name, algorithm.Config())
     kind.__annotations__ = found
     return kind
@@ -114,7 +114,7 @@ class Config:
     seed: int = fields.number(1, least=0, below=2**32, most=2**32)  # of weights, samples, and the order of rows
     seeds: int = fields.number(1, least=1)  # runs of the last stage, one after another; curves show the 95% band
     task: str = fields.choice("summarize", *TASKS)  # what is learned on; the section `data` is the task's
-    algorithm: str = fields.choice("ppo", *POLICY)  # the section that the last stage reads
+    algorithm: str = fields.choice("ppo", *ALGORITHMS)  # the section that the last stage reads
     text: Text = Text()
     data: Any = sources.Config()  # of the task: tasks.TASKS[task].Config
     model: decoder.Config = decoder.Config()
@@ -136,7 +136,7 @@ class Config:
 
     def unused(self):
         """Fields without effect, and why; a section stands for all of its fields."""
-        for name in POLICY:
+        for name in ALGORITHMS:
             if name != self.algorithm:
                 yield name, f"algorithm is {self.algorithm}"
         for name in ("pretrain", "sft"):
@@ -147,7 +147,7 @@ class Config:
         if not self.learned:
             for field in _names(self, "reward"):
                 if field != "reward.kind":
-                    yield field, f"reward is {self.reward.kind}"
+                    yield field, f"reward is {self.reward.kind}" if self.sampled else f"algorithm is {self.algorithm}"
         if not (self.pretrain.steps or self.sft.steps):
             yield "model.dropout", "pretrain.steps and sft.steps are 0"
         yield from TASKS[self.task].unused(self)
@@ -160,7 +160,17 @@ class Config:
     @property
     def learned(self):
         """Whether the reward is a reward model."""
-        return self.reward.kind == LEARNED
+        return self.reward.kind == LEARNED and self.sampled
+
+    @property
+    def named(self):
+        """Whether the reward is a function with a name, which may also only measure."""
+        return self.reward.kind != LEARNED
+
+    @property
+    def sampled(self):
+        """Whether the last stage learns from its own samples, not from preference pairs."""
+        return self.algorithm in POLICY
 
 
 WRITE: dict[str, Any] = {  # defaults of the task `write` where they differ from Config's
@@ -181,11 +191,17 @@ def write(**sections) -> Config:
 
 
 def policies(**values) -> dict[str, Any]:
-    """A section for each policy algorithm with these values: {name: section}. A value counts where a section has it."""
+    """A section for each policy algorithm with these values: {name: section}. A value counts where a section has it.
+
+    `group` counts where its range allows it: a pair stays a pair.
+    """
     found = {}
     for name, algorithm in POLICY.items():
-        known = {field.name for field in dataclasses.fields(algorithm.Config)}
-        found[name] = algorithm.Config(**{field: value for field, value in values.items() if field in known})
+        known = {field.name: field.metadata for field in dataclasses.fields(algorithm.Config)}
+        fitting = {key: value for key, value in values.items() if key in known}
+        if "group" in fitting and fitting["group"] not in known["group"]["range"]:
+            del fitting["group"]
+        found[name] = algorithm.Config(**fitting)
     return found
 
 
@@ -343,9 +359,9 @@ def _check_files(config):
         for field, path in named.items()
         if not hub.is_name(path) or Path(path).suffix in (".safetensors", ".json")
     }
-    local = config.data.source != "hub"  # a file that is named but not read is as likely a mistake
-    names = ("path",) if config.task == "write" else ("sft", "preferences", "prompts")
-    paths |= {f"data.{name}": getattr(config.data, name) for name in names if local}
+    local = getattr(config.data, "source", "") != "hub"  # a file that is named but not read is as likely a mistake
+    names = [name for name in ("path", "sft", "preferences", "prompts") if local and hasattr(config.data, name)]
+    paths |= {f"data.{name}": getattr(config.data, name) for name in names}
     if config.text.template != "none":
         paths["text.template"] = config.text.template
     if missing := [f"{field} = {path!r}" for field, path in paths.items() if path and not _exists(path)]:
@@ -368,12 +384,11 @@ def _reward(config, _):
         yield "pretrain.steps", "0, as only task = write has plain texts to pretrain on"
     if config.learned and not config.reward.steps:
         yield "reward.steps", "more than 0 where the reward is learned"
-    if config.reward.kind == "gold" and (config.task == "write" or config.data.source != "world"):
-        yield (
-            "reward.kind",
-            "learned, sentiment, rouge or path/to/file.py:function where no row has a record (data.source)",
-        )
-    elif not config.learned:
+    if config.reward.kind == "gold" and getattr(config.data, "source", "") != "world":
+        others = ", ".join(name for name in function.NAMED if name != "gold")
+        expected = f"learned, {others} or path/to/file.py:function where no row has a record (data.source)"
+        yield "reward.kind", expected
+    elif config.named:
         reward = function.load(config.reward.kind)  # its own InputError names what is wrong
         if reward.takes_rows and config.task == "write":
             yield "reward.kind", "a function of texts alone where task is write, whose rows hold nothing"
@@ -386,16 +401,16 @@ def _lengths(config, _):
     if config.task == "write":
         if model.context < data.length:
             yield "model.context", f"at least data.length = {data.length}"
-        if config.rl.lanes:
+        if getattr(config.rl, "lanes", 0):
             yield f"{config.algorithm}.lanes", "0 (samples start from nothing, and all at once)"
-        if config.rl.widths != 1:
+        if getattr(config.rl, "widths", 1) != 1:
             yield f"{config.algorithm}.widths", "1 (samples start from nothing, there is no padding)"
         return
     for name in ("response_length", "pair_length"):
         longest = data.prompt_length + getattr(data, name)
         if model.context < longest:
             yield "model.context", f"at least data.prompt_length + data.{name} = {longest}"
-    if config.rl.widths > data.prompt_length:
+    if getattr(config.rl, "widths", 1) > data.prompt_length:
         yield f"{config.algorithm}.widths", f"at most data.prompt_length = {data.prompt_length}"
 
 
@@ -407,7 +422,7 @@ def _batches(config, devices):
         if part.batch % (minibatches * part.microbatches * devices):
             parts = f"minibatches x microbatches x devices = {minibatches * part.microbatches} x {devices}"
             yield f"{name}.batch", f"a multiple of {parts}"
-    lanes, batch = config.rl.lanes, config.rl.batch
+    lanes, batch = getattr(config.rl, "lanes", 0), config.rl.batch
     if lanes and (batch % lanes or lanes % devices):
         yield (
             f"{config.algorithm}.lanes",

@@ -12,7 +12,7 @@ import jax
 
 from rlhf_jax import config as configs
 from rlhf_jax import fields, hub, out_of_memory, provenance, rollout, tasks, text
-from rlhf_jax.algorithms import POLICY
+from rlhf_jax.algorithms import ALGORITHMS
 from rlhf_jax.errors import InputError
 from rlhf_jax.evaluate import seeds
 from rlhf_jax.models import heads, hf
@@ -21,7 +21,7 @@ from rlhf_jax.report.console import Silent
 from rlhf_jax.rewards import Reward, function, learned, rouge
 from rlhf_jax.stages import Setup
 from rlhf_jax.stages.language_model import language_model
-from rlhf_jax.stages.preference import check_references, reward_model
+from rlhf_jax.stages.preference import check_references, dpo, reward_model
 from rlhf_jax.stages.rl import rl
 from rlhf_jax.text import bpe, char, files
 from rlhf_jax.training import sharding
@@ -30,7 +30,7 @@ from rlhf_jax.training.workdir import Workdir
 from rlhf_jax.viz import recorder
 
 PADDING = 512  # a model must have fewer than this many ids beyond the tokenizer's; Qwen2.5 has 271
-KINDS = {"pretrain": "pretrain", "sft": "sft", "reward": "preferences"}  # of rows by stage; the last stage has prompts
+KINDS = {"pretrain": "pretrain", "sft": "sft", "reward": "preferences"}  # of rows by stage
 
 
 def run(config, workdir, reporter=None, stop=None, only=None, given=None) -> dict:
@@ -195,18 +195,22 @@ class Stages:
         if name == "reward":
             return reward_model(name, setup, config.reward, policy)
         scalar, section = setup.apply.scalar, config.rl
+        key = jax.random.fold_in(setup.key("rl"), seed)  # not split: a seed samples the same alone and among others
+        sides = ("_before", "_after") if config.task == "write" else ("_sft", "")
         reward: Reward
+        if not config.sampled:
+            measure = function.load(config.reward.kind) if config.named else None
+            return dpo(name, setup, section, policy, measure, key=key, sides=sides)
         if config.learned:
             params = self.parameters("reward", "reward", scalar.zero_head(policy))
             sampling = setup.sampling(section.temperature, lanes=section.lanes, widths=section.widths)
             reward = learned.Learned(setup.apply, params, sampling, setup.jit)
         else:
             params, reward = None, function.load(config.reward.kind, self.reporter.waiting)
-        algorithm, value = POLICY[config.algorithm], None
+        algorithm, value = ALGORITHMS[config.algorithm], None
         if algorithm.NEEDS_VALUE:
             with_reward = config.learned and section.value_init in ("auto", "reward")
             value = params if with_reward else scalar.zero_head(policy)
-        key = jax.random.fold_in(setup.key("rl"), seed)  # not split: a seed samples the same alone and among others
         beside: tuple[dict, ...] = ()
         if "pretrain" in self.names:
             beside = tuple(
@@ -215,7 +219,7 @@ class Stages:
         return rl(
             name, setup, section, algorithm, reward, policy,
             value=value, watch=config.alarms, keep_best=config.evaluation.result == "best", key=key,
-            sides=("_before", "_after") if config.task == "write" else ("_sft", ""), beside=beside,
+            sides=sides, beside=beside,
         )  # fmt: skip
 
     # Training
@@ -254,7 +258,7 @@ class Stages:
         if todo and todo[0] == self.names[0] and self.config.model.init:
             _weights(self.config.model.init)  # a failed download must be an error before hours of tokenization
         for name in todo:  # errors in the data are found now, not when the stage begins
-            self.task.rows(KINDS.get(name, "prompts"))
+            self.task.rows(self._kind(name))
         self._open()
         self._begin(todo)
         for name in todo:
@@ -275,9 +279,13 @@ class Stages:
                 return summary
         return self._conclude()
 
+    def _kind(self, name):
+        """The kind of the rows that a stage trains on."""
+        return KINDS.get(name, "prompts" if self.config.sampled else "preferences")
+
     def _check_data(self, name):
         """Encodes what a stage trains on, notes what was cut or skipped, and checks that it is enough."""
-        kind = KINDS.get(name, "prompts")
+        kind = self._kind(name)
         if kind not in self._noted:
             self._noted.add(kind)
             for note in self.setup.arrays(kind).notes:

@@ -22,7 +22,7 @@ def depends(config, stage) -> dict:
     if "reward" not in record and (stage == configs.rl_name(config) or config.task == "write"):
         record["reward"] = {"kind": config.reward.kind}
     files = fingerprints(config)
-    if "reward" in record and not config.learned and (digest := function.fingerprint(config.reward.kind)):
+    if "reward" in record and config.named and (digest := function.fingerprint(config.reward.kind)):
         files[f"reward = {config.reward.kind}"] = digest
     return record | {"section": configs.section(config, stage), "sha256": files}
 

@@ -11,9 +11,10 @@ import pytest
 
 from rlhf_jax import config as configs
 from rlhf_jax import provenance
-from rlhf_jax.algorithms import POLICY
+from rlhf_jax.algorithms import ALGORITHMS
 from rlhf_jax.data import corpus
 from rlhf_jax.data.sources import COLUMNS
+from rlhf_jax.tasks import TASKS
 from tests.support import error
 
 ROOT = Path(__file__).parents[1]
@@ -126,8 +127,8 @@ def test_the_edge_of_what_is_possible(changes):
         ("sft.schedule", "step", "linear or cosine or constant, got 'step'"),
         ("reward.schedule", "step", "linear or cosine or constant, got 'step'"),
         ("ppo.schedule", "step", "linear or cosine or constant, got 'step'"),
-        ("task", "translate", "summarize or write or prompts, got 'translate'"),
-        ("algorithm", "no", f"{' or '.join(POLICY)}, got 'no'"),
+        ("task", "translate", f"{' or '.join(TASKS)}, got 'translate'"),
+        ("algorithm", "no", f"{' or '.join(ALGORITHMS)}, got 'no'"),
         ("evaluation.result", "first", "last or best, got 'first'"),
         ("data.cut", "middle", "left or right or newline or skip or error, got 'middle'"),
         ("seed", -1, "at least 0 and less than 4.29497e+09, got -1"),
@@ -285,7 +286,7 @@ def test_a_damaged_config_of_a_run_is_named_with_its_remedy(content, reason, tmp
 
 def test_a_config_of_a_run_is_in_its_ranges(tmp_path):
     (tmp_path / "config.json").write_text(json.dumps(tree(algorithm="no")))
-    assert f"config.json: algorithm: expected {' or '.join(POLICY)}, got 'no';" in error(configs.read, tmp_path)
+    assert f"config.json: algorithm: expected {' or '.join(ALGORITHMS)}, got 'no';" in error(configs.read, tmp_path)
     (tmp_path / "config.json").write_text(json.dumps(tree(task=[])))
     assert "config.json: task: expected str, got []" in error(configs.read, tmp_path)
 
@@ -325,6 +326,9 @@ def test_every_field_is_read(field):
         ({"algorithm": "policy_gradient"}, ["sft", "reward", "policy_gradient"]),
         ({"sft.steps": 0}, ["reward", "ppo"]),
         ({"reward": "sentiment"}, ["sft", "ppo"]),
+        ({"algorithm": "grpo"}, ["sft", "reward", "grpo"]),
+        ({"algorithm": "dpo"}, ["sft", "dpo"]),  # it needs no reward model
+        ({"algorithm": "dpo", "reward": "gold"}, ["sft", "dpo"]),
         ({"reward": "gold", "algorithm": "policy_gradient", "sft.steps": 0}, ["policy_gradient"]),
     ],
 )
@@ -374,7 +378,8 @@ def test_a_stage_may_be_from_elsewhere(name):
     assert f"{name}.from_: no such field" in error(configs.parse, tree(**{f"{name}.from_": "runs/a"}))
 
 
-GOLD = "learned, sentiment, rouge or path/to/file.py:function where no row has a record (data.source), got 'gold'"
+KNOWN = "learned, sentiment, rouge, exact, partial or path/to/file.py:function"
+GOLD = f"{KNOWN} where no row has a record (data.source), got 'gold'"
 
 
 def test_what_an_algorithm_or_a_reward_needs(tmp_path):

@@ -5,7 +5,7 @@ import math
 import pytest
 
 from rlhf_jax import config, fields
-from rlhf_jax.algorithms import POLICY, policy, ppo
+from rlhf_jax.algorithms import ALGORITHMS, POLICY, policy, ppo
 from rlhf_jax.training import optim
 from tests.support import error
 
@@ -187,12 +187,14 @@ def changed(task, /, **changes):
 def of_tasks(found):
     """{(task, path): field} of the fields that found(config) yields, those of an algorithm once."""
     pairs = ((task, path, field) for task, whole in WHOLE.items() for path, field in found(whole))
-    return {(task, path): field for task, path, field in pairs if task != "write" or path.split(".")[0] not in POLICY}
+    return {
+        (task, path): field for task, path, field in pairs if task != "write" or path.split(".")[0] not in ALGORITHMS
+    }
 
 
 NUMBERS = of_tasks(fields.numbers)
 CHOICES = {key: field for key, field in of_tasks(leaves).items() if "choices" in field.metadata}
-STAGES = ("pretrain", "sft", "reward", *POLICY)
+STAGES = ("pretrain", "sft", "reward", *ALGORITHMS)
 
 
 def having(task, key):
@@ -239,6 +241,7 @@ def test_which_fields_are_choices():
         *("pretrain.loss_on", "sft.loss_on", "ppo.value_init", "policy_gradient.baseline", "reinforce_pp.baseline"),
         *(f"{name}.{field}" for name in POLICY for field in ("missing_eos", "reduction", "kl")),
         *(f"{name}.{field}" for name in ("rloo", "grpo", "dr_grpo", "dapo") for field in ("baseline", "scale")),
+        *("dpo.loss", "dpo.total", "online_dpo.loss"),
     }
     assert having("summarize", "choices") == both | {"data.source", "data.cut"}
     assert having("write", "choices") == both | {"data.kind", "data.source", "data.sentiment"}

@@ -1,8 +1,22 @@
-"""The algorithms, one a file. POLICY lists those that `--config.algorithm=...` chooses from; each has a section."""
+"""The algorithms, one a file. `--config.algorithm=...` chooses from ALGORITHMS; each has a section of the config."""
 
-from rlhf_jax.algorithms import dapo, dr_grpo, grpo, policy_gradient, ppo, reinforce_pp, rloo
+from typing import Any
+
+from rlhf_jax.algorithms import (
+    best_of_n,
+    dapo,
+    dpo,
+    dr_grpo,
+    grpo,
+    online_dpo,
+    policy_gradient,
+    ppo,
+    reinforce_pp,
+    rloo,
+)
 from rlhf_jax.algorithms.policy import Algorithm
 
+# They learn from their own samples and a reward.
 POLICY: dict[str, Algorithm] = {
     "ppo": ppo,
     "policy_gradient": policy_gradient,
@@ -11,4 +25,8 @@ POLICY: dict[str, Algorithm] = {
     "grpo": grpo,
     "dr_grpo": dr_grpo,
     "dapo": dapo,
+    "online_dpo": online_dpo,
+    "best_of_n": best_of_n,
 }
+
+ALGORITHMS: dict[str, Any] = POLICY | {"dpo": dpo}  # DPO learns from preference pairs

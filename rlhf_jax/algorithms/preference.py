@@ -32,19 +32,23 @@ def init(reward, key, *, tx):
     return TrainState.create(key, reward=reward, optimizer={"reward": tx.init(reward)})
 
 
-def scores(reward, batch, *, apply):
-    """(chosen [B], rejected [B]): the reward model's scores of both completions, read at EOS.
-
-    Both sides go through the model in one pass of 2B rows. Dropout is off: a noisy score would be a noisy label.
-    """
+def sides(batch):
+    """(tokens [2B, T], mask [2B, T]): the chosen completions after their prompts, then the rejected ones."""
 
     def join(prompt, chosen, rejected):
         both = jnp.concatenate([batch[chosen], batch[rejected]])
         return jnp.concatenate([jnp.tile(batch[prompt], (2, 1)), both], axis=1)
 
     tokens_BT = join("prompt_BP", "chosen_BR", "rejected_BR")
-    mask_BT = join("prompt_mask_BP", "chosen_mask_BR", "rejected_mask_BR")
-    return jnp.split(apply.scalar.score(reward, tokens_BT, mask_BT), 2)
+    return tokens_BT, join("prompt_mask_BP", "chosen_mask_BR", "rejected_mask_BR")
+
+
+def scores(reward, batch, *, apply):
+    """(chosen [B], rejected [B]): the reward model's scores of both completions, read at EOS.
+
+    Both sides go through the model in one pass of 2B rows. Dropout is off: a noisy score would be a noisy label.
+    """
+    return jnp.split(apply.scalar.score(reward, *sides(batch)), 2)
 
 
 def loss(reward, batch, *, apply):

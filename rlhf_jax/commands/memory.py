@@ -11,6 +11,7 @@ import jax.numpy as jnp
 
 from rlhf_jax import generate, rollout, tasks
 from rlhf_jax.algorithms import POLICY
+from rlhf_jax.errors import InputError
 from rlhf_jax.models import heads
 from rlhf_jax.rewards import function, learned
 from rlhf_jax.stages.rl import Iteration
@@ -26,6 +27,10 @@ def rl(config, vocab_size, devices=1):
     judge is the larger of two: reference and values, or the scores of a learned reward. The guard keeps no copy of what
     an update changes. The batch is spread over the devices; communication between them is not counted.
     """
+    if not config.sampled:
+        raise InputError(
+            f"algorithm: expected {' or '.join(POLICY)}, whose iterations are measured, got {config.algorithm}"
+        )
     task, section = tasks.load(config), _share(config.rl, devices)
     model = dataclasses.replace(config.model, vocab_size=config.model.vocab_size or vocab_size)
     apply = rollout.Apply(heads.LanguageModel(model), heads.ScalarModel(model))

@@ -16,6 +16,36 @@ def bradley_terry(chosen_B, rejected_B):
     return -jax.nn.log_sigmoid(chosen_B - rejected_B)
 
 
+SMOOTHED = ("sigmoid", "robust")
+DPO = (*SMOOTHED, "ipo", "hinge")
+
+
+def dpo(chosen_B, rejected_B, chosen_ref_B, rejected_ref_B, *, beta, kind="sigmoid", smoothing=0.0):
+    """Direct preference optimization: one loss a pair, from log-probs of whole completions (sums or means of tokens).
+
+        h = (chosen - chosen_ref) - (rejected - rejected_ref)        L(x) = -log sigmoid(x)
+
+        sigmoid   (1 - e) L(beta h) + e L(-beta h)                   Rafailov et al. 2023, arXiv 2305.18290, eq. 7; with
+                                                                     e = smoothing > 0 conservative (Mitchell 2023)
+        robust    ((1 - e) L(beta h) - e L(-beta h)) / (1 - 2 e)     Chowdhury et al. 2024, arXiv 2403.00409, eq. 9:
+                                                                     unbiased where a share e of the pairs is swapped
+        ipo       (h - 1 / (2 beta))^2                               Azar et al. 2023, arXiv 2310.12036, eq. 17
+        hinge     max(0, 1 - beta h)                                 SLiC-HF, Zhao et al. 2023, arXiv 2305.10425
+
+    beta > 0, 0 <= smoothing < 1/2; ipo and hinge have no smoothing. log-probs in nats. beta h is the difference of the
+    implicit rewards.
+    """
+    h_B = (chosen_B - chosen_ref_B) - (rejected_B - rejected_ref_B)
+    if kind == "ipo":
+        return jnp.square(h_B - 1 / (2 * beta))
+    if kind == "hinge":
+        return jax.nn.relu(1 - beta * h_B)
+    right_B, swapped_B = -jax.nn.log_sigmoid(beta * h_B), -jax.nn.log_sigmoid(-beta * h_B)
+    if kind == "robust":
+        return ((1 - smoothing) * right_B - smoothing * swapped_B) / (1 - 2 * smoothing)
+    return (1 - smoothing) * right_B + smoothing * swapped_B
+
+
 def policy_gradient(logp, advantages, mask, *, weight_B=None):
     """-A log p: its gradient is minus the policy gradient (REINFORCE; Williams 1992). `weight_B` as in `ppo_policy`."""
     return masked.mean(-advantages * logp, mask, weight_B=weight_B)

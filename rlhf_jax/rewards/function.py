@@ -26,9 +26,15 @@ from typing import Any
 import numpy as np
 
 from rlhf_jax.errors import STOPPED, InputError
-from rlhf_jax.rewards import Completions, gold, rouge, sentiment
+from rlhf_jax.rewards import Completions, answers, gold, rouge, sentiment
 
-NAMED: dict[str, Callable] = {"sentiment": sentiment.compound, "gold": gold.of_rows, "rouge": rouge.of_rows}
+NAMED: dict[str, Callable] = {
+    "sentiment": sentiment.compound,
+    "gold": gold.of_rows,
+    "rouge": rouge.of_rows,
+    "exact": answers.exact,
+    "partial": answers.partial,
+}
 
 
 class Function:

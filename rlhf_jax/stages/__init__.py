@@ -130,12 +130,14 @@ class Setup:
         """The random key of one of PURPOSES."""
         return jax.random.fold_in(jax.random.key(self.seed), PURPOSES.index(purpose))
 
-    def batch_at(self, kind: str, batch: int, stage: str, field: str, group: int = 1) -> Callable[[int], dict]:
+    def batch_at(
+        self, kind: str, batch: int, stage: str, field: str, group: int = 1, more: dict | None = None
+    ) -> Callable[[int], dict]:
         """A stage's batches on the devices, in its own order; each row `group` times, next to each other.
 
-        An error names the config's `field`.
+        `more` has other arrays of the same rows. An error names the config's `field`.
         """
-        arrays = self.arrays(kind).train
+        arrays = self.arrays(kind).train | (more or {})
         if batch > (rows := len(arrays["index_N"]) * group):
             named = "the number of training rows" if group == 1 else f"the number of training rows x group = {group}"
             raise InputError(f"{field}: expected at most {rows}, {named}, got {batch}")

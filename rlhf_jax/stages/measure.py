@@ -24,7 +24,7 @@ class Measured:
 
 
 def measurement(setup, config, reward):
-    """A function (state, key) -> Measured.
+    """A function (state, key) -> Measured; reward: None where there is none, and only `task.judge` says how good it is.
 
     KL is measured at the training temperature, everything else at the evaluation temperature.
     """
@@ -54,7 +54,7 @@ def measurement(setup, config, reward):
                 "eos_rate": drawn.eos_B,
                 "length": drawn.length_B,
             }
-            if not reward.on_host:
+            if reward and not reward.on_host:
                 rows[reward.metric] = rewards.total(reward(state.reward, rewards.Completions((), drawn, setup.decode)))
             return rows
 
@@ -68,7 +68,7 @@ def measurement(setup, config, reward):
             rows |= {name: trained[name] for name in ("kl", "kl_exact")}
         tokens = {name: rows.pop(name) for name in ("response", "mask", "logp", "logp_ref")}
         texts = setup.decode(tokens["response"], tokens["mask"])
-        if reward.on_host:
+        if reward and reward.on_host:
             rows |= named(reward, reward.scores(questions, texts))
         rows |= judge(setup.task, reward, questions, texts)
         numbers = {name: float(np.mean(values)) for name, values in rows.items()}
@@ -80,7 +80,7 @@ def measurement(setup, config, reward):
 
 def judge(task, reward, rows, texts):
     """`task.judge`, or nothing where that is the reward itself, so that a function scores each completion once."""
-    return {} if getattr(task, "reward", None) == reward.name else task.judge(rows, texts)
+    return {} if reward and getattr(task, "reward", None) == reward.name else task.judge(rows, texts)
 
 
 def means(rows):
@@ -102,13 +102,21 @@ def compare(first, last, sides, metric):
     numbers: dict[str, Any] = {}
     for name, value in last.numbers.items():
         numbers |= {name: value, f"{name}{after}": value, f"{name}{before}": first.numbers[name]}
-    for name in (name for name in (metric, "gold") if name in last.rows):
+    for name in dict.fromkeys(name for name in (metric, "gold") if name in last.rows):
         gain, ci95 = interval.paired_gain(last.rows[name], first.rows[name])
         spread = float(np.std(first.rows[name]))
         numbers |= {f"{name}_gain": gain, f"{name}_ci95": ci95, f"{name}{before}_sd": spread}
     best = "gold" if "gold" in last.rows else metric
+    if best is None:
+        return numbers
     rate, ci95 = win_rate.win_rate(last.rows[best], first.rows[best])
     return numbers | {"win_rate": rate, "win_rate_ci95": ci95}
+
+
+def metric_of(measured, reward):
+    """The number that a policy is judged by: gold where it is known, then the reward, then the task's own; or None."""
+    names = ("gold", reward.metric if reward else "", "exact", "reward")
+    return next((name for name in names if name in measured.rows), None)
 
 
 def table(first, last, numbers, metric):

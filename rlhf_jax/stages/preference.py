@@ -1,14 +1,16 @@
-"""The reward model: trained on preference pairs, from the trunk of the policy before it."""
+"""What learns from preference pairs: the reward model, from the trunk of the policy before it; and DPO, the policy."""
 
 import functools
 
 import numpy as np
 
+from rlhf_jax import rewards
+from rlhf_jax.algorithms import dpo as dpo_algorithm
 from rlhf_jax.algorithms import preference, supervised
 from rlhf_jax.errors import InputError
 from rlhf_jax.evaluate import accuracy
 from rlhf_jax.report import plots
-from rlhf_jax.stages import Evaluation, Setup, Stage, Step, Summary
+from rlhf_jax.stages import Evaluation, Setup, Stage, Step, Summary, measure
 from rlhf_jax.training import optim, sharding
 
 LEAST_STD = 1e-6  # of the references' scores: with less spread they cannot be normalized
@@ -107,3 +109,100 @@ def check_references(setup: Setup) -> None:
             f"data.sft: expected at least 2 different held-out rows, to normalize the reward model by; "
             f"got 1 in {len(rows_NT)} rows"
         )
+
+
+def dpo(
+    name: str,
+    setup: Setup,
+    config: dpo_algorithm.Config,
+    policy,
+    reward: rewards.Reward | None = None,
+    *,
+    key=None,
+    sides: tuple[str, str] = ("_sft", ""),
+) -> Stage:
+    """The stage that trains `policy` on (prompt, chosen, rejected). `reward`, if any, only measures the policy."""
+    apply = setup.apply
+    encoded, rows = setup.arrays("preferences"), setup.task.rows("preferences").held_out
+    tx = optim.adamw(config, config.steps)
+    parts = {"config": config, "apply": apply}
+    step_parts = {"tx": tx, "guard": setup.guard.action, "record": setup.record}
+    learn = setup.jit(functools.partial(dpo_algorithm.step, **parts, **step_parts), donate_argnums=0)
+    logprobs = setup.jit(functools.partial(dpo_algorithm.logprobs, **parts))
+
+    def read(policy, arrays):
+        """Log-probs ([N], [N]) of the chosen and of the rejected completions."""
+        found = setup.over(arrays, lambda batch: logprobs(policy, batch))
+        return found["chosen_B"], found["rejected_B"]
+
+    def referred(arrays):
+        chosen_N, rejected_N = read(policy, arrays)
+        return {"chosen_ref_N": chosen_N, "rejected_ref_N": rejected_N}
+
+    train_refs, held_out_refs = referred(encoded.train), referred(encoded.held_out)
+    measured = measure.measurement(setup, config, reward)
+
+    def step(state, batch, record=False):
+        state, numbers = learn(state, batch)
+        update = numbers.pop("record", None)
+        return Step(state, numbers, record={"batch": batch, "update": update} if record else None)
+
+    def evaluation(state, found):
+        both = zip(read(state.policy, encoded.held_out), held_out_refs.values(), strict=True)
+        gains = [config.beta * (logp_N - ref_N) for logp_N, ref_N in both]  # implicit rewards
+        rate, ci95 = accuracy.accuracy(*gains)
+        numbers = found.numbers | {"accuracy": rate, "margin": float(np.mean(gains[0] - gains[1]))}
+        shown = [
+            {"prompt": row["prompt"], "completion": text}
+            for row, text in zip(setup.questions("prompts")[1], found.texts, strict=True)
+        ]
+        pairs = [
+            {key: rows[i][key] for key in ("prompt", "chosen", "rejected")}
+            | {"score_chosen": float(chosen), "score_rejected": float(rejected)}
+            for i, chosen, rejected in zip(encoded.held_out["index_N"], *gains, strict=True)
+        ]
+        record = {"pairs": {"chosen_N": gains[0], "rejected_N": gains[1]}, "samples": pairs}
+        return Evaluation(numbers, (found, ci95), tuple(shown[: setup.evaluation.samples]), record)
+
+    def summarize(state, evaluated):
+        last, ci95 = evaluated.details
+        metric = measure.metric_of(last, reward)
+        numbers = measure.compare(before, last, sides, metric) | {"accuracy_ci95": ci95}
+        first, now = (_completions(found, metric) for found in (before, last))
+        samples = measure.side_by_side(name, setup.questions("prompts")[1], first, now, (), metric, setup.task)
+
+        def plot(rows, folder, run):
+            plots.reward(rows, folder / "dpo.png", name, title=setup.title(run, name))
+            return {}
+
+        return Summary(numbers, samples, plot, measure.table(before, last, numbers, metric))
+
+    state = dpo_algorithm.init(policy, setup.key("rl") if key is None else key, tx=tx)
+    state = sharding.replicate(state, setup.mesh)
+    before = measured(state)
+    return Stage(
+        name=name,
+        config=config,
+        state=state,
+        batch_at=setup.batch_at("preferences", config.batch, "rl", f"{name}.batch", more=train_refs),
+        step=step,
+        learn=learn,
+        evaluate=lambda state: evaluation(state, measured(state)),
+        best=("accuracy", max),
+        result=("policy",),
+        summarize=summarize,
+        headlines=("accuracy", "score", "reward", "gold", "win_rate", "kl_exact", "eos_rate"),
+        first=evaluation(state, before),
+        frozen=("reference",),
+        guard=setup.guard,
+    )
+
+
+def _completions(measured, metric):
+    """Columns of samples.jsonl: completions with their scores, where the policy is judged by a number."""
+    if metric is None:
+        return [{"completion": text} for text in measured.texts]
+    return [
+        {"completion": text, "score": float(score)}
+        for text, score in zip(measured.texts, measured.rows[metric], strict=True)
+    ]

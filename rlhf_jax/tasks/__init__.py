@@ -4,12 +4,13 @@ A task is a frozen value, made without side effects. Rows are read on first use;
 Kinds of rows: "pretrain" (plain texts), "sft" (prompt and label), "preferences" (prompt, chosen, rejected), "prompts".
 """
 
-from rlhf_jax.tasks import prompts, summarize, write
+from rlhf_jax.tasks import arithmetic, prompts, summarize, write
 from rlhf_jax.tasks.task import Encoded, Rows, Task
 
 __all__ = ["TASKS", "Encoded", "Rows", "Task", "load"]
 
-TASKS = {"summarize": summarize, "write": write, "prompts": prompts}  # what a config's `task` chooses from
+# What a config's `task` chooses from.
+TASKS = {"summarize": summarize, "write": write, "prompts": prompts, "arithmetic": arithmetic}
 
 
 def load(config) -> Task:

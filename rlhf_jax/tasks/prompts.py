@@ -127,7 +127,7 @@ def make(config) -> Task:
 def unused(config):
     """Fields of a whole config of this task that have no effect, and why."""
     data, reward = config.data, f"reward is {config.reward.kind}"
-    if config.reward.kind != "learned":
+    if config.sampled and not config.learned:
         for name in ("data.preferences", "data.pair_length", "data.columns.chosen", "data.columns.rejected"):
             yield name, reward
         yield "data.world_preferences", reward

@@ -73,7 +73,7 @@ def unused(config):
     """Fields of a whole config of this task that have no effect, and why."""
     for name in ("pretrain", "sft"):
         yield f"{name}.loss_on", "a row has no prompt where task is write"
-    if not config.sft.steps and config.reward.kind != "learned":
+    if not config.sft.steps and config.sampled and not config.learned:
         for name in ("data.sentiment", "data.min_reward"):
             yield name, f"sft.steps is 0 and reward is {config.reward.kind}"
 

@@ -114,9 +114,7 @@ class Run:
     @property
     def reward_name(self) -> str:
         """The reward that scores completions: "learned", "sentiment", a file and function, or none (empty)."""
-        if self.config.learned:
-            return self.config.reward.kind if self.has_reward_model else ""
-        return self.config.reward.kind
+        return self.config.reward.kind if self.config.named or self.has_reward_model else ""
 
     @property
     def votes(self) -> int:
@@ -280,10 +278,10 @@ class Run:
         """
         found: list[dict[str, Any]] = [{} for _ in rows]
         texts = [end["text"] for end in ends]
-        if self.config.learned and self.has_reward_model:
+        if not self.config.named and self.has_reward_model:
             for row, score in zip(found, self.model.score_tokens(rows).tolist(), strict=True):
                 row["score"] = round(score, 5)
-        elif not self.config.learned:
+        elif self.config.named:
             try:
                 reward = function.load(self.config.reward.kind)
                 parts = reward.scores([{"prompt": prompt.text}] * len(texts), texts)

@@ -40,6 +40,7 @@ IDENTITIES = {
     "ratio": "ratio = exp(new log p - old log p)",
     "first ratio": "ratio = 1 in the first minibatch",
     "policy loss": "max(-A ratio, -A clip(ratio, 1 - eps, 1 + eps'))",
+    "pair loss": "DPO's loss of h = (log p - log p_ref) of the better completion minus that of the worse",
     "KL loss": "k2, k3 or the exact KL of the new policy, >= 0",
     "value loss": "max((V - R)^2, (clip(V, V_old - eps, V_old + eps) - R)^2)",
     "minibatch": "masked means are the minibatch's scalars",
@@ -124,6 +125,8 @@ def claims(file: File, manifest: dict) -> Iterator[Claim]:
         yield from _supervised(file)
     elif file.kind == "iter" and algorithm == "preference":
         yield from _preference(file)
+    elif file.kind == "iter" and algorithm == "dpo":
+        yield from _dpo(file)
     elif file.kind == "iter":
         yield from _rollout(file, manifest)
         yield from _logits(file, manifest)
@@ -229,6 +232,10 @@ def _estimates(file, algorithm):
         yield Claim("group", "rollout.raw_advantages_BR", raw, np.where(mask, expected, 0))
         equal = np.ptp(final.reshape(-1, config["group"]), axis=1) == 0
         yield _logged(file, "group", "groups_equal", equal.mean())
+    elif algorithm in ("online_dpo", "best_of_n"):
+        yield Claim("returns", "rollout.returns_BR", returns, np.where(mask, final[:, None], 0))
+        expected = _better(final) if algorithm == "online_dpo" else _kept(file, mask, config["group"])
+        yield Claim("group", "rollout.raw_advantages_BR", raw, np.where(mask, expected[:, None], 0))
     elif algorithm in ("policy_gradient", "reinforce_pp"):
         if config["reward_to_go"]:
             expected = _gae(rewards, np.zeros_like(rewards), mask, config | {"lam": 1.0})
@@ -270,8 +277,13 @@ def _update(file, algorithm, manifest):
         yield Claim("policy loss", "update.policy_loss_BR", file["update.policy_loss_BR"], loss)
         yield Claim("clip fraction", "minibatch.clip_fraction", file["minibatch.clip_fraction"], mean(clipped))
         means["policy_loss"] = mean(weight * _f(file, "update.policy_loss_BR"))
-    elif algorithm == "policy_gradient":
-        weighted = config["epochs"] > 1 and config["importance"]
+    elif algorithm == "online_dpo":
+        pair = np.where(mask, _f(file, "update.pair_loss_BR"), 0)
+        expected = _pair_losses(logp, _f(file, "rollout.logp_ref_BR")[rows], mask, advantages, config)
+        yield Claim("pair loss", "update.pair_loss_BR", pair, np.where(mask, expected, 0))
+        means["policy_loss"] = mean(weight * pair)
+    elif algorithm in ("policy_gradient", "best_of_n"):
+        weighted = config["epochs"] > 1 and config.get("importance", False)
         means["policy_loss"] = mean(weight * -advantages * (ratio if weighted else logp))
     if algorithm == "ppo":
         values, returns = _f(file, "update.values_BR"), _f(file, "rollout.returns_BR")[rows]
@@ -328,6 +340,17 @@ def _preference(file):
     yield _logged(file, "preference", "margin", margin.mean())
 
 
+def _dpo(file):
+    config, chosen, rejected = file.more["config"], _f(file, "update.chosen_B"), _f(file, "update.rejected_B")
+    h = chosen - _f(file, "batch.chosen_ref_B") - rejected + _f(file, "batch.rejected_ref_B")
+    yield _logged(file, "pair loss", "dpo_loss", _pair_loss(h, config).mean())
+    yield _logged(file, "pair loss", "margin", config["beta"] * h.mean())
+    yield _logged(file, "pair loss", "accuracy", ((h > 0) + 0.5 * (h == 0)).mean())
+    yield _logged(file, "pair loss", "chosen_logp", chosen.mean())
+    length = (file[f"batch.{side}_mask_BR"].sum(axis=1) for side in ("chosen", "rejected"))
+    yield _logged(file, "pair loss", "length_difference", np.subtract(*length).mean())
+
+
 def _evaluation(file, algorithm, manifest):
     tolerance = COARSE if manifest["config"]["model"]["dtype"] != "float32" else SCORED
     if algorithm == "supervised":
@@ -336,6 +359,11 @@ def _evaluation(file, algorithm, manifest):
         logp, mask = _f(file, "shown.logp_NT"), file["shown.mask_NT"].astype(bool)
         shown = -np.where(mask, logp, 0).sum(axis=1)
         yield Claim("cross-entropy", "held_out.nats_N", nats[: len(shown)], shown)
+        return
+    if algorithm == "dpo":
+        margin = _f(file, "pairs.chosen_N") - _f(file, "pairs.rejected_N")
+        yield _logged(file, "preference", "eval_margin", margin.mean())
+        yield _logged(file, "preference", "eval_accuracy", ((margin > 0) + 0.5 * (margin == 0)).mean())
         return
     if algorithm == "preference":
         margin = _f(file, "pairs.chosen_N") - _f(file, "pairs.rejected_N")
@@ -428,6 +456,41 @@ def _group(totals, baseline, scale):
     std = totals.std(axis=1, ddof=1, keepdims=True) if scale == "group_std" else totals.std(ddof=1)
     equal = np.ptp(totals, axis=1, keepdims=True) == 0 if scale == "group_std" else np.ptp(totals) == 0
     return advantages / np.where(equal, 1, std)
+
+
+def _better(final):
+    """1 for the better completion of each pair, -1 for the worse, 0 for equal ones."""
+    pairs = final.reshape(-1, 2)
+    return np.sign(pairs - pairs[:, ::-1]).reshape(-1)
+
+
+def _kept(file, mask, group):
+    """The weights of the best completion of each group that ended: their mean over the tokens is 1."""
+    score, eos = (file[f"rollout.{name}"].reshape(-1, group) for name in ("score_B", "eos_B"))
+    eos = eos.astype(bool)
+    best = np.arange(group) == np.where(eos, score, -np.inf).argmax(axis=1)[:, None]
+    kept = (best & eos).reshape(-1)
+    return kept * mask.sum() / max(mask[kept].sum(), 1)
+
+
+def _pair_loss(h, config):
+    """The loss that DPO has for a difference h of log-ratios, in nats."""
+    beta, smoothing = config["beta"], config["smoothing"]
+    if config["loss"] in ("ipo", "hinge"):
+        return (h - 1 / (2 * beta)) ** 2 if config["loss"] == "ipo" else np.maximum(1 - beta * h, 0)
+    right, swapped = np.logaddexp(0, -beta * h), np.logaddexp(0, beta * h)
+    if config["loss"] == "robust":
+        return ((1 - smoothing) * right - smoothing * swapped) / (1 - 2 * smoothing)
+    return (1 - smoothing) * right + smoothing * swapped
+
+
+def _pair_losses(logp, reference, mask, advantages, config):
+    """The loss of its pair at each token; 0 where the completions are equal. Arrays [..., rows, R]."""
+    gain = np.where(mask, logp - reference, 0).sum(axis=-1)
+    sign = advantages[..., 0]
+    h = (gain * sign).reshape(*gain.shape[:-1], -1, 2).sum(axis=-1)
+    loss = np.where(sign[..., ::2] == 0, 0, _pair_loss(h, config))
+    return np.repeat(loss, 2, axis=-1)[..., None] * np.ones(mask.shape)
 
 
 def _row_weights(mask, reduction):

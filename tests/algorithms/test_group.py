@@ -11,52 +11,19 @@ import pytest
 
 from rlhf_jax import fields
 from rlhf_jax.algorithms import POLICY, policy
-from rlhf_jax.rollout import Apply, Rollout
 from rlhf_jax.viz import trace, verify
 from tests.support import assert_close, assert_trees_close, error
 
-IDS, B, R, PAD, EOS = 7, 8, 4, 0, 1
+IDS, B, R, PAD = 7, 8, 4, 0  # of the rollout `drawn`
 SGD = optax.sgd(1.0)  # its step is the gradient
 GROUPED = [name for name, each in POLICY.items() if hasattr(each.Config, "scale")]
 REDUCTIONS = ("token", "sequence", "constant")
-LENGTHS = jnp.array([4, 1, 3, 2, 4, 2, 1, 3])  # of two groups of four
+LENGTHS = np.array([4, 1, 3, 2, 4, 2, 1, 3])  # of two groups of four
 
 
 def config(name, **changes):
     sizes = {"batch": B, "group": 4, "epochs": 1, "lr": 0.1, "temperature": 0.7, "missing_eos_penalty": 0.5}
     return POLICY[name].Config(**(sizes if name in GROUPED else sizes | {"group": 1}) | changes)
-
-
-@pytest.fixture(scope="module")
-def drawn(bigram):
-    """Eight completions of 1 to 4 tokens, as the table samples them: (table, Apply, scored Rollout)."""
-    keys = jax.random.split(jax.random.key(0), 4)
-    table, other = jax.random.normal(keys[0], (2, IDS, IDS))
-    mask_BR = jnp.arange(R) < LENGTHS[:, None]
-    response_BR = jnp.where(mask_BR, jax.random.randint(keys[1], (B, R), 1, IDS), PAD)
-    rollout = Rollout(
-        prompt_BP=jnp.full((B, 1), 2).at[4:].set(3),
-        prompt_mask_BP=jnp.ones((B, 1), bool),
-        response_BR=response_BR,
-        mask_BR=mask_BR,
-        eos_B=jnp.array([0, 1, 1, 1, 0, 1, 1, 1], bool),
-        logp_BR=jnp.zeros((B, R)),
-        logp_ref_BR=jnp.zeros((B, R)),
-        kl_exact_BR=jnp.zeros((B, R)),
-        entropy_BR=jnp.zeros((B, R)),
-        score_B=jax.random.normal(keys[2], (B,)),
-    )
-    inputs = (rollout.tokens_BT, rollout.attend_BT)
-    hidden = [bigram.hidden(each, *inputs, R) for each in (table, other)]
-    ref_BR, exact_BR, entropy_BR = bigram.compare(table, hidden[0], other, hidden[1], response_BR, temperature=0.7)
-    found = {
-        "logp_BR": bigram.logprobs(table, *inputs, R, temperature=0.7),
-        "logp_ref_BR": ref_BR,
-        "kl_exact_BR": exact_BR,
-        "entropy_BR": entropy_BR,
-    }
-    rollout = rollout.replace(**{key: jnp.where(mask_BR, array, 0) for key, array in found.items()})
-    return table, other, Apply(bigram, None), rollout
 
 
 def begin(drawn, section, tx=SGD):

@@ -4,7 +4,7 @@ import json
 
 import pytest
 
-from rlhf_jax.algorithms import POLICY
+from rlhf_jax.algorithms import ALGORITHMS
 
 TWEETS, STORIES, REUSE = (f"experiments/{name}.py" for name in ("pg_tweets", "pg_stories", "reuse_rollouts"))
 FIELDS = {"data.made": 100, "data.length": 10, "evaluation.prompts": 8, "evaluation.batch": 8}
@@ -44,7 +44,7 @@ def table(tmp_path_factory):
 @pytest.mark.parametrize(
     ("flags", "words"),
     [
-        (["--config.algorithm=trpo"], [f"algorithm: expected {' or '.join(POLICY)}, got 'trpo'"]),
+        (["--config.algorithm=trpo"], [f"algorithm: expected {' or '.join(ALGORITHMS)}, got 'trpo'"]),
         (["--config.policy_gradient.baseline=median"], ["policy_gradient.baseline: expected none or mean or"]),
         (["--config.policy_gradient.top_k=30"], ["policy_gradient.top_k: expected 0 in training"]),
         (["--config.policy_gradient.epochs=0"], ["policy_gradient.epochs: expected at least 1, got", "got 0"]),
@@ -58,7 +58,7 @@ def table(tmp_path_factory):
         (["--config.alarms.patience=0"], ["alarms.patience: expected at least 1, got", "got 0"]),
         (
             ["--config.reward=joy"],
-            ["reward: expected learned, sentiment or gold, or path/to/file.py:function; got 'joy'"],
+            ["reward: expected learned, sentiment, gold, rouge, exact, partial or path/to/file.py:function; got 'joy'"],
         ),
         (["--config.reward=no.py:f"], ["reward: no.py: no such file"]),
         (["--config.policy_gradient.lrr=1"], ["lrr", 'Did you mean "lr"']),
@@ -100,7 +100,10 @@ def test_a_reward_that_is_none_is_named(name, words, forks, table, tmp_path):
     ("reward", "words"),
     [
         ("both", "reward.kind: expected a function of texts alone where task is write, whose rows hold nothing"),
-        ("gold", "reward.kind: expected learned, sentiment or path/to/file.py:function where no row has a record"),
+        (
+            "gold",
+            "reward.kind: expected learned, sentiment, rouge, exact, partial or path/to/file.py:function where no row has a record",
+        ),
     ],
 )
 def test_a_reward_of_rows_is_refused_before_anything_is_trained(reward, words, forks, table, tmp_path):

@@ -76,7 +76,7 @@ def on_disk(folder):
         ("--config.reward.batch=0", ["reward.batch: expected at least 1, got", "got 0"]),
         (
             "--config.reward=joy",
-            ["reward: expected learned, sentiment or gold, or path/to/file.py:function; got 'joy'"],
+            ["reward: expected learned, sentiment, gold, rouge, exact, partial or path/to/file.py:function; got 'joy'"],
         ),
         ("--config.sft.from=no/where", ["sft.from: expected a finished stage of 2 steps in", "no/where/sft\n"]),
     ],
@@ -115,7 +115,10 @@ REFUSED = {
     ),
     "the truth of rows that have none": (
         {"reward": "gold", "data.source": "files"},
-        ["reward.kind: expected learned, sentiment or path/to/file.py:function where no row has a record", "'gold'"],
+        [
+            "reward.kind: expected learned, sentiment, rouge, exact, partial or path/to/file.py:function where no row has a record",
+            "'gold'",
+        ],
     ),
     "a value model from a reward model that is not there": (
         {"reward": "gold", "ppo.value_init": "reward"},

@@ -262,7 +262,8 @@ def test_what_cannot_be_loaded_is_named(tmp_path):
     broken.write_text("import no_such_module_here\n")
     ends.write_text("import sys\nsys.exit('no key')\n")
     message = error(function.load, "happiness")
-    assert message == "reward: expected learned, sentiment, gold, rouge or path/to/file.py:function; got 'happiness'"
+    known = "learned, sentiment, gold, rouge, exact, partial or path/to/file.py:function"
+    assert message == f"reward: expected {known}; got 'happiness'"
     assert error(function.load, f"{tmp_path}/none.py:f") == f"reward: {tmp_path}/none.py: no such file"
     assert error(function.load, f"{path}:polite") == f"reward: {path}: expected a function 'polite', found none"
     message = error(function.load, f"{broken}:f")

@@ -50,4 +50,6 @@ def test_a_reward_of_rows_has_no_rows_here(config, tmp_path):
     expected = "reward.kind: expected a function of texts alone where task is write, whose rows hold nothing, got "
     assert error(configs.check, changed(config, reward={"kind": kind})) == f"{expected}{kind!r}"
     gold = error(configs.check, changed(config, reward={"kind": "gold"}))
-    assert gold.startswith("reward.kind: expected learned, sentiment or path/to/file.py:function where no row has")
+    assert gold.startswith(
+        "reward.kind: expected learned, sentiment, rouge, exact, partial or path/to/file.py:function"
+    )

@@ -42,7 +42,12 @@ def breaches(file):
 def test_the_trace_in_the_package_is_proved():
     results = verify(export.demo_folder())
     assert {each.identity: each.breach for each in results if each.breach} == {}
-    assert IDENTITIES.keys() - {each.identity for each in results} == {"baseline", "group", "KL loss"}  # not PPO's
+    assert IDENTITIES.keys() - {each.identity for each in results} == {
+        "baseline",
+        "group",
+        "pair loss",
+        "KL loss",
+    }  # not PPO's
     assert sum(each.numbers for each in results) > 100_000
     assert sum(path.stat().st_size for path in export.demo_folder().iterdir()) < 3_000_000
     assert DEMO.manifest["command"] == "make demo" and "machine" not in DEMO.manifest

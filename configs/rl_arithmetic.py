@@ -1,0 +1,66 @@
+"""Arithmetic: a small GPT-2 learns a little from labels, the rest from being right or wrong.
+
+    python experiments/rl_arithmetic.py --config=configs/rl_arithmetic.py:add --workdir=runs/add
+
+:add (the default)  two numbers of two digits; the reward is 1 for the right answer
+:sort, :reverse     five digits in order, or backwards; the same reward
+:digits             a sequence to continue; the reward is the share of right digits, from random weights
+
+--config.algorithm=rloo|grpo|dr_grpo|dapo|reinforce_pp|policy_gradient|ppo selects the algorithm, here RLOO.
+"""
+
+from ml_collections import ConfigDict
+
+from rlhf_jax import config as configs
+from rlhf_jax.config import Config, Evaluation, Reward, Supervised, Text
+from rlhf_jax.errors import InputError
+from rlhf_jax.models import gpt2
+from rlhf_jax.tasks import arithmetic
+
+
+def get_config(arg="add"):
+    """The config of an argument, with every field in it."""
+    arguments = {"add": add, "sort": sort, "reverse": reverse, "digits": digits}
+    if arg not in arguments:
+        raise InputError(f"--config=...:{arg}: expected {', '.join(arguments)}")
+    return ConfigDict(configs.tree(arguments[arg]()))
+
+
+def add():
+    """Two digits each. Six labels of ten are wrong, so fine-tuning ends at .4; the reward is always right."""
+    return _config("add", 2, sft=1_000, wrong=0.6)
+
+
+def sort():
+    """Five digits in ascending order."""
+    return _config("sort", 5, sft=1_000, wrong=0.6)
+
+
+def reverse():
+    """Five digits backwards."""
+    return _config("reverse", 5, sft=1_000, wrong=0.6)
+
+
+def digits():
+    """Four terms of a sequence, without fine-tuning."""
+    return _config("digits", 4, sft=0, reward="partial")
+
+
+def _config(kind, size, *, sft, wrong=0.0, reward="exact"):
+    data = arithmetic.Config(kind=kind, digits=size, wrong=wrong)
+    rollouts = dict(lr=3e-4, steps=100, batch=256, epochs=2, temperature=1.0, eval_every=20)
+    # An answer that never ends is wrong, and not worse than that.
+    endless = dict(missing_eos="replace", missing_eos_penalty=0.0)
+    return Config(
+        task="arithmetic",
+        algorithm="rloo",
+        text=Text(kind="char"),
+        data=data,
+        model=gpt2.preset(
+            "micro", layers=2, heads=4, head_size=32, context=data.prompt_length + data.response_length, init_std=0.08
+        ),
+        sft=Supervised(lr=2e-3, warmup=50, adam_b2=0.95, steps=sft, batch=64, loss_on="response", eval_every=250),
+        reward=Reward(kind=reward),
+        **configs.policies(**rollouts, **endless, kl_coef=0.0, adam_b2=0.95, group=8),
+        evaluation=Evaluation(prompts=512, batch=512, temperature=1.0),
+    )
