@@ -54,6 +54,7 @@ MAY_IMPORT = {
     "report/console": set(),
     "out_of_memory": {"command", "config"},
     "alarms": set(),
+    "judges": set(),
     "__init__": {"pretrained", "training/fit"},  # when its names are asked for
 }
 # The world is scored by its own gold reward while it is written.
