@@ -350,10 +350,7 @@ def _reward(config, _):
     if config.learned and not config.reward.steps:
         yield "reward.steps", "more than 0 where the reward is learned"
     if config.reward.kind == "gold" and (config.task == "write" or config.data.source != "world"):
-        yield (
-            "reward.kind",
-            "learned, sentiment, rouge or path/to/file.py:function where no row has a record (data.source)",
-        )
+        yield "reward.kind", "learned, sentiment or path/to/file.py:function where no row has a record (data.source)"
     elif not config.learned:
         reward = function.load(config.reward.kind)  # its own InputError names what is wrong
         if reward.takes_rows and config.task == "write":

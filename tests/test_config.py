@@ -373,7 +373,7 @@ def test_a_stage_may_be_from_elsewhere(name):
     assert f"{name}.from_: no such field" in error(configs.parse, tree(**{f"{name}.from_": "runs/a"}))
 
 
-GOLD = "learned, sentiment, rouge or path/to/file.py:function where no row has a record (data.source), got 'gold'"
+GOLD = "learned, sentiment or path/to/file.py:function where no row has a record (data.source), got 'gold'"
 
 
 def test_what_an_algorithm_or_a_reward_needs(tmp_path):
@@ -416,6 +416,7 @@ def get_config():
 
 
 ARGUMENTS = ("tiny", "files", "gpt2", "gpt2-medium", "gpt2-2019", "pythia-160m")
+ARGUMENTS += ("smollm2", "llama-3.2-1b", "qwen2.5-0.5b", "qwen3-0.6b")
 
 
 @pytest.mark.parametrize("arg", ARGUMENTS)

@@ -56,7 +56,7 @@ def table(tmp_path_factory):
         (["--config.alarms.patience=0"], ["alarms.patience: expected at least 1, got", "got 0"]),
         (
             ["--config.reward=joy"],
-            ["reward: expected learned, sentiment or gold, or path/to/file.py:function; got 'joy'"],
+            ["reward: expected learned, sentiment, gold, rouge or path/to/file.py:function; got 'joy'"],
         ),
         (["--config.reward=no.py:f"], ["reward: no.py: no such file"]),
         (["--config.policy_gradient.lrr=1"], ["lrr", 'Did you mean "lr"']),

@@ -76,7 +76,7 @@ def on_disk(folder):
         ("--config.reward.batch=0", ["reward.batch: expected at least 1, got", "got 0"]),
         (
             "--config.reward=joy",
-            ["reward: expected learned, sentiment or gold, or path/to/file.py:function; got 'joy'"],
+            ["reward: expected learned, sentiment, gold, rouge or path/to/file.py:function; got 'joy'"],
         ),
         ("--config.sft.from=no/where", ["sft.from: expected a finished stage of 2 steps in", "no/where/sft\n"]),
     ],

@@ -125,7 +125,10 @@ def test_a_stage_that_is_unfinished_or_not_there_is_refused(unfinished, other, t
         (["--config.ppo.kl_coef=inf"], ["ppo.kl_coef: expected at least 0 and at most 1e+09, got inf"]),
         (["--config.data.held_out=nan"], ["data.held_out: expected more than 0 and less than 1, got nan"]),
         (["--config.evaluation.temperature=-inf"], ["evaluation.temperature: expected at least 0 ", "got -inf"]),
-        (["--config.reward=joy"], ["reward: expected learned, sentiment or gold, or path/to/file.py:function; got"]),
+        (
+            ["--config.reward=joy"],
+            ["reward: expected learned, sentiment, gold, rouge or path/to/file.py:function; got"],
+        ),
         (["--config.reward=gold"], ["reward.kind: expected learned, sentiment or path/to/file.py:function", "'gold'"]),
         (["--config.ppo.value_init=reward"], ["ppo.value_init: expected zero or auto where reward is", "'reward'"]),
         (["--config.data.cut=middle"], ["data.cut: expected left or right or newline or skip or error, got 'middle'"]),
