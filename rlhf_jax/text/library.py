@@ -42,7 +42,7 @@ class FileTokenizer:
         fields = {name: value for name, value in record.items() if name != "kind"}
         named = tuple((role, token) for role, token in fields["named"])
         tokenizer = cls(**fields | {"eos_ids": tuple(fields["eos_ids"]), "named": named})
-        if {*tokenizer.eos_ids, tokenizer.pad_id} - tokenizer.codec.get_added_tokens_decoder().keys():
+        if not tokenizer._silent <= tokenizer._added:
             raise InputError("eos_ids and pad_id: expected ids of special tokens of the tokenizer.json")
         return tokenizer
 
@@ -86,7 +86,7 @@ class FileTokenizer:
         if token is None or id in self._silent:
             return b""
         kinds = self._decoders
-        if id in self.codec.get_added_tokens_decoder():
+        if id in self._added:
             return token.encode()
         if "ByteLevel" in kinds and all(character in BYTE for character in token):
             return bytes(BYTE[character] for character in token)
@@ -105,6 +105,10 @@ class FileTokenizer:
     @property
     def _record(self) -> dict:
         return {"kind": "file"} | dataclasses.asdict(self)
+
+    @functools.cached_property
+    def _added(self) -> frozenset[int]:
+        return frozenset(self.codec.get_added_tokens_decoder())
 
     @functools.cached_property
     def _silent(self) -> frozenset[int]:
