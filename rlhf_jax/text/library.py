@@ -2,7 +2,7 @@
 
 So every kind that the library knows has its own normalizer, pre-tokenizer, model and added tokens: the byte-level BPE
 of GPT-2, GPT-NeoX, SmolLM2, Llama 3 and Qwen, and SentencePiece's BPE with byte fallback (Llama 2, Mistral). What is
-off: the post-processor, which would add special tokens, and truncation and padding, which batches do.
+off: the post-processor, whose BOS only prompts get (`begin`), and truncation and padding, which batches do.
 """
 
 import dataclasses
@@ -58,6 +58,11 @@ class FileTokenizer:
     @functools.cached_property
     def special(self) -> tuple[str, ...]:
         return tuple(token.content for token in self.codec.get_added_tokens_decoder().values() if token.special)
+
+    @functools.cached_property
+    def begin(self) -> list[int]:
+        encoding = self.codec.encode("a")
+        return encoding.ids[: encoding.special_tokens_mask.index(0)]
 
     @functools.cached_property
     def space(self) -> str:
@@ -143,12 +148,11 @@ def of_codec(
 ) -> FileTokenizer:
     """The FileTokenizer of the library's tokenizer, which is changed: its tokens `eos` and `pad` become special ones.
 
-    Those that it does not have get the next ids. Its post-processor is removed.
+    Those that it does not have get the next ids.
     """
     special = {token.content for token in codec.get_added_tokens_decoder().values() if token.special}
     missing = [name for name in (*eos, pad) if name not in special]
     codec.add_special_tokens([tokenizers.AddedToken(name, normalized=False) for name in missing])
-    codec.post_processor = None
     ids = codec.get_vocab()
     return FileTokenizer(
         json=json.dumps(json.loads(codec.to_str()), sort_keys=True),

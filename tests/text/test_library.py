@@ -151,6 +151,13 @@ def test_a_completion_after_a_prompt_has_the_ids_that_it_has_in_one_text(kind, o
     assert ours[kind].space == ("" if kind == "llama2" else " ")
 
 
+@pytest.mark.parametrize("kind", KINDS)
+def test_a_prompt_begins_as_the_files_begin_a_text(kind, ours):
+    """Their post-processor puts one special token before a text here; no other text gets it."""
+    ids = oracle(kind).encode("abab cd").ids
+    assert ids == ours[kind].begin + ours[kind].encode("abab cd") and len(ours[kind].begin) == 1
+
+
 # EOS and PAD
 
 
