@@ -317,8 +317,10 @@ class Pretrained:
                 return chat.prompt(self.tokenizer, value)
             if isinstance(after, list):
                 return chat.answer(self.tokenizer, after, value)
+            if after is None:
+                return self.tokenizer.begin + self.tokenizer.encode(value)
             form = tldr.completion(value, self.tokenizer.space) if after else value
-            return self.tokenizer.encode(form) + [self.tokenizer.eos_id] * (after is not None)
+            return [*self.tokenizer.encode(form), self.tokenizer.eos_id]
         except InputError as error:
             raise InputError(f"{name}: {error}") from None
 

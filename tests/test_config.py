@@ -422,6 +422,7 @@ def get_config():
 
 
 ARGUMENTS = ("tiny", "files", "gpt2", "gpt2-medium", "gpt2-2019", "pythia-160m")
+ARGUMENTS += ("smollm2", "llama-3.2-1b", "qwen2.5-0.5b", "qwen3-0.6b")
 
 
 @pytest.mark.parametrize("arg", ARGUMENTS)

@@ -372,7 +372,8 @@ FILES = {"data.source": "files", "data.prompts": "p.jsonl", "text.kind": "gpt2"}
 MINE = FILES | {"reward.kind": "sentiment", "sft.steps": 0}
 
 UNUSED = [
-    *(("summarize", {}, f"data.{name}") for name in ("sft", "preferences", "prompts")),
+    *(("summarize", {}, f"data.{name}") for name in ("sft", "prompts")),
+    ("summarize", {"data.preferences": "votes.jsonl"}, "data.world_preferences"),
     ("summarize", {}, "data.columns.label"),
     ("summarize", {}, "data.split"),
     ("summarize", {}, "data.held_out"),
@@ -435,7 +436,18 @@ def test_fields_without_effect(task, changes, field):
 
 # Fields that always have an effect. A new field is here, or its dataclass says in `unused` when it has none.
 ALWAYS = {
-    *("seed", "seeds", "task", "algorithm", "text.kind", "deterministic", "reward.kind", "pretrain.steps", "sft.steps"),
+    *(
+        "seed",
+        "seeds",
+        "task",
+        "algorithm",
+        "text.kind",
+        "text.template",
+        "deterministic",
+        "reward.kind",
+        "pretrain.steps",
+        "sft.steps",
+    ),
     *("data.source", "data.kind", "data.path", "data.prompt_length", "data.cut", "data.response_length", "data.length"),
     *(f"model.{name}" for name in ("layers", "heads", "head_size", "width", "context", "vocab_size", "rotary_share")),
     *(f"model.{name}" for name in ("parallel_residual", "tied", "norm_eps", "dtype", "remat", "init")),

@@ -192,7 +192,8 @@ def prompt_ids(
 ) -> Iterator[list[int] | None]:
     """The ids of each row's prompt, as `encode` yields them."""
     if not _is_chat(rows[0], tokenizer):
-        return encode(rows, "prompt", tokenizer, source, bad)
+        found = encode(rows, "prompt", tokenizer, source, bad)
+        return (ids if ids is None else [*tokenizer.begin, *ids] for ids in found)
 
     def encode_batch(conversations):
         return [chat.prompt(tokenizer, messages) for messages in conversations]
@@ -317,11 +318,12 @@ def _shorten(ids: list[int], row: dict, tokenizer: Tokenizer, limit: int, cut: s
     """The ids of the row's prompt, more than `limit`, cut to at most that. InputError if `cut` does not allow it."""
     match cut:
         case "left":
-            return ids[len(ids) - limit :]
+            begin = [] if _is_chat(row, tokenizer) else tokenizer.begin
+            return [*begin, *ids[len(ids) - limit + len(begin) :]]
         case "right":
             return ids[:limit]
         case "newline" if not _is_chat(row, tokenizer):
-            return tldr.fit(row["prompt"], tokenizer, limit)[0]
+            return [*tokenizer.begin, *tldr.fit(row["prompt"], tokenizer, limit - len(tokenizer.begin))[0]]
     whole = "; a conversation has no post to cut (data.cut)" if cut == "newline" else ""
     raise InputError(f"expected at most {limit} tokens, got {len(ids)}{whole}")
 

@@ -39,7 +39,8 @@ class Config:
     # world: generated here; files: the paths below; hub: data sets, as OWNER/NAME/SUBSET@REVISION
     source: str = choice("world", "world", "files", "hub")
     sft: str = path()  # rows {"prompt", "label"}: JSONL, CSV or Parquet, by suffix
-    preferences: str = path()  # rows {"prompt", "chosen", "rejected"}, or OpenAI's comparisons
+    # rows {"prompt", "chosen", "rejected"}, or OpenAI's comparisons; of the world, instead of its pairs (votes.jsonl)
+    preferences: str = path()
     prompts: str = path()  # rows {"prompt"}; empty: the prompts of the SFT rows
     columns: Columns = Columns()
     split: str = "train"  # of the sets on the hub
@@ -69,10 +70,13 @@ class Config:
         """Fields without effect, and why."""
         why = f"source is {self.source}"
         if self.source == "world":
-            for name in ("sft", "preferences", "prompts"):
+            for name in ("sft", "prompts"):
                 yield name, f"{why} (--config=...:files or --config.data.source=files reads files)"
-            for name in ("columns", "skip_bad", "held_out"):
+            for name in ("held_out",) if self.preferences else ("columns", "skip_bad", "held_out"):
                 yield name, why
+            if self.preferences:
+                yield "world_preferences", "preferences is given"
+                yield "columns.label", why
         else:
             for name in ("world_seed", "world_sft", "world_preferences", "world_prompts", "world_held_out"):
                 yield name, why
@@ -88,6 +92,8 @@ class Config:
 def load(kind, config, seed):
     """((train rows, held-out rows), notes) of a kind of COLUMNS. The world's rows have a hidden `record`.
 
+    Pairs of a file, such as votes, replace the world's training pairs; its own held-out pairs evaluate.
+
     Rows of prompts keep all columns of their file, for rewards that read them. The notes say what was left out or
     changed. Raises InputError naming the field of the config, and the file and row, that is wrong.
     """
@@ -97,10 +103,13 @@ def load(kind, config, seed):
         sizes = {"train": getattr(config, f"world_{kind}"), "validation": config.world_held_out}
         folder = config.cache or cache.folder()
         load_split = functools.partial(world.load, kind, seed=config.world_seed, data_dir=folder, **sizes)
+        own = kind == "preferences" and config.preferences  # pairs of a file, such as votes
         try:
-            return tuple(load_split(split=split) for split in world.SPLITS), []
+            made = [load_split(split=split) for split in world.SPLITS[1 if own else 0 :]]
         except InputError as error:
             raise InputError(str(error).replace("data_dir:", "data.cache:")) from None
+        if not own:
+            return tuple(made), []
     extra = kind == "prompts"
     kind = "sft" if extra and not config.prompts else kind
     if not getattr(config, kind):
@@ -111,7 +120,9 @@ def load(kind, config, seed):
     read = functools.partial(_read, kind, config, skipped=skipped, found=found, extra=extra)
     try:
         rows = read(config.split)
-        if config.source == "hub" and config.held_out_split:
+        if config.source == "world":
+            sides = rows, *made
+        elif config.source == "hub" and config.held_out_split:
             sides = rows, read(config.held_out_split)
         else:
             sides = batches.split(rows, config.held_out, seed)

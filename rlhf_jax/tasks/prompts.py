@@ -33,9 +33,10 @@ class Prompts:
 
     def files(self):
         config = self.config
-        if config.source != "files":
+        if config.source == "hub":
             return {}
-        named = {kind: getattr(config, kind) for kind in ("sft", "preferences", "prompts")}
+        kinds = ("preferences",) if config.source == "world" else ("sft", "preferences", "prompts")
+        named = {kind: getattr(config, kind) for kind in kinds}
         return {f"data.{kind}": path for kind, path in named.items() if path}
 
     def texts(self):

@@ -49,6 +49,10 @@ class Tokenizer(Protocol):
         """The names of the special tokens, which only a chat template writes."""
 
     @property
+    def begin(self) -> list[int]:
+        """What stands before every prompt that is text: BOS, where the files say so (Llama), or nothing."""
+
+    @property
     def space(self) -> str:
         """What stands before a completion: a space, or nothing where encoding puts one before every text."""
 

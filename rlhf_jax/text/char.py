@@ -45,6 +45,10 @@ class CharTokenizer:
         return ()
 
     @property
+    def begin(self) -> list[int]:
+        return []
+
+    @property
     def space(self) -> str:
         return " "
 

@@ -2,7 +2,7 @@
 
 So every kind that the library knows has its own normalizer, pre-tokenizer, model and added tokens: the byte-level BPE
 of GPT-2, GPT-NeoX, SmolLM2, Llama 3 and Qwen, and SentencePiece's BPE with byte fallback (Llama 2, Mistral). What is
-off: the post-processor, which would add special tokens, and truncation and padding, which batches do.
+off: the post-processor, whose BOS only prompts get (`begin`), and truncation and padding, which batches do.
 """
 
 import dataclasses
@@ -42,7 +42,7 @@ class FileTokenizer:
         fields = {name: value for name, value in record.items() if name != "kind"}
         named = tuple((role, token) for role, token in fields["named"])
         tokenizer = cls(**fields | {"eos_ids": tuple(fields["eos_ids"]), "named": named})
-        if {*tokenizer.eos_ids, tokenizer.pad_id} - tokenizer.codec.get_added_tokens_decoder().keys():
+        if not tokenizer._silent <= tokenizer._added:
             raise InputError("eos_ids and pad_id: expected ids of special tokens of the tokenizer.json")
         return tokenizer
 
@@ -58,6 +58,11 @@ class FileTokenizer:
     @functools.cached_property
     def special(self) -> tuple[str, ...]:
         return tuple(token.content for token in self.codec.get_added_tokens_decoder().values() if token.special)
+
+    @functools.cached_property
+    def begin(self) -> list[int]:
+        encoding = self.codec.encode("a")
+        return encoding.ids[: encoding.special_tokens_mask.index(0)]
 
     @functools.cached_property
     def space(self) -> str:
@@ -86,7 +91,7 @@ class FileTokenizer:
         if token is None or id in self._silent:
             return b""
         kinds = self._decoders
-        if id in self.codec.get_added_tokens_decoder():
+        if id in self._added:
             return token.encode()
         if "ByteLevel" in kinds and all(character in BYTE for character in token):
             return bytes(BYTE[character] for character in token)
@@ -105,6 +110,10 @@ class FileTokenizer:
     @property
     def _record(self) -> dict:
         return {"kind": "file"} | dataclasses.asdict(self)
+
+    @functools.cached_property
+    def _added(self) -> frozenset[int]:
+        return frozenset(self.codec.get_added_tokens_decoder())
 
     @functools.cached_property
     def _silent(self) -> frozenset[int]:
@@ -139,12 +148,11 @@ def of_codec(
 ) -> FileTokenizer:
     """The FileTokenizer of the library's tokenizer, which is changed: its tokens `eos` and `pad` become special ones.
 
-    Those that it does not have get the next ids. Its post-processor is removed.
+    Those that it does not have get the next ids.
     """
     special = {token.content for token in codec.get_added_tokens_decoder().values() if token.special}
     missing = [name for name in (*eos, pad) if name not in special]
     codec.add_special_tokens([tokenizers.AddedToken(name, normalized=False) for name in missing])
-    codec.post_processor = None
     ids = codec.get_vocab()
     return FileTokenizer(
         json=json.dumps(json.loads(codec.to_str()), sort_keys=True),

@@ -146,7 +146,7 @@ def _prompts(run, value):
     for prompt in given:
         if isinstance(prompt, str):
             try:
-                ids = run.model.tokenizer.encode(prompt)
+                ids = run.model.tokenizer.begin + run.model.tokenizer.encode(prompt)
             except InputError as error:
                 raise ApiError(f"prompt: {error}", param="prompt") from None
             if run.config.task == "write" or not ids:

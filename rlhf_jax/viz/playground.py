@@ -175,15 +175,16 @@ class Run:
             ids = arrays["prompt_NP"][0][arrays["prompt_mask_NP"][0]].tolist() or [tokenizer.eos_id]
             whole = len(tokenizer.encode(text)) if counts["cut_prompts"] else len(ids)
             return self._cut(text, ids, ids, whole - len(ids))
-        ids = tokenizer.encode(text) or [tokenizer.eos_id]
+        begin = tokenizer.begin
+        ids = begin + tokenizer.encode(text) or [tokenizer.eos_id]
         limit = self.model.context - self.length(max_tokens)
         if len(ids) <= limit:
             return Prompt(text, ids)
         try:
-            kept = tldr.fit(text, tokenizer, limit)[0]
+            kept = tldr.fit(text, tokenizer, limit - len(begin))[0]
         except InputError:  # not a TL;DR query
-            kept = ids[len(ids) - limit :]
-        return self._cut(text, kept, kept, len(ids) - len(kept))
+            kept = ids[len(ids) - limit + len(begin) :]
+        return self._cut(text, begin + kept, kept, len(ids) - len(begin) - len(kept))
 
     def _cut(self, text, ids, kept, lost):
         if not lost:

@@ -1,9 +1,10 @@
 import numpy as np
 import pytest
+from tokenizers import processors
 
 from rlhf_jax.data import batches, tldr
 from rlhf_jax.errors import InputError
-from rlhf_jax.text import char
+from rlhf_jax.text import bpe, char, library
 
 HEADER = tldr.format_query("a", "b", "")
 TOKENIZER = char.train(["abc ", HEADER])  # one id a character
@@ -338,3 +339,27 @@ def test_split_is_decided_by_the_prompt_and_the_seed_not_by_the_file():
 def test_split_leaves_rows_on_each_side(fraction):
     with pytest.raises(InputError, match=f"{fraction} of 2000 rows held out: expected at least one row on each side"):
         batches.split(PROMPTS, fraction, seed=0)
+
+
+QUERY = tldr.format_query("a", "b", "12345")
+
+
+@pytest.mark.parametrize(
+    ("cut", "text", "limit", "kept"),
+    [
+        ("left", "012345", 3, "45"),
+        ("right", "012345", 3, "01"),
+        ("newline", QUERY, len(QUERY) - 2, tldr.format_query("a", "b", "12")),
+    ],
+)
+def test_bos_stands_before_every_prompt_and_stays_where_it_is_cut(cut, text, limit, kept):
+    """As Llama's tokenizers put it before a text; completions have none. A token is a byte here."""
+    codec = bpe.train([], 258).codec
+    codec.add_special_tokens(["<s>"])
+    bos = codec.token_to_id("<s>")
+    codec.post_processor = processors.TemplateProcessing("<s> $A", None, [("<s>", bos)])
+    tokenizer = library.of_codec(codec, [bpe.EOS], "<|pad|>")
+    sizes = {"prompt_length": limit, "response_length": 3, "cut": cut}
+    arrays, counts = batches.encode_sft([{"prompt": text, "label": "1"}], tokenizer, **sizes)
+    assert arrays["prompt_NP"].tolist() == [[bos, *tokenizer.encode(kept)]] and counts["cut_prompts"] == 1
+    assert arrays["response_NR"].tolist() == [[*tokenizer.encode(" 1"), tokenizer.eos_id]]

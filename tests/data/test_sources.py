@@ -12,6 +12,7 @@ from rlhf_jax import fields
 from rlhf_jax.data import sources
 from rlhf_jax.data.tldr import format_query
 from rlhf_jax.errors import InputError
+from rlhf_jax.tasks.summarize import Summarize
 from tests.support import write_rows
 
 
@@ -225,3 +226,18 @@ def test_a_missing_column_is_named_with_those_that_are_there(config):
     message = error("preferences", dataclasses.replace(config, preferences="trl-lib/tldr"))
     wanted = "'prompt' and 'chosen' and 'rejected', or 'info' and 'summaries' and 'choice'"
     assert message.endswith(f"expected columns {wanted}, there is 'prompt', 'completion'")
+
+
+def test_votes_replace_the_worlds_training_pairs(tmp_path):
+    """They are files of pairs; the world's own held-out pairs, whose truth is known, evaluate."""
+    sizes = {"world_sft": 12, "world_preferences": 8, "world_prompts": 8, "world_held_out": 12}
+    world = sources.Config(cache=str(tmp_path), **sizes)
+    votes = dataclasses.replace(world, preferences=write_rows(tmp_path / "votes.jsonl", PAIRS))
+    (train, held_out), notes = sources.load("preferences", votes, seed=1)
+    assert ([dict(row) for row in train], notes) == (PAIRS, [])
+    assert held_out == sources.load("preferences", world, seed=1)[0][1] and len(held_out) == 12
+    assert sources.load("sft", votes, seed=1) == sources.load("sft", world, seed=1)
+    given = dict(votes.unused())
+    assert "preferences" not in given and given["world_preferences"] == "preferences is given"
+    assert "world_preferences" not in dict(world.unused())
+    assert Summarize(votes, 1).files() == {"data.preferences": votes.preferences}  # a changed file is another run

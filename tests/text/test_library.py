@@ -143,6 +143,21 @@ def test_eos_and_pad_have_no_text(kind, ours):
     assert tokenizer.vocab_size == len(ids) + new and tokenizer.pad_id == (len(ids) if new else ids["<|padding|>"])
 
 
+@pytest.mark.parametrize("kind", KINDS)
+def test_a_completion_after_a_prompt_has_the_ids_that_it_has_in_one_text(kind, ours):
+    """Llama 2's normalizer puts a space before every text, so a completion must not bring another one."""
+    prompt, completion = ours[kind].encode("abab"), ours[kind].encode(f"{ours[kind].space}cd")
+    assert prompt + completion == ours[kind].encode("abab cd")
+    assert ours[kind].space == ("" if kind == "llama2" else " ")
+
+
+@pytest.mark.parametrize("kind", KINDS)
+def test_a_prompt_begins_as_the_files_begin_a_text(kind, ours):
+    """Their post-processor puts one special token before a text here; no other text gets it."""
+    ids = oracle(kind).encode("abab cd").ids
+    assert ids == ours[kind].begin + ours[kind].encode("abab cd") and len(ours[kind].begin) == 1
+
+
 # EOS and PAD
 
 
