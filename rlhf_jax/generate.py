@@ -118,6 +118,7 @@ def generate(model, params, prompt_BP, prompt_mask_BP, keys_B, config):
 
     With lanes the State has no cache, and its step counts the decode steps of all lanes.
     """
+    params = model.cast(params)  # once, not at every token
     if 0 < config.lanes < len(prompt_BP):
         return _from_queue(model, params, prompt_BP, prompt_mask_BP, keys_B, config)
 

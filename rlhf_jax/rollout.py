@@ -20,6 +20,9 @@ class Policy(Protocol):
     def init(self, key) -> Any:
         """Random parameters."""
 
+    def cast(self, params) -> Any:
+        """The parameters in the types that they are computed with."""
+
     def prefill(self, params, tokens_BP, mask_BP, slots) -> tuple[jax.Array, Any]:
         """Reads the prompts: (hidden states [B, D] of the last prompt token, a cache with `slots` places)."""
 

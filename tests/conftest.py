@@ -101,6 +101,9 @@ class Bigram(heads.LanguageModel):
     def logits(self, params, hidden):
         return hidden
 
+    def cast(self, params):
+        return params
+
     def prefill(self, params, tokens_BP, mask_BP, slots):
         return params[tokens_BP[:, -1]], ()
 

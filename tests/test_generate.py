@@ -6,7 +6,9 @@ import numpy as np
 import pytest
 
 from rlhf_jax import generate
+from rlhf_jax.models import heads
 from rlhf_jax.ops import logprobs
+from tests.support import assert_trees_equal
 
 PAD, EOS, A, B = range(4)
 SURE = 50.0
@@ -252,3 +254,26 @@ def test_settings_are_compared_by_value():
     """They are static arguments: equal ones must not compile again."""
     assert hash(options(8)) == hash(options(8)) and options(8) == options(8)
     assert dataclasses.replace(options(8), temperature=0.7) != options(8)
+
+
+def test_weights_are_cast_once_not_at_every_token(apply, policy, prompts):
+    """The loop gets its matrices in the type of the activations, and the results are those of casting in each step."""
+    model = dataclasses.replace(apply.policy, config=dataclasses.replace(apply.policy.config, dtype="bfloat16"))
+
+    class Late(heads.LanguageModel):
+        def cast(self, params):
+            return params
+
+    late = Late(model.config, model.chunk)
+    sampled, other = (
+        run(each, policy, *prompts, keys(6), options(4)).replace(cache=None, keys_B=None) for each in (model, late)
+    )
+    assert_trees_equal(sampled, other)
+
+    def matrices(model):
+        program = jax.make_jaxpr(lambda params: generate.generate(model, params, *prompts, keys(6), options(4)))(policy)
+        (loop,) = (eqn for eqn in program.eqns if eqn.primitive.name == "while")
+        widths = {model.config.width, 4 * model.config.width, model.config.vocab_size}
+        return {var.aval.dtype for var in loop.invars if var.aval.ndim == 2 and var.aval.shape[0] in widths}
+
+    assert matrices(model) == {jnp.dtype("bfloat16")} != matrices(late)

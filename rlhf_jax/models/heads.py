@@ -53,6 +53,17 @@ class LanguageModel:
         # Sampler and learner alike. Not -inf: a KL would be the difference of two of them.
         return jnp.where(jnp.arange(self.config.vocab_size) < self.ids, logits, NEVER)
 
+    def cast(self, params):
+        """The parameters with matrices in the type of the activations, as every product takes them.
+
+        What reads them many times, such as sampling, does this once: the results are the same bits.
+        """
+
+        def one(path, leaf):
+            return leaf.astype(self.config.dtype) if path[-1].key in ("kernel", "embedding") else leaf
+
+        return jax.tree_util.tree_map_with_path(one, params)
+
     def prefill(self, params, tokens_BP, mask_BP, slots):
         """Reads the prompts: (hidden [B, D] of the last prompt token, cache with `slots` slots)."""
         trunk, last = decoder.Decoder(self.config), lambda x_BP: x_BP[:, -1:]
