@@ -15,6 +15,10 @@
 :pythia-160m         the model of the published recipe itself. To compare: at --config.ppo.lr=1e-5 the paper's first
                      update has approx KL 1.6e-7, .0029, .0056, .0081 and clip fraction 0, .025, .051, .073 (means over
                      the epochs so far). Ours are in ppo/summary.json: ppo/..._first_update
+:smollm2             a real pretrained model, SmolLM2-135M-Instruct, on some hundreds of posts: --config.data.sft=FILE
+                     --config.data.preferences=FILE. Weights and tokenizer come from the hub, or from
+                     --config.model.init=FOLDER --config.text.path=FOLDER
+:qwen2.5-0.5b, :qwen3-0.6b, :llama-3.2-1b   the published recipe in bfloat16, for one GPU
 
 Memory of PPO on one device in float32, in GiB. XLA reports it for programs compiled for a CPU; a GPU needs less:
     python experiments/plan.py --config=configs/ppo_summarize.py:gpt2 --config.ppo.widths=1 [--config.model.remat=true]
