@@ -806,3 +806,17 @@ def test_with_labels_to_compare_with_there_is_rouge(files, whole):
     for name in "rouge1", "rouge2", "rougeL":
         assert 0 <= files.summary[f"policy_gradient/{name}"] <= 1
         assert 0 <= files.summary[f"policy_gradient/{name}_sft"] <= 1
+
+
+def test_rouge_is_a_reward_that_needs_no_model(files, tmp_path):
+    """It is the ROUGE-L of the summary, and a row without a reference is an error before anything is trained."""
+    once = {"reward": {"kind": "rouge"}, "policy_gradient": {"steps": 1, "eval_every": 0}}
+    summary = branch(files.steps, tmp_path / "run", "sft", **once).all()
+    for suffix in ("", "_sft"):
+        rouge_l = summary[f"policy_gradient/rougeL{suffix}"]
+        assert summary[f"policy_gradient/reward{suffix}"] == pytest.approx(rouge_l, abs=1e-6) and 0 <= rouge_l < 1
+    rows = [{"prompt": f"what is {i}?"} for i in range(40)]
+    once["data"] = {"prompts": write_rows(tmp_path / "prompts.jsonl", rows)}
+    message = error(stages(changed(files.steps.config, **once), tmp_path / "other").all)
+    assert message.startswith("rouge: ") and ": expected a text 'label' to compare completions with" in message
+    assert f"{tmp_path}/prompts.jsonl:" in message and not (tmp_path / "other" / "sft").exists()
