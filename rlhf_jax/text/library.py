@@ -42,7 +42,7 @@ class FileTokenizer:
         fields = {name: value for name, value in record.items() if name != "kind"}
         named = tuple((role, token) for role, token in fields["named"])
         tokenizer = cls(**fields | {"eos_ids": tuple(fields["eos_ids"]), "named": named})
-        if not tokenizer._silent <= tokenizer._added:
+        if tokenizer._silent - tokenizer.codec.get_added_tokens_decoder().keys():
             raise InputError("eos_ids and pad_id: expected ids of special tokens of the tokenizer.json")
         return tokenizer
 
@@ -91,8 +91,6 @@ class FileTokenizer:
         if token is None or id in self._silent:
             return b""
         kinds = self._decoders
-        if id in self._added:
-            return token.encode()
         if "ByteLevel" in kinds and all(character in BYTE for character in token):
             return bytes(BYTE[character] for character in token)
         if "ByteFallback" in kinds and (byte := BYTE_TOKEN.fullmatch(token)):
@@ -110,10 +108,6 @@ class FileTokenizer:
     @property
     def _record(self) -> dict:
         return {"kind": "file"} | dataclasses.asdict(self)
-
-    @functools.cached_property
-    def _added(self) -> frozenset[int]:
-        return frozenset(self.codec.get_added_tokens_decoder())
 
     @functools.cached_property
     def _silent(self) -> frozenset[int]:

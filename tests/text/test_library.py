@@ -5,7 +5,7 @@ import json
 
 import pytest
 import tokenizers
-from hypothesis import given, settings
+from hypothesis import example, given, settings
 from hypothesis import strategies as st
 from tokenizers import AddedToken, Regex, decoders, models, normalizers, pre_tokenizers, processors, trainers
 
@@ -30,15 +30,17 @@ def byte_level(normalizer=None, words=None):
     return codec
 
 
-def sentencepiece(metaspace):
-    """As Llama 2's: spaces are letters, and a character without a token is its bytes."""
+def sentencepiece(kind):
+    """Spaces are letters, and a character without a token is its bytes. All but Gemma's put a space before a text."""
     codec = tokenizers.Tokenizer(models.BPE(byte_fallback=True, fuse_unk=True, unk_token="<unk>"))
-    if metaspace:
+    steps = [decoders.Replace(SPM, " "), decoders.ByteFallback(), decoders.Fuse()]
+    if kind == "mistral":
         codec.pre_tokenizer = pre_tokenizers.Metaspace(prepend_scheme="first", split=False)
-    else:
+    if kind == "llama2":
         codec.normalizer = normalizers.Sequence([normalizers.Prepend(SPM), normalizers.Replace(" ", SPM)])
-    steps = [decoders.Replace(SPM, " "), decoders.ByteFallback(), decoders.Fuse(), decoders.Strip(" ", 1, 0)]
-    codec.decoder = decoders.Sequence(steps)
+    if kind == "gemma":
+        codec.normalizer = normalizers.Replace(" ", SPM)
+    codec.decoder = decoders.Sequence(steps + [decoders.Strip(" ", 1, 0)] * (kind != "gemma"))
     return codec
 
 
@@ -48,8 +50,10 @@ KINDS = {  # (the tokenizer, its special tokens, its EOS)
     "neox": (lambda: byte_level(NFC), ["<|endoftext|>", "<|padding|>"]),
     "llama3": (lambda: byte_level(None, WORDS), ["<|eot_id|>", "<|begin_of_text|>"]),
     "qwen": (lambda: byte_level(NFC, WORDS), ["<|im_end|>", "<|endoftext|>", "<|im_start|>"]),
-    "llama2": (lambda: sentencepiece(False), ["</s>", "<unk>", "<s>"]),
-    "gemma": (lambda: sentencepiece(True), ["</s>", "<unk>", "<s>"]),
+    **{
+        name: (functools.partial(sentencepiece, name), ["</s>", "<unk>", "<s>"])
+        for name in ("llama2", "mistral", "gemma")
+    },
 }
 
 
@@ -68,6 +72,8 @@ def made(kind):
     codec.train_from_iterator(TEXTS, trainer)
     if kind == "neox":
         codec.add_tokens([AddedToken(spaces, normalized=True) for spaces in SPACES])
+    if kind == "gemma":
+        codec.add_tokens([AddedToken(spaces.replace(" ", SPM), normalized=True) for spaces in SPACES])
     begin = special[-1]
     codec.post_processor = processors.TemplateProcessing(f"{begin} $A", None, [(begin, codec.token_to_id(begin))])
     record = json.loads(codec.to_str())
@@ -112,6 +118,7 @@ def test_ids_and_texts_are_the_librarys(kind, ours, text):
 
 @pytest.mark.parametrize("kind", KINDS)
 @given(text=TEXT)
+@example(text="ab     cd")
 @settings(max_examples=40)
 def test_the_bytes_of_the_tokens_are_the_text(kind, ours, text):
     tokenizer = ours[kind]
