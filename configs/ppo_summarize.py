@@ -18,15 +18,19 @@
 :smollm2             a real pretrained model, SmolLM2-135M-Instruct, on some hundreds of posts: --config.data.sft=FILE
                      --config.data.preferences=FILE. Weights and tokenizer come from the hub, or from
                      --config.model.init=FOLDER --config.text.path=FOLDER
-:qwen2.5-0.5b, :qwen3-0.6b, :llama-3.2-1b   the published recipe in bfloat16, for one GPU
+:qwen2.5-0.5b, :qwen3-0.6b, :llama-3.2-1b   the published recipe with these models in bfloat16, for one GPU
 
-Memory of PPO on one device in float32, in GiB. XLA reports it for programs compiled for a CPU; a GPU needs less:
+Memory of PPO on one device in GiB. XLA reports it for programs compiled for a CPU; a GPU needs less:
     python experiments/plan.py --config=configs/ppo_summarize.py:gpt2 --config.ppo.widths=1 [--config.model.remat=true]
 
                  state    draw   judge   update, with remat
     gpt2           3.7     7.1     6.7     28.7         9.9
     gpt2-medium   10.6    19.1    14.5        -        25.3
     pythia-160m    4.3     7.7     7.9        -        10.8
+    smollm2        4.0     4.4     4.8        -         6.0
+    qwen2.5-0.5b  14.7    18.0    26.0        -        27.1
+    qwen3-0.6b    17.8    26.5    29.9        -        33.6
+    llama-3.2-1b  36.8    44.6    53.9        -        65.2
 
 Every field is a flag: --config.ppo.kl_coef=0.1
 """

@@ -286,6 +286,21 @@ def test_tokens_of_a_completion_by_hand(model, apply, policy):
         np.testing.assert_allclose(logp_R, logp_1R[0], atol=1e-5)
 
 
+def test_a_prompt_may_be_a_conversation(model):
+    """One, or a list of them among texts; the chat template writes it, and the answer ends as the template ends it."""
+    template = "{% for m in messages %}{{ m.role[0] }}: {{ m.content }}\n{% endfor %}"
+    template += "{% if add_generation_prompt %}a: {% endif %}"
+    chatty = dataclasses.replace(model, tokenizer=dataclasses.replace(model.tokenizer, template=template))
+    sam = [{"role": "user", "content": "Sam"}]
+    encode = model.tokenizer.encode
+    texts = chatty.generate([sam, "Sam"], n=2, max_tokens=5, seed=3)
+    drawn = chatty.sample([encode("u: Sam\na: "), encode("Sam")], n=2, max_tokens=5, seed=3)
+    assert texts == [sample.text for sample in drawn] and chatty.generate(sam, n=2, max_tokens=5, seed=3) == texts[:2]
+    (logp_R,), tokens = chatty.logprobs(sam, ["sad"]), [*encode("sad\n"), model.tokenizer.eos_id]
+    np.testing.assert_array_equal(logp_R, chatty.logprob_tokens([encode("u: Sam\na: ")], [tokens])[0])
+    assert error(model.generate, sam).startswith("prompts[0]: expected a tokenizer with a chat template, as the ")
+
+
 def test_a_completion_is_worth_the_same_beside_others(model):
     texts = ["a", "the meat is red", ""]
     together, scores = model.logprobs(PROMPTS, texts), model.scores(PROMPTS, texts)
