@@ -30,11 +30,11 @@ def depends(config, stage) -> dict:
 def fingerprints(config) -> dict[str, str]:
     """{"data.sft = rows.jsonl": sha256} of the local files that a run reads: data, tokenizer and weights."""
     places = tasks.load(config).files() | {"model.init": config.model.init, "text.path": config.text.path}
-    digests = {f"{field} = {place}": _digest(Path(place)) for field, place in places.items() if place}
+    digests = {f"{field} = {place}": digest(Path(place)) for field, place in places.items() if place}
     return {name: digest for name, digest in digests.items() if digest}
 
 
-def _digest(path):
+def digest(path):
     """sha256 (hex) of a file, or of the files of a folder; None where there is neither."""
     if not path.is_file() and not path.is_dir():
         return None
