@@ -12,6 +12,7 @@ from rlhf_jax.algorithms import ALGORITHMS, POLICY, preference, supervised
 from rlhf_jax.data import corpus, sources
 from rlhf_jax.errors import InputError, listed, short
 from rlhf_jax.models import decoder
+from rlhf_jax.models import lora as adapters
 from rlhf_jax.report import trackers
 from rlhf_jax.rewards import function
 from rlhf_jax.tasks import TASKS
@@ -118,6 +119,7 @@ class Config:
     text: Text = Text()
     data: Any = sources.Config()  # of the task: tasks.TASKS[task].Config
     model: decoder.Config = decoder.Config()
+    lora: adapters.Config = adapters.Config()
     pretrain: Supervised = Supervised(steps=0)
     sft: Supervised = Supervised()
     reward: Reward = Reward()
@@ -278,7 +280,7 @@ def sections(config, stage) -> list[str]:
     """The names of the sections and fields of the config that a stage's numbers depend on."""
     names = stages(config)
     before = names[: names.index(stage) + 1]
-    found = ["seed", "task", "text", "data", "model", "evaluation"]
+    found = ["seed", "task", "text", "data", "model", "lora", "evaluation"]
     found += [name for name in before if name in ("pretrain", "sft", "reward")]
     if stage == names[-1]:
         found += ["algorithm", config.algorithm, "alarms", "seeds"]
@@ -310,7 +312,7 @@ def check(config, *, devices: int = 1, files: bool = True) -> None:
     TASKS[config.task].make(config)  # its own InputError names what it cannot be made of
     if files:
         _check_files(config)
-    for problem in (_reward, _lengths, _batches):
+    for problem in (_reward, _lengths, _batches, _adapters):
         for name, expected in problem(config, devices):
             value = config
             for part in name.split("."):
@@ -412,6 +414,13 @@ def _lengths(config, _):
             yield "model.context", f"at least data.prompt_length + data.{name} = {longest}"
     if getattr(config.rl, "widths", 1) > data.prompt_length:
         yield f"{config.algorithm}.widths", f"at most data.prompt_length = {data.prompt_length}"
+
+
+def _adapters(config, _):
+    if config.lora.rank and not config.model.init:
+        yield "lora.rank", "0 where model.init is empty, as adapters stand on a pretrained base"
+    if config.lora.rank > config.model.width:
+        yield "lora.rank", f"at most model.width = {config.model.width}"
 
 
 def _batches(config, devices):

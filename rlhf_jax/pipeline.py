@@ -15,7 +15,7 @@ from rlhf_jax import fields, hub, out_of_memory, provenance, rollout, tasks, tex
 from rlhf_jax.algorithms import ALGORITHMS
 from rlhf_jax.errors import InputError
 from rlhf_jax.evaluate import seeds
-from rlhf_jax.models import heads, hf
+from rlhf_jax.models import heads, hf, lora
 from rlhf_jax.report import plots
 from rlhf_jax.report.console import Silent
 from rlhf_jax.rewards import Reward, function, learned, rouge
@@ -128,14 +128,15 @@ class Stages:
             expected = f"0 or, for this tokenizer, {ids} to {ids + PADDING - 1}"
             raise InputError(f"model.vocab_size: expected {expected}, got {model.vocab_size}")
         sized = dataclasses.replace(model, vocab_size=model.vocab_size or ids)
+        base = self._base
         return Setup(
             seed=config.seed,
             task=self.task,
             tokenizer=tokenizer,
-            apply=rollout.Apply(heads.LanguageModel(sized, ids=ids), heads.ScalarModel(sized)),
+            apply=rollout.Apply(heads.LanguageModel(sized, ids=ids, base=base), heads.ScalarModel(sized, base)),
             evaluation=config.evaluation,
             guard=config.guard,
-            jit=self._jit,
+            jit=functools.partial(base.jit, jit=self._jit) if base else self._jit,
             record=config.trace.every > 0,
         )
 
@@ -166,13 +167,26 @@ class Stages:
         return tokenizer
 
     def _policy_init(self):
-        """The policy before training: random, or the Hugging Face weights of model.init."""
-        model, init = self.setup.apply.policy, self.config.model.init
-        if not init:
+        """The policy before training: random, adapters, or the Hugging Face weights of model.init."""
+        if self._base:
+            jax.block_until_ready(self._base.stored)  # an error in the weights is found before the stage begins
             return self._random()
-        weights = _weights(init)
+        return self._pretrained() if self.config.model.init else self._random()
+
+    @functools.cached_property
+    def _base(self):
+        """The frozen parameters that adapters stand on, on every device; None without adapters."""
+
+        def read():
+            return sharding.replicate(self._pretrained(), self.setup.mesh)
+
+        return lora.Base(self.config.lora, read) if self.config.lora.rank else None
+
+    def _pretrained(self):
+        """The Hugging Face weights of model.init."""
+        weights = _weights(self.config.model.init)
         try:
-            return hf.load(weights, model.config)
+            return hf.load(weights, self.setup.apply.policy.config)
         except InputError as error:
             raise InputError(f"model.init: {error}") from None
 
@@ -248,7 +262,8 @@ class Stages:
         if todo:
             devices, model = sharding.devices(), self.setup.apply.policy.config
             shapes = jax.tree.leaves(jax.eval_shape(self._random))
-            size = f"{sum(leaf.size for leaf in shapes):,} parameters, {model.layers} layers of {model.width}"
+            parameters = "parameters of adapters" if self.config.lora.rank else "parameters"
+            size = f"{sum(leaf.size for leaf in shapes):,} {parameters}, {model.layers} layers of {model.width}"
             tokens = f"{self.setup.tokenizer.vocab_size:,} tokens"
             self.reporter.note(f"{len(devices)} x {devices[0].device_kind}; a policy of {size}; {tokens}")
 
@@ -382,6 +397,6 @@ def _make_tokenizer(config, task, note):
 def _weights(init):
     """The file or folder that model.init stands for, downloaded where it is a name on the hub."""
     try:
-        return Path(init) if Path(init).exists() else hub.folder(init, *hf.FILES)
+        return hf.find(init)
     except InputError as error:
         raise InputError(f"model.init: {error}") from None

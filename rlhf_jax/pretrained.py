@@ -27,7 +27,7 @@ from rlhf_jax import generate, hub, jsonfile, rollout, text
 from rlhf_jax.data import tldr
 from rlhf_jax.errors import InputError
 from rlhf_jax.generate import Token
-from rlhf_jax.models import decoder, heads, hf, hf_config, hf_layout
+from rlhf_jax.models import decoder, heads, hf, hf_config, hf_layout, lora
 from rlhf_jax.text import chat, files
 
 FILES = tuple((*weights, *tokenizer) for tokenizer in files.FILES for weights in hf.FILES)  # of transformers
@@ -389,17 +389,51 @@ def _from_run(folder: Path, stage: str) -> Pretrained:
         raise InputError(f"{folder}: expected a run with a finished stage that has a policy; there is none yet")
     stage, tokenizer = stage or policies[-1], text.load(folder / "text")
 
+    model = dataclasses.replace(config.model, vocab_size=config.model.vocab_size or tokenizer.vocab_size)
+
     def read(name, field):
         with _quiet():
-            return checkpoint.load(places[name])[field]
+            return whole(checkpoint.load(places[name])[field], config, model, places[name])
 
     return _made(
-        dataclasses.replace(config.model, vocab_size=config.model.vocab_size or tokenizer.vocab_size),
+        model,
         tokenizer,
         params=None if stage == "reward" else read(stage, "policy"),
         reward=read("reward", "reward") if "reward" in finished else None,
         max_tokens=config.data.response_length,
     )
+
+
+def whole(params: Any, config: Any, model: decoder.Config, stage: Path) -> Any:
+    """Parameters of a stage's result, with adapters (config.lora) added to their base. The stage is its folder.
+
+    InputError where the base is not the one that the adapters were trained on.
+    """
+    if not config.lora.rank:
+        return params
+    base = base_of(config, model, stage)
+    if "head" not in params:
+        return lora.merge(base, params, config.lora)
+    base.pop("unembed", None)
+    return {**params, "trunk": lora.merge(base, params["trunk"], config.lora)}
+
+
+def base_of(config: Any, model: decoder.Config, stage: Path) -> dict:
+    """The parameters that the adapters of a stage, a folder, stand on: those of model.init. Raises InputError."""
+    from rlhf_jax import provenance
+
+    init = config.model.init
+    record = jsonfile.read(stage / "config.json", "what the stage's numbers depend on")
+    was = record.get("sha256", {}).get(f"model.init = {init}")
+    try:
+        now = provenance.digest(Path(init))
+        if was != now:
+            raise InputError(
+                f"{init}: expected the base that the adapters in {stage} were trained on, with sha256 {was}, got {now}"
+            )
+        return hf.load(hf.find(init), model)
+    except InputError as error:
+        raise InputError(f"model.init: {error}") from None
 
 
 @contextlib.contextmanager

@@ -31,11 +31,11 @@ def fingerprints(config) -> dict[str, str]:
     """{"data.sft = rows.jsonl": sha256} of the local files that a run reads: data, tokenizer and weights."""
     places = tasks.load(config).files() | {"model.init": config.model.init}
     places |= {"text.path": config.text.path, "text.template": config.text.template}
-    digests = {f"{field} = {place}": _digest(Path(place)) for field, place in places.items() if place}
+    digests = {f"{field} = {place}": digest(Path(place)) for field, place in places.items() if place}
     return {name: digest for name, digest in digests.items() if digest}
 
 
-def _digest(path):
+def digest(path):
     """sha256 (hex) of a file, or of the files of a folder; None where there is neither."""
     if not path.is_file() and not path.is_dir():
         return None

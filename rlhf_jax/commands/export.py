@@ -3,21 +3,21 @@
 import dataclasses
 from pathlib import Path
 
-from rlhf_jax import checkpoint, jsonfile, text
+from rlhf_jax import checkpoint, jsonfile, pretrained, text
 from rlhf_jax import config as configs
 from rlhf_jax.commands import model_card
 from rlhf_jax.errors import InputError
-from rlhf_jax.models import hf
+from rlhf_jax.models import hf, peft
 from rlhf_jax.text import hf as text_hf
 
 
-def export(workdir, out, stage=""):
+def export(workdir, out, stage="", adapter=False):
     """Writes the result of a stage of the run in `workdir` to `out`, a new or an empty folder; returns the stage.
 
     A stage's result is its policy. Stage `reward` has a reward model, written as a ...ForSequenceClassification with
     one label and right padding. The default is the last finished stage with a policy. Of a run with several seeds, the
-    first seed is exported. Raises InputError, before anything is written, if the workdir, stage, model or folder is
-    not suitable.
+    first seed is exported. adapter: a policy's adapters (lora) as a folder for peft, instead of a model in which they
+    are merged. Raises InputError, before anything is written, if the workdir, stage, model or folder is not suitable.
     """
     workdir, out = Path(workdir).expanduser(), Path(out).expanduser()
     hf.check_folder(out)
@@ -27,15 +27,27 @@ def export(workdir, out, stage=""):
     summary = _summary(place / "summary.json")
     tokenizer = text.load(workdir / "text")
     model = dataclasses.replace(config.model, vocab_size=config.model.vocab_size or tokenizer.vocab_size)
-    params = checkpoint.load(place)["reward" if stage == "reward" else "policy"]
-    ids = {"eos_id": tokenizer.eos_id, "pad_id": tokenizer.pad_id}
     beside = text_hf.to_hf(tokenizer) | {"README.md": model_card.card(config, stage, summary)}
+    if adapter:
+        return _adapter(config, model, stage, place, out, beside)
+    params = pretrained.whole(checkpoint.load(place)["reward" if stage == "reward" else "policy"], config, model, place)
+    ids = {"eos_id": tokenizer.eos_id, "pad_id": tokenizer.pad_id}
     if stage == "reward":
         # Without position ids, transformers counts positions from the left edge, padding included.
         beside["tokenizer_config.json"] |= {"padding_side": "right"}
         hf.save_scalar(out, params, model, **ids, beside=beside)
     else:
         hf.save(out, params, model, **ids, generation=_generation(config, model, tokenizer), beside=beside)
+    return stage
+
+
+def _adapter(config, model, stage, place, out, beside):
+    """Writes the adapters of a stage's policy."""
+    if not config.lora.rank or stage == "reward":
+        expected = "a run with adapters (lora.rank)" if stage != "reward" else "a stage with a policy"
+        raise InputError(f"adapter: expected {expected}, got {stage}; without this flag, the whole model is exported")
+    adapters = checkpoint.load(place)["policy"]
+    peft.save(out, adapters, model, config.lora, base=config.model.init, beside=beside)
     return stage
 
 

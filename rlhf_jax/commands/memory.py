@@ -12,7 +12,7 @@ import jax.numpy as jnp
 from rlhf_jax import generate, rollout, tasks
 from rlhf_jax.algorithms import POLICY
 from rlhf_jax.errors import InputError
-from rlhf_jax.models import heads
+from rlhf_jax.models import heads, lora
 from rlhf_jax.rewards import function, learned
 from rlhf_jax.stages.rl import Iteration
 
@@ -22,10 +22,11 @@ APART = {"xla_disable_hlo_passes": "cse_barrier_expander"}
 def rl(config, vocab_size, devices=1):
     """{part: bytes per device} of a Config's last stage; vocab_size is the tokenizer's number of ids.
 
-    state: the arrays of the TrainState, always allocated; the best policy too, if that is the result. A value model and
-    a reward model count if the config has them. draw, judge, update: the peaks of an iteration's steps, state included;
-    judge is the larger of two: reference and values, or the scores of a learned reward. The guard keeps no copy of what
-    an update changes. The batch is spread over the devices; communication between them is not counted.
+    state: the arrays of the TrainState, always allocated; the best policy too, if that is the result, and the base of
+    adapters (lora), once. A value model and a reward model count if the config has them. draw, judge, update: the peaks
+    of an iteration's steps, state included; judge is the larger of two: reference and values, or the scores of a
+    learned reward. The guard keeps no copy of what an update changes. The batch is spread over the devices;
+    communication between them is not counted.
     """
     if not config.sampled:
         raise InputError(
@@ -33,11 +34,14 @@ def rl(config, vocab_size, devices=1):
         )
     task, section = tasks.load(config), _share(config.rl, devices)
     model = dataclasses.replace(config.model, vocab_size=config.model.vocab_size or vocab_size)
-    apply = rollout.Apply(heads.LanguageModel(model), heads.ScalarModel(model))
+    whole = jax.eval_shape(heads.LanguageModel(model).init, jax.random.key(0))
+    base = lora.Base(config.lora, lambda: whole) if config.lora.rank else None
+    apply = rollout.Apply(heads.LanguageModel(model, base=base), heads.ScalarModel(model, base))
+    jit = base.jit if base else jax.jit
     options = {name: getattr(section, name) for name in ("temperature", "lanes", "widths")}
     sampling = generate.Sampling(task.response_length, eos_id=0, pad_id=1, **options)
-    reward = learned.Learned(apply, None, sampling) if config.learned else function.load(config.reward.kind)
-    iteration = Iteration(POLICY[config.algorithm], section, apply, sampling, config.guard.action)
+    reward = learned.Learned(apply, None, sampling, jit) if config.learned else function.load(config.reward.kind)
+    iteration = Iteration(POLICY[config.algorithm], section, apply, sampling, config.guard.action, jit)
 
     def begin(key):
         policy = apply.policy.init(key)
@@ -53,7 +57,7 @@ def rl(config, vocab_size, devices=1):
         *_, drawn = programs["judge"][1]
         peak["judge"] = max(peak["judge"], _size(drawn) + peak.pop("reward"))
     best = _size(state.policy) if config.evaluation.result == "best" else 0
-    kept = _size(state) + best
+    kept = _size(state) + best + (_size(whole) if base else 0)
     return {"state": kept} | {name: kept + size for name, size in peak.items()}
 
 

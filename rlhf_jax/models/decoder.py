@@ -145,6 +145,9 @@ class Dense(nn.Module):
         std = c.init_std / (2 * c.layers) ** 0.5 if self.residual else c.init_std
         kernel = self.param("kernel", nn.initializers.normal(std), (x_BTD.shape[-1], self.features))
         flat = x_BTD.reshape(-1, x_BTD.shape[-1]) @ kernel[:, columns].astype(c.dtype)
+        if self.has_variable("lora", "a"):  # an adapter (lora.py)
+            low = x_BTD.reshape(-1, x_BTD.shape[-1]) @ self.get_variable("lora", "a").astype(c.dtype)
+            flat = flat + low @ self.get_variable("lora", "b")[:, columns].astype(c.dtype)
         if self.biased:
             flat = flat + self.param("bias", nn.initializers.zeros_init(), (self.features,))[columns].astype(c.dtype)
         return flat.reshape(*x_BTD.shape[:-1], -1)

@@ -12,10 +12,15 @@ from typing import Any
 import jax
 import jax.numpy as jnp
 
-from rlhf_jax.models import decoder
+from rlhf_jax.models import decoder, lora
 from rlhf_jax.ops import kl, logprobs
 
 NEVER = -1e9  # the logit of an id that the tokenizer does not have
+
+
+def _variables(base, params):
+    """What the decoder is applied to."""
+    return {"params": params} if base is None else base.variables(params)
 
 
 @dataclasses.dataclass(frozen=True)
@@ -25,15 +30,25 @@ class LanguageModel:
     config: decoder.Config
     chunk: int = 2048  # tokens projected onto the vocabulary at a time
     ids: int = 0  # ids that the tokenizer has; those beyond are never sampled. 0: all of the vocabulary
+    base: lora.Base | None = None  # parameters that stay frozen: those of the functions below are then adapters
 
     def init(self, key):
-        """Random parameters."""
+        """Random parameters, or adapters with which the model is the base."""
+        if self.base is None:
+            return self.whole(key)
+        return lora.init(key, jax.eval_shape(self.whole, key), self.base.config)
+
+    def whole(self, key):
+        """Random parameters of all of the model."""
         c, tokens_BT = self.config, jnp.zeros((1, 1), jnp.int32)
         trunk = decoder.Decoder(c).init(key, tokens_BT, jnp.ones_like(tokens_BT))["params"]
         if c.tied:
             return trunk
         table_VD = c.init_std * jax.random.normal(jax.random.fold_in(key, 0), (c.vocab_size, c.width))
         return {**trunk, "unembed": {"embedding": table_VD}}
+
+    def _apply(self, params, *args, **how):
+        return decoder.Decoder(self.config).apply(_variables(self.base, params), *args, **how)
 
     def hidden(self, params, tokens_BT, mask_BT, count=None, dropout_key=None):
         """The hidden state before each of the last `count` tokens, [B, count, D]; without a count, of all tokens.
@@ -42,10 +57,11 @@ class LanguageModel:
         """
         how: dict[str, Any] = {} if dropout_key is None else {"deterministic": False, "rngs": {"dropout": dropout_key}}
         select = None if count is None else functools.partial(logprobs.before, count=count)
-        return decoder.Decoder(self.config).apply({"params": params}, tokens_BT, mask_BT, select=select, **how)[0]
+        return self._apply(params, tokens_BT, mask_BT, select=select, **how)[0]
 
     def logits(self, params, hidden):
         """hidden [..., D] -> logits [..., V] in float32."""
+        params = params if self.base is None else self.base.params
         table_VD = params["wte" if self.config.tied else "unembed"]["embedding"].astype(hidden.dtype)
         logits = jnp.einsum("...d,vd->...v", hidden, table_VD, preferred_element_type=jnp.float32)
         if not 0 < self.ids < self.config.vocab_size:
@@ -66,8 +82,7 @@ class LanguageModel:
 
     def prefill(self, params, tokens_BP, mask_BP, slots):
         """Reads the prompts: (hidden [B, D] of the last prompt token, cache with `slots` slots)."""
-        trunk, last = decoder.Decoder(self.config), lambda x_BP: x_BP[:, -1:]
-        hidden_B1D, cache = trunk.apply({"params": params}, tokens_BP, mask_BP, slots=slots, select=last)
+        hidden_B1D, cache = self._apply(params, tokens_BP, mask_BP, slots=slots, select=lambda x_BP: x_BP[:, -1:])
         return hidden_B1D[:, 0], cache
 
     def decode(self, params, token_B, mask_B, cache, slot=None):
@@ -76,9 +91,7 @@ class LanguageModel:
         Its keys and values go to the next slot or, if given, to `slot`, whose contents must be no longer needed.
         """
         cache = cache if slot is None else cache.replace(used=slot)
-        hidden_B1D, cache = decoder.Decoder(self.config).apply(
-            {"params": params}, token_B[:, None], mask_B[:, None], cache
-        )
+        hidden_B1D, cache = self._apply(params, token_B[:, None], mask_B[:, None], cache)
         return hidden_B1D[:, 0], cache
 
     def insert(self, cache, new, rows_G):
@@ -132,6 +145,7 @@ class ScalarModel:
     """The decoder with one number per position: read at every response token (value) or at the last (reward)."""
 
     config: decoder.Config
+    base: lora.Base | None = None  # as a LanguageModel's: the trunk is then adapters
 
     def init(self, key, policy):
         """The trunk of the given policy with a new head ~ N(0, 1/sqrt(D + 1)) and bias 0 (arXiv 2403.17031)."""
@@ -165,7 +179,8 @@ class ScalarModel:
         return self.read(params, self._hidden(params, tokens_BT, mask_BT, last)[:, 0])
 
     def _hidden(self, params, tokens_BT, mask_BT, select):
-        return decoder.Decoder(self.config).apply({"params": params["trunk"]}, tokens_BT, mask_BT, select=select)[0]
+        variables = _variables(self.base, params["trunk"])
+        return decoder.Decoder(self.config).apply(variables, tokens_BT, mask_BT, select=select)[0]
 
     def _without_unembed(self, policy):
         # A scalar model never reads this table, which is as large as the token embedding.

@@ -19,6 +19,7 @@ from flax.traverse_util import flatten_dict, unflatten_dict
 from safetensors import SafetensorError
 from safetensors.numpy import save_file
 
+from rlhf_jax import hub
 from rlhf_jax.errors import InputError, listed
 from rlhf_jax.models import families, hf_config, hf_layout
 from rlhf_jax.models.families.family import HEADS
@@ -48,6 +49,11 @@ def load(path, config):
         return from_hf(arrays, config)
     except InputError as error:
         raise InputError(f"{path}: {error}") from None
+
+
+def find(place):
+    """The file or folder of weights at a path, or of a name on the hub, which is downloaded. Raises InputError."""
+    return Path(place) if Path(place).exists() else hub.folder(place, *FILES)
 
 
 def from_hf(arrays, config):
@@ -119,13 +125,13 @@ def save(folder, params, config, *, eos_id, pad_id, generation=None, beside=None
     record = hf_config.language_model(config, eos_id=eos_id, pad_id=pad_id)
     ids = {name: record[name] for name in ("bos_token_id", "eos_token_id", "pad_token_id")}
     records = {hf_config.FILE: record, "generation_config.json": ids | (generation or {})}
-    _write(folder, to_hf(params, config), records | (beside or {}))
+    write(folder, to_hf(params, config), records | (beside or {}))
 
 
 def save_scalar(folder, params, config, *, eos_id, pad_id, beside=None):
     """Writes a reward model as transformers does: model.safetensors, config.json; the folder as in `save`."""
     record = hf_config.scalar_model(config, eos_id=eos_id, pad_id=pad_id)
-    _write(folder, scalar_to_hf(params, config), {hf_config.FILE: record} | (beside or {}))
+    write(folder, scalar_to_hf(params, config), {hf_config.FILE: record} | (beside or {}))
 
 
 def _import(arrays, shapes, config):
@@ -244,14 +250,20 @@ def check_folder(folder):
         raise InputError(f"{folder}: cannot be written ({parent} is {reason})")
 
 
-def _write(folder, arrays, records):
+def contiguous(array):
+    """The array with its numbers in order, as safetensors writes raw memory; of any device."""
+    return np.ascontiguousarray(array)
+
+
+def write(folder, arrays, records, file=FILE):
+    """Writes a new folder, whole or not at all: arrays, and files by name, each a text or a JSON value."""
     check_folder(folder)
     folder = Path(folder).absolute()
     unfinished = folder.with_name(f".{folder.name}.unfinished")
     try:
         shutil.rmtree(unfinished, ignore_errors=True)  # left by an export that was killed
         unfinished.mkdir(parents=True)
-        _write_arrays(unfinished, arrays)
+        _write_arrays(unfinished, arrays, file)
         for name, record in records.items():
             text = record if isinstance(record, str) else json.dumps(record, indent=2, sort_keys=True) + "\n"
             (unfinished / name).write_text(text, encoding="utf-8")
@@ -261,7 +273,7 @@ def _write(folder, arrays, records):
         raise InputError(f"{folder}: cannot be written ({error})") from error
 
 
-def _write_arrays(folder, arrays):
+def _write_arrays(folder, arrays, file):
     """One file or, of more than SHARD bytes, shards and their index."""
     shards: list[dict] = [{}]
     for name, array in arrays.items():
@@ -269,7 +281,7 @@ def _write_arrays(folder, arrays):
             shards.append({})
         shards[-1][name] = array
     if len(shards) == 1:
-        save_file(arrays, folder / FILE, metadata={"format": "pt"})
+        save_file(arrays, folder / file, metadata={"format": "pt"})
         return
     file_of: dict[str, str] = {}
     for i, shard in enumerate(shards, start=1):

@@ -104,8 +104,8 @@ class Iteration:
 
         draw, judge, reward (where it is on the device) and update, in their order. Arguments may be shapes themselves.
         """
-        drawn = jax.eval_shape(self.sample, state, *prompts)
-        judged = jax.eval_shape(self.judge, state, *prompts, drawn)
+        drawn = self.sample.eval_shape(state, *prompts)
+        judged = self.judge.eval_shape(state, *prompts, drawn)
         scored = judged.replace(score_B=jax.ShapeDtypeStruct((self.config.batch,), jnp.float32))
         return {
             "draw": (self.sample, (state, *prompts)),

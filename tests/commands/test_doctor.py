@@ -1,0 +1,114 @@
+"""The stage at fault is named, from the numbers that a run records; a healthy run passes."""
+
+import json
+
+import pytest
+
+from rlhf_jax import config as configs
+from rlhf_jax.commands import doctor
+from tests.support import Recorder, error
+
+# What `make demo` records (seed 1), rounded.
+SFT = [{"eval_loss": 7.06}, {"eval_loss": 0.41}, {"eval_loss": 0.36}]
+REWARD = [{"eval_loss": 0.9}, {"eval_loss": 0.37}, {"eval_loss": 0.37}]
+PPO = [
+    {"kl_exact": 0.0, "clip_fraction": 0.02, "explained_variance": -0.3},
+    *[{"kl_exact": 1.2, "clip_fraction": 0.03, "explained_variance": 0.5}] * 9,
+]
+SUMMARIES = {
+    "sft": {"eos_rate": 0.99},
+    "reward": {"accuracy": 0.854, "accuracy_ci95": [0.82, 0.88]},
+    "ppo": {
+        "kl_exact": 1.17, "entropy": 0.21, "entropy_sft": 0.36, "length": 15.1, "length_sft": 14.2, "eos_rate": 1.0,
+        "repeat_rate": 0.0, "score_ci95": [0.68, 0.85], "gold_ci95": [0.24, 0.3],
+    },
+}  # fmt: skip
+
+
+@pytest.fixture
+def run(tmp_path):
+    """run(**changes): the workdir of a run with these rows or numbers of a stage in place of the healthy ones."""
+
+    def run(rows=(), evaluation=None, stages=("sft", "reward", "ppo"), **numbers):
+        (tmp_path / "config.json").write_text(json.dumps(configs.tree(configs.Config())))
+        for name, healthy in {"sft": SFT, "reward": REWARD, "ppo": PPO}.items():
+            if name not in stages:
+                continue
+            (tmp_path / name).mkdir()
+            for file, made in (
+                (
+                    "metrics.jsonl",
+                    [{f"{name}/{k}": v for k, v in row.items()} for row in dict(rows).get(name, healthy)],
+                ),
+                ("summary.json", [{f"{name}/{k}": v for k, v in (SUMMARIES[name] | numbers.get(name, {})).items()}]),
+            ):
+                (tmp_path / name / file).write_text("".join(json.dumps(row) + "\n" for row in made))
+        if evaluation:
+            (tmp_path / "evaluation").mkdir()
+            values = {name: {"value": value} for name, value in evaluation.items()}
+            (tmp_path / "evaluation" / "ppo.json").write_text(json.dumps({"reward_model": values}))
+        return tmp_path
+
+    return run
+
+
+CALIBRATED = {
+    "accuracy": 0.85, "accuracy_of_longer": 0.6, "accuracy_of_shorter": 0.4, "temperature": 1.3,
+    "accuracy_prefers_own_prompt": 0.9,
+}  # fmt: skip
+
+
+def test_a_healthy_run_passes(run):
+    findings = doctor.examine(run(evaluation=CALIBRATED))
+    assert {each.verdict for each in findings} == {doctor.PASS} and len(findings) >= 15
+    assert doctor.verdict(findings) == "healthy: every number is in its range"
+
+
+BROKEN = [
+    # fine-tuning of five steps; without EOS; learned by heart
+    ("sft", "loss, share of the first", {"rows": {"sft": [{"eval_loss": 7.06}, {"eval_loss": 7.0}]}}),
+    ("sft", "eos_rate", {"sft": {"eos_rate": 0.0}}),
+    ("sft", "loss, share of its least", {"rows": {"sft": [{"eval_loss": x} for x in (7, 0.4, 0.9)]}}),
+    # half of the labels shuffled; ten pairs; over-confident; knows length alone; does not read the post
+    ("reward", "accuracy, lower end", {"reward": {"accuracy_ci95": [0.46, 0.55]}}),
+    ("reward", "loss, share of its least", {"rows": {"reward": [{"eval_loss": x} for x in (0.7, 0.6, 1.4)]}}),
+    ("reward", "accuracy above length's", {"evaluation": CALIBRATED | {"accuracy_of_longer": 0.86}}),
+    ("reward", "temperature", {"evaluation": CALIBRATED | {"temperature": 6.0}}),
+    ("reward", "prefers the own post", {"evaluation": CALIBRATED | {"accuracy_prefers_own_prompt": 0.5}}),
+    # another temperature in the sampler; no KL penalty; a learning rate that is too large; frozen values; collapse
+    ("ppo", "exact KL of the first rollout, nats", {"rows": {"ppo": [PPO[0] | {"kl_exact": 0.3}, *PPO[1:]]}}),
+    ("ppo", "exact KL, nats", {"ppo": {"kl_exact": 40.0}}),
+    ("ppo", "clip fraction", {"rows": {"ppo": [PPO[0]] + [PPO[1] | {"clip_fraction": 0.6}] * 9}}),
+    ("ppo", "explained variance", {"rows": {"ppo": [PPO[0]] * 10}}),
+    ("ppo", "entropy, share of the first", {"ppo": {"entropy": 0.01}}),
+    ("ppo", "length, share of the first", {"ppo": {"length": 60.0}}),
+    ("ppo", "repeat_rate", {"ppo": {"repeat_rate": 0.9}}),
+    ("ppo", "gain in reward, lower end", {"ppo": {"score_ci95": [-0.1, 0.1]}}),
+    ("ppo", "gain in gold, lower end", {"ppo": {"gold_ci95": [-0.3, -0.2]}}),
+]
+
+
+@pytest.mark.parametrize(("stage", "name", "changes"), BROKEN, ids=[name for _, name, _ in BROKEN])
+def test_the_stage_at_fault_is_named(stage, name, changes, run):
+    findings = doctor.examine(run(**changes))
+    (wrong,) = (each for each in findings if each.verdict != doctor.PASS)
+    assert (wrong.stage, wrong.name) == (stage, name) and wrong.advice
+    assert doctor.verdict(findings).startswith(f"{stage} first: {name} is ")
+    reporter = Recorder()
+    doctor.show(findings, reporter)
+    assert reporter.notes == [f"{wrong.verdict}  {stage}  {name}: {wrong.advice}", doctor.verdict(findings)]
+    assert len(reporter.tables[0][1]) == len(findings)
+
+
+def test_the_earliest_of_the_worst_is_first(run):
+    """A warning of fine-tuning comes after a failure of PPO, and a failure of the reward model before it."""
+    numbers = {"sft": {"eos_rate": 0.7}, "ppo": {"kl_exact": 40.0}}
+    assert doctor.verdict(doctor.examine(run(**numbers))).startswith("ppo first: exact KL")
+
+
+def test_what_is_not_finished_is_left_out(run):
+    assert {each.stage for each in doctor.examine(run(stages=("sft",)))} == {"sft"}
+
+
+def test_no_finished_stage(run):
+    assert "expected a run with a finished stage" in error(doctor.examine, run(stages=()))
