@@ -252,3 +252,18 @@ def test_settings_are_compared_by_value():
     """They are static arguments: equal ones must not compile again."""
     assert hash(options(8)) == hash(options(8)) and options(8) == options(8)
     assert dataclasses.replace(options(8), temperature=0.7) != options(8)
+
+
+# Groups
+
+
+@pytest.mark.parametrize(("lanes", "widths"), [(0, 1), (6, 2)])
+def test_a_group_shares_the_reading_of_its_prompt_and_nothing_else(lanes, widths, apply, policy, prompts):
+    """Two rows a prompt: the same completions as when each row reads it."""
+    twice = [jnp.repeat(x, 2, axis=0) for x in prompts]
+    alone = run(apply.policy, policy, *twice, keys(12), options(8))
+    shared = run(apply.policy, policy, *twice, keys(12), options(8, group=2, lanes=lanes, widths=widths))
+    for field in "response_BR", "mask_BR", "done_B":
+        np.testing.assert_array_equal(getattr(shared, field), getattr(alone, field))
+    np.testing.assert_allclose(shared.logp_BR, alone.logp_BR, rtol=0, atol=1e-5)
+    assert len({tuple(row) for row in np.asarray(shared.response_BR).tolist()}) == 12  # each row has its own noise

@@ -34,7 +34,7 @@ def rl(config, vocab_size, devices=1):
     task, section = tasks.load(config), _share(config.rl, devices)
     model = dataclasses.replace(config.model, vocab_size=config.model.vocab_size or vocab_size)
     apply = rollout.Apply(heads.LanguageModel(model), heads.ScalarModel(model))
-    options = {name: getattr(section, name) for name in ("temperature", "lanes", "widths")}
+    options = {name: getattr(section, name) for name in ("temperature", "lanes", "widths", "group")}
     sampling = generate.Sampling(task.response_length, eos_id=0, pad_id=1, **options)
     reward = learned.Learned(apply, None, sampling) if config.learned else function.load(config.reward.kind)
     iteration = Iteration(POLICY[config.algorithm], section, apply, sampling, config.guard.action)

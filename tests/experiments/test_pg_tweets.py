@@ -102,7 +102,7 @@ def test_a_reward_that_is_none_is_named(name, words, forks, table, tmp_path):
         ("both", "reward.kind: expected a function of texts alone where task is write, whose rows hold nothing"),
         (
             "gold",
-            "reward.kind: expected learned, sentiment, rouge, exact, partial or path/to/file.py:function where no row has a record",
+            "reward.kind: expected learned, sentiment, rouge, exact, partial or path/to/file.py:function where no row",
         ),
     ],
 )

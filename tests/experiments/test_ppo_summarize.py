@@ -116,7 +116,7 @@ REFUSED = {
     "the truth of rows that have none": (
         {"reward": "gold", "data.source": "files"},
         [
-            "reward.kind: expected learned, sentiment, rouge, exact, partial or path/to/file.py:function where no row has a record",
+            "reward.kind: expected learned, sentiment, rouge, exact, partial or path/to/file.py:function where no row",
             "'gold'",
         ],
     ),
