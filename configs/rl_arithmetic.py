@@ -9,13 +9,21 @@
 --config.algorithm=rloo|grpo|dr_grpo|dapo|reinforce_pp|policy_gradient|ppo selects the algorithm, here RLOO.
 """
 
+import dataclasses
+
 from ml_collections import ConfigDict
 
 from rlhf_jax import config as configs
+from rlhf_jax.algorithms import dpo
 from rlhf_jax.config import Config, Evaluation, Reward, Supervised, Text
 from rlhf_jax.errors import InputError
-from rlhf_jax.models import gpt2
+from rlhf_jax.models.families import preset
 from rlhf_jax.tasks import arithmetic
+
+ROLLOUTS = dict(
+    **dict(lr=3e-4, steps=100, batch=256, group=8, epochs=2, temperature=1.0, kl_coef=0.0, adam_b2=0.95, eval_every=20),
+    **dict(missing_eos="replace", missing_eos_penalty=0.0),  # an answer that never ends is wrong, not worse than that
+)
 
 
 def get_config(arg="add"):
@@ -42,25 +50,25 @@ def reverse():
 
 
 def digits():
-    """Four terms of a sequence, without fine-tuning."""
-    return _config("digits", 4, sft=0, reward="partial")
+    """Four terms of a sequence, without fine-tuning; an entropy bonus keeps the answers apart until some are right."""
+    config = _config("digits", 4, sft=0, reward="partial")
+    longer = configs.policies(**ROLLOUTS | dict(lr=5e-4, steps=300, entropy_coef=0.002))
+    return dataclasses.replace(config, **longer)
 
 
 def _config(kind, size, *, sft, wrong=0.0, reward="exact"):
     data = arithmetic.Config(kind=kind, digits=size, wrong=wrong)
-    rollouts = dict(lr=3e-4, steps=100, batch=256, epochs=2, temperature=1.0, eval_every=20)
-    # An answer that never ends is wrong, and not worse than that.
-    endless = dict(missing_eos="replace", missing_eos_penalty=0.0)
     return Config(
         task="arithmetic",
         algorithm="rloo",
         text=Text(kind="char"),
         data=data,
-        model=gpt2.preset(
+        model=preset(
             "micro", layers=2, heads=4, head_size=32, context=data.prompt_length + data.response_length, init_std=0.08
         ),
         sft=Supervised(lr=2e-3, warmup=50, adam_b2=0.95, steps=sft, batch=64, loss_on="response", eval_every=250),
         reward=Reward(kind=reward),
-        **configs.policies(**rollouts, **endless, kl_coef=0.0, adam_b2=0.95, group=8),
-        evaluation=Evaluation(prompts=512, batch=512, temperature=1.0),
+        **configs.policies(**ROLLOUTS),
+        dpo=dpo.Config(lr=1e-4, steps=300, batch=64, eval_every=50),
+        evaluation=Evaluation(prompts=512, batch=512, temperature=1.0, draws=8),
     )

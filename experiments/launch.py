@@ -60,20 +60,21 @@ def launch(task, only=None, job=pipeline.run):
     start(main, "config", "workdir")
 
 
-def start(main, *required, optional=()):
+def start(main, *required, optional=(), arguments=""):
     """Parses the flags, refuses to start without the required ones, and calls main(). Errors are one line.
 
-    required, optional: which of --config and --workdir the command has.
+    required, optional: which of --config and --workdir the command has. arguments: what it gets besides flags, if
+    anything; then at least one is needed, and the call is main(list of them).
     """
     command.begin()
 
-    def run(_):
+    def run(argv):
         logging.set_verbosity(logging.FATAL)  # Orbax logs every file it touches; its errors are raised as well
         _keep_compiled()
         with command.errors(f"workdir: {WORKDIR.value}" if "workdir" in required else ""):
-            main()
+            main(*[argv[1:]] * bool(arguments))
 
-    app.run(run, flags_parser=lambda argv: _parse(argv, required, (*required, *optional)))
+    app.run(run, flags_parser=lambda argv: _parse(argv, required, (*required, *optional), arguments))
 
 
 def _keep_compiled():
@@ -90,7 +91,7 @@ def read_config():
     return config, {name for name, *_ in fields.leaves(config) if f"{name}.".startswith(tuple(f"{g}." for g in given))}
 
 
-def _parse(argv, required, allowed):
+def _parse(argv, required, allowed, arguments):
     """The parser of flags for app.run."""
     flags.FLAGS["config"].parser = _ConfigFile()
     try:
@@ -108,8 +109,10 @@ def _parse(argv, required, allowed):
                 raise InputError(f"--{name}: not a flag of this command")
             if len(values := _values(name)) > 1:
                 raise InputError(f"--{name}: expected once, got {' and '.join(values)}")
-        if rest[1:]:
+        if rest[1:] and not arguments:
             raise InputError(f"{rest[1]}: expected only --flags")
+        if arguments and not rest[1:]:
+            raise InputError(f"{arguments}: expected at least one, got none")
         return rest
     except (flags.Error, AttributeError, KeyError, TypeError, ValueError, OSError) as error:
         command.leave(_message(error))

@@ -63,6 +63,9 @@ class Evaluation:
     batch: int = fields.number(64, least=1, neutral=True)  # rows on the device at a time
     temperature: float = fields.number(0.01, least=0, most=100)  # of sampling; 0: the most likely tokens
     samples: int = fields.number(3, least=0, neutral=True)  # shown during training; samples.jsonl has all of them
+    # Completions of each held-out prompt before and after reinforcement learning, at the training temperature, that
+    # pass@1, 2, 4, ... are estimated from where answers are right or wrong. 1: no estimate.
+    draws: int = fields.number(1, least=1)
     # The result of reinforcement learning: the last policy, or the best evaluated one within the limits of `alarms`.
     result: str = fields.choice("last", "last", "best")
 

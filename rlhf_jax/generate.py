@@ -35,6 +35,7 @@ class Sampling:
     top_p: float = 1.0  # 1: all. Evaluation and playground only
     lanes: int = 0  # completions generated at once, a divisor of their number; 0: all
     widths: int = 1  # number of prompt widths that the reading of prompts is compiled for; see ops/padding.py
+    group: int = 1  # rows next to each other that complete one prompt: it is read once for all of them
     more_eos: tuple[int, ...] = ()  # further ids that end a completion, as some models have
 
     def ends(self, token_B):
@@ -65,7 +66,7 @@ def start(model, params, prompt_BP, prompt_mask_BP, keys_B, config):
     """Reads the prompts and samples the first token of each row."""
     B, P = prompt_BP.shape
     R = config.max_tokens
-    hidden_BD, cache = model.prefill(params, prompt_BP, prompt_mask_BP, P + R)
+    hidden_BD, cache = _read_groups(model, params, prompt_BP, prompt_mask_BP, P + R, config.group)
     state = State(
         step=jnp.zeros((), jnp.int32),
         done_B=jnp.zeros(B, bool),
@@ -77,6 +78,12 @@ def start(model, params, prompt_BP, prompt_mask_BP, keys_B, config):
         hidden_BRD=jnp.zeros((B, R, hidden_BD.shape[-1]), hidden_BD.dtype),
     )
     return _draw(model, params, hidden_BD, state, config)
+
+
+def _read_groups(model, params, prompt_BP, prompt_mask_BP, slots, group):
+    """model.prefill of the first prompt of each group, repeated for its rows. Rows are the first axis of a cache."""
+    found = model.prefill(params, prompt_BP[::group], prompt_mask_BP[::group], slots)
+    return found if group == 1 else jax.tree.map(lambda x: jnp.repeat(x, group, axis=0) if jnp.ndim(x) else x, found)
 
 
 def advance(model, params, state, config):
@@ -144,14 +151,18 @@ class Lanes:
 def _from_queue(model, params, prompt_NP, prompt_mask_NP, keys_N, config):
     """Completes every prompt in config.lanes lanes and returns the final State, without a cache.
 
-    Prompts are read in groups, once enough lanes are free: one at a time would be slow. Raises ValueError unless the
-    number of lanes divides the number of prompts.
+    Prompts are read in groups, once enough lanes are free: one at a time would be slow. Rows that complete one prompt
+    are in one of these, as the queue keeps rows of equal length in their order. Raises ValueError unless the number of
+    lanes divides the number of rows, and config.group divides it.
     """
     N, P = prompt_NP.shape
     B, R = config.lanes, config.max_tokens
     if N % B:
         raise ValueError(f"lanes: expected a divisor of {N} prompts, got {B}")
-    group = max(size for size in range(1, max(B // GROUPS, 1) + 1) if B % size == 0)
+    if B % config.group:
+        raise ValueError(f"lanes: expected a multiple of group = {config.group}, got {B}")
+    sizes = range(config.group, max(B // GROUPS, config.group) + 1, config.group)
+    group = max(size for size in sizes if B % size == 0)
 
     def may_enter(lanes):
         """A group is in the queue, and enough lanes are free."""
@@ -199,7 +210,7 @@ def enter(model, params, prompt_NP, prompt_mask_NP, lanes, config, group):
     row_G = jax.lax.dynamic_slice_in_dim(lanes.queue_N, lanes.taken, group)
 
     def prefill(prompt_GP, mask_GP):
-        return model.prefill(params, prompt_GP, mask_GP, P + config.max_tokens)
+        return _read_groups(model, params, prompt_GP, mask_GP, P + config.max_tokens, config.group)
 
     hidden_GD, new = padding.cut(prefill, prompt_NP[row_G], prompt_mask_NP[row_G], config.widths)
     lane_G = jnp.argsort(lanes.row_B < N)[:group]  # free lanes first

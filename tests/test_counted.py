@@ -6,7 +6,7 @@ from functools import cache
 import jax
 import pytest
 
-from rlhf_jax.algorithms import ppo
+from rlhf_jax.algorithms import ppo, rloo
 from rlhf_jax.commands import benchmark
 from rlhf_jax.models import decoder
 
@@ -84,3 +84,17 @@ def test_each_program_compiles_once(compilations):
             state, _ = timed.learn(state, scored)
     assert sorted(names) == ["judge", "sample", "score", "step"]
     assert int(state.step) == 3
+
+
+def test_a_group_reads_its_prompt_once():
+    """Four completions a prompt: three quarters of the prefill's products are left out of sampling."""
+
+    def counted(group):
+        config = rloo.Config(batch=8, group=group)
+        grouped = dataclasses.replace(SHAPE, algorithm=config)
+        function, args = benchmark.Timed(grouped).programs()["draw"]
+        return function.lower(*args).cost_analysis()["flops"], benchmark.flops(grouped)["prefill"]
+
+    (two, prefill), (four, less) = counted(2), counted(4)
+    assert less == prefill / 2
+    assert 1.1 * less < two - four < 1.25 * less

@@ -277,3 +277,18 @@ def test_weights_are_cast_once_not_at_every_token(apply, policy, prompts):
         return {var.aval.dtype for var in loop.invars if var.aval.ndim == 2 and var.aval.shape[0] in widths}
 
     assert matrices(model) == {jnp.dtype("bfloat16")} != matrices(late)
+
+
+# Groups
+
+
+@pytest.mark.parametrize(("lanes", "widths"), [(0, 1), (6, 2)])
+def test_a_group_shares_the_reading_of_its_prompt_and_nothing_else(lanes, widths, apply, policy, prompts):
+    """Two rows a prompt: the same completions as when each row reads it."""
+    twice = [jnp.repeat(x, 2, axis=0) for x in prompts]
+    alone = run(apply.policy, policy, *twice, keys(12), options(8))
+    shared = run(apply.policy, policy, *twice, keys(12), options(8, group=2, lanes=lanes, widths=widths))
+    for field in "response_BR", "mask_BR", "done_B":
+        np.testing.assert_array_equal(getattr(shared, field), getattr(alone, field))
+    np.testing.assert_allclose(shared.logp_BR, alone.logp_BR, rtol=0, atol=1e-5)
+    assert len({tuple(row) for row in np.asarray(shared.response_BR).tolist()}) == 12  # each row has its own noise

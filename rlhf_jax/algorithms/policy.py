@@ -67,6 +67,8 @@ class Config(optim.Config):
             yield "top_p", f"1 in training ({why})"
         if self.lanes and self.batch % self.lanes:
             yield "lanes", f"0, or a divisor of batch = {self.batch}"
+        if self.lanes % self.group:
+            yield "lanes", f"0, or a multiple of group = {self.group}"
         limit = kl.LARGEST_ERROR * self.batch
         if self.kl_target and self.kl_horizon <= limit:
             yield "kl_horizon", f"more than {kl.LARGEST_ERROR:g} batch = {limit:g}, to keep kl_coef positive"

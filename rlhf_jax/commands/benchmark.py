@@ -2,7 +2,8 @@
 
 The functions that are timed are those of the stages (stages/rl.py: Iteration), on random weights and random tokens, on
 one device. No response ends early. An iteration is sampling (prefill, decode), scoring (judge, then the reward) and the
-update, each awaited before the next. PPO has a learned reward, the article's policy gradient the sentiment of texts.
+update, each awaited before the next. The reward is learned; that of the article's policy gradient is the sentiment of
+texts.
 """
 
 import contextlib
@@ -22,7 +23,7 @@ import jax.numpy as jnp
 from jax.experimental.compilation_cache import compilation_cache
 
 from rlhf_jax import generate, jsonfile, rollout, text
-from rlhf_jax.algorithms import policy_gradient, ppo
+from rlhf_jax.algorithms import POLICY, grpo, policy, policy_gradient, ppo, rloo
 from rlhf_jax.errors import InputError
 from rlhf_jax.models import cost, decoder, families, heads
 from rlhf_jax.report import metrics
@@ -51,13 +52,14 @@ class Shape:
     model: decoder.Config
     prompt: int  # tokens of a prompt
     response: int  # tokens of a response
-    algorithm: ppo.Config | policy_gradient.Config
+    algorithm: policy.Config
 
 
-def _ppo(name, layers, heads, width, vocab_size, prompt, response, **algorithm):
+def _learned(name, layers, heads, width, vocab_size, prompt, response, algorithm=ppo, **config):
+    """An iteration with a learned reward."""
     sizes = {"layers": layers, "heads": heads, "head_size": width // heads, "width": width, "vocab_size": vocab_size}
     model = decoder.Config(**sizes, context=prompt + response)
-    return Shape(name, model, prompt, response, ppo.Config(**algorithm))
+    return Shape(name, model, prompt, response, algorithm.Config(**config))
 
 
 def _article(name, length, **algorithm):
@@ -69,9 +71,12 @@ def _article(name, length, **algorithm):
 SHAPES = {
     shape.name: shape
     for shape in (
-        _ppo("tiny", 4, 4, 128, 2_048, 128, 32, batch=32),
-        _ppo("gpt2", 12, 12, 768, 50_257, 256, 48, batch=4),
-        _ppo("gpt2-tldr", 12, 12, 768, 50_257, 512, 53, batch=64, microbatches=8),  # 16 GB; 100 GB without microbatches
+        _learned("tiny", 4, 4, 128, 2_048, 128, 32, batch=32),
+        _learned("tiny-rloo", 4, 4, 128, 2_048, 128, 32, rloo, batch=32),
+        _learned("tiny-grpo", 4, 4, 128, 2_048, 128, 32, grpo, batch=32),
+        _learned("gpt2", 12, 12, 768, 50_257, 256, 48, batch=4),
+        # 16 GB; 100 GB without microbatches
+        _learned("gpt2-tldr", 12, 12, 768, 50_257, 512, 53, batch=64, microbatches=8),
         _article("tweets", 32, batch=32, reward_to_go=False, baseline="none"),
         _article("stories", 64, batch=64),
     )
@@ -98,6 +103,16 @@ def shape(name, dtype="float32", batch=0, *, fused=False):
     return dataclasses.replace(known, model=model, algorithm=config)
 
 
+def algorithm_of(config):
+    """The algorithm of a section of the config."""
+    return next(each for each in POLICY.values() if type(config) is each.Config)
+
+
+def has_reward(config):
+    """Whether the reward is a reward model; the article's policy gradient has the sentiment of texts."""
+    return algorithm_of(config) is not policy_gradient
+
+
 class Timed:
     """The functions that are timed, and the arrays that they start from."""
 
@@ -109,10 +124,10 @@ class Timed:
             eos_id=shape.model.vocab_size,  # never sampled
             pad_id=0,
             temperature=config.temperature,
+            group=config.group,
         )
-        is_ppo = isinstance(config, ppo.Config)
-        self.iteration = rl.Iteration(ppo if is_ppo else policy_gradient, config, apply, sampling)
-        self.reward = learned.Learned(apply, None, sampling) if is_ppo else function.load("sentiment")
+        self.iteration = rl.Iteration(algorithm_of(config), config, apply, sampling)
+        self.reward = learned.Learned(apply, None, sampling) if has_reward(config) else function.load("sentiment")
         self.prefill, self.sample, self.learn = jax.jit(self._prefill), self.iteration.sample, self.iteration.learn
 
     def begin(self, key):
@@ -122,13 +137,15 @@ class Timed:
         policy = jax.jit(apply.policy.init)(policy_key)
         size, ids = (shape.algorithm.batch, shape.prompt), shape.model.vocab_size
         prompt_BP = jax.random.randint(prompt_key, size, 0, ids, jnp.int32)
+        prompt_BP = jnp.repeat(prompt_BP[:: shape.algorithm.group], shape.algorithm.group, axis=0)
         reward = None if self.reward.on_host else apply.scalar.init(reward_key, policy)
         state = self.iteration.begin(policy, key, value=reward, reward=reward)
         return state, (prompt_BP, jnp.ones_like(prompt_BP, bool))
 
     def _prefill(self, state, prompt_BP, mask_BP):
         slots = self.shape.prompt + self.shape.response
-        return self.iteration.apply.policy.prefill(state.policy, prompt_BP, mask_BP, slots)
+        group = self.shape.algorithm.group
+        return self.iteration.apply.policy.prefill(state.policy, prompt_BP[::group], mask_BP[::group], slots)
 
     def score(self, state, prompts, drawn):
         """The scored Rollout."""
@@ -148,21 +165,24 @@ def flops(shape):
     """{phase: FLOPs of its matrix products, "iteration": their sum}; models/cost.py defines what is counted.
 
     Decoding computes the logits of every response token and reads all but the last. Scoring computes the reference's
-    hidden states and both models' logits; with PPO also the reward model and the value model.
+    hidden states and both models' logits, the reward model and, with PPO, the value model. The prompt of a group is
+    read once.
     """
     model, config = shape.model, shape.algorithm
     P, R, T = shape.prompt, shape.response, shape.prompt + shape.response
     logits = R * cost.logits(model)
     hidden = cost.trunk(model, T, P - 1, R)  # before each response token
     counts = {
-        "prefill": cost.trunk(model, P, P - 1, 1),
+        "prefill": cost.trunk(model, P, P - 1, 1) / config.group,
         "decode": logits + sum(cost.step(model, seen) for seen in range(P, T - 1)),
         "score": hidden + 2 * logits,
         "update": hidden + logits,
     }
-    if isinstance(config, ppo.Config):
+    if has_reward(config):
+        counts["score"] += cost.trunk(model, T, T - 1, 1) + cost.scalar(model)
+    if algorithm_of(config).NEEDS_VALUE:
         values = hidden + R * cost.scalar(model)
-        counts["score"] += values + cost.trunk(model, T, T - 1, 1) + cost.scalar(model)
+        counts["score"] += values
         counts["update"] += values
     counts["update"] *= 3 * config.epochs  # forward and backward
     counts = {phase: config.batch * count for phase, count in counts.items()}

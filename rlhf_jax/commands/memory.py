@@ -38,7 +38,7 @@ def rl(config, vocab_size, devices=1):
     base = lora.Base(config.lora, lambda: whole) if config.lora.rank else None
     apply = rollout.Apply(heads.LanguageModel(model, base=base), heads.ScalarModel(model, base))
     jit = base.jit if base else jax.jit
-    options = {name: getattr(section, name) for name in ("temperature", "lanes", "widths")}
+    options = {name: getattr(section, name) for name in ("temperature", "lanes", "widths", "group")}
     sampling = generate.Sampling(task.response_length, eos_id=0, pad_id=1, **options)
     reward = learned.Learned(apply, None, sampling, jit) if config.learned else function.load(config.reward.kind)
     iteration = Iteration(POLICY[config.algorithm], section, apply, sampling, config.guard.action, jit)

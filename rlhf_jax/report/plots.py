@@ -195,6 +195,15 @@ def reuse(results, path):
     return _save(panels, path, title="One rollout, used again")
 
 
+@_styled
+def compare(curves, path, *, metric):
+    """The metric of several runs over iterations, samples, seconds and exact KL: {name: arrays [N] by axis}."""
+    axes_of = {"iterations": "iteration", "samples": "completions", "seconds": "seconds", "kl": "exact KL (nats)"}
+    return _save(
+        [partial(_curves, curves=curves, x=x, label=label, metric=metric) for x, label in axes_of.items()], path
+    )
+
+
 def bare(rows, stage):
     """Rows of metrics without the stage's name before the slash."""
     return [{name.removeprefix(f"{stage}/"): value for name, value in row.items()} for row in rows]
@@ -411,6 +420,18 @@ def _reuse(axes, results, name):
         ends.append((values[-1], update.replace("_", " "), color))
     axes.set_xscale("log", base=2)
     axes.set(title=title, ylabel=unit, xlabel="gradient steps on the rollout", xticks=uses, xticklabels=uses)
+    _label_ends(axes, ends)
+
+
+def _curves(axes, curves, x, label, metric):
+    ends = []
+    for i, (name, arrays) in enumerate(curves.items()):
+        x_N, y_N = arrays[x], arrays["value"]
+        if not len(y_N):
+            continue
+        (line,) = axes.plot(x_N, y_N, ".-", color=f"C{i}", linewidth=1.5, markersize=4)
+        ends.append((y_N[-1], f"{name} {_number(y_N[-1])}", line.get_color()))
+    axes.set(title=f"Held-out {metric}", xlabel=label, ylabel=metric)
     _label_ends(axes, ends)
 
 

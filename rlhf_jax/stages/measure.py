@@ -4,12 +4,14 @@ import dataclasses
 import functools
 from typing import Any
 
+import jax
 import jax.numpy as jnp
 import numpy as np
 
 from rlhf_jax import rewards, rollout
 from rlhf_jax.algorithms import policy as policy_algorithm
 from rlhf_jax.evaluate import diversity, interval, win_rate
+from rlhf_jax.evaluate.pass_at_k import pass_at_k
 from rlhf_jax.stages import row_keys
 
 
@@ -74,6 +76,32 @@ def measurement(setup, config, reward):
         numbers = {name: float(np.mean(values)) for name, values in rows.items()}
         numbers["entropy"] = float(rows.pop("entropy").sum() / max(rows["length"].sum(), 1))
         return Measured(numbers | diversity_of(texts), rows, texts, tokens)
+
+    return measure
+
+
+def passes(setup, config):
+    """A function state -> {"pass_1", "pass_2", "pass_4", ...}: pass@k of the held-out questions; {} without answers."""
+    arrays, questions = setup.questions("prompts")
+    draws, sampling = setup.evaluation.draws, setup.sampling(config.temperature)
+
+    @setup.jit
+    def sample(policy, batch, key):
+        prompts = (batch["prompt_BP"], batch["prompt_mask_BP"])
+        drawn = rollout.draw(setup.apply, policy, *prompts, row_keys(key, batch), sampling)
+        return {"response": drawn.response_BR, "mask": drawn.mask_BR}
+
+    def measure(state):
+        columns = []
+        for i in range(draws if draws > 1 else 0):
+            key = jax.random.fold_in(setup.key("evaluation"), i)
+            found = setup.over(arrays, functools.partial(sample, state.policy, key=key), len(questions))
+            judged = setup.task.judge(questions, setup.decode(found["response"], found["mask"]))
+            if "exact" not in judged:
+                return {}
+            columns.append(judged["exact"])
+        sizes = [2**i for i in range(draws.bit_length())] if columns else []
+        return {f"pass_{k}": float(pass_at_k(np.stack(columns, axis=1), k).mean()) for k in sizes}
 
     return measure
 

@@ -136,7 +136,8 @@ def rl(
     samples, instead of the last policy. sides: suffixes of the numbers before and after. beside: more columns of the
     samples, one dict a question.
     """
-    sampling = setup.sampling(config.temperature, lanes=config.lanes, widths=config.widths)
+    how = {"lanes": config.lanes, "widths": config.widths, "group": config.group}
+    sampling = setup.sampling(config.temperature, **how)
     iteration = Iteration(algorithm, config, setup.apply, sampling, setup.guard.action, setup.jit, setup.record)
     measured = measure.measurement(setup, config, reward)
     key = setup.key("rl") if key is None else key
@@ -306,6 +307,10 @@ class _Parts:
             fresh = jax.random.fold_in(self.setup.key("evaluation"), 1)
             first, last = self.measured(state.replace(policy=state.reference), fresh), self.measured(state, fresh)
         numbers = measure.compare(first, last, self.sides, metric)
+        passes = measure.passes(self.setup, self.config)
+        for suffix, policy in zip(self.sides, (state.reference, state.policy), strict=True):
+            found = passes(state.replace(policy=policy))
+            numbers |= {f"{key}{suffix}": value for key, value in found.items()}
         curve = best_of_n.curve(first.rows[metric]) if task.same_prompt else None
         if curve:
             numbers["best_of_n_at_kl"] = best_of_n.at_kl(first.rows[metric], numbers["kl_exact"])

@@ -24,6 +24,7 @@ from rlhf_jax.rewards import answers
 from rlhf_jax.tasks.task import Encoded, Rows
 
 SHOWN = range(2, 7)  # terms of a sequence that a prompt of `digits` may show
+STEPS = range(1, 4)  # from term to term
 
 
 @dataclasses.dataclass(frozen=True)
@@ -125,7 +126,7 @@ def _rows(config, seed):
     rng, found = random.Random(f"arithmetic/{seed}"), {}
     digits = config.digits
     if config.kind == "digits":
-        every = list(itertools.product(range(10), range(1, 10), SHOWN))
+        every = list(itertools.product(range(10), STEPS, SHOWN))
         rng.shuffle(every)
         found = dict(_continued(*each, digits) for each in every[: config.rows])
     else:

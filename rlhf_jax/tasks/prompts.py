@@ -127,6 +127,7 @@ def make(config) -> Task:
 
 def unused(config):
     """Fields of a whole config of this task that have no effect, and why."""
+    yield "evaluation.draws", f"task is {config.task}, whose completions are not right or wrong"
     data, reward = config.data, f"reward is {config.reward.kind}"
     if config.sampled and not config.learned:
         for name in ("data.preferences", "data.pair_length", "data.columns.chosen", "data.columns.rejected"):

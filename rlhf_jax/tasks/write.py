@@ -71,6 +71,7 @@ def make(config) -> Task:
 
 def unused(config):
     """Fields of a whole config of this task that have no effect, and why."""
+    yield "evaluation.draws", f"task is {config.task}, whose completions are not right or wrong"
     for name in ("pretrain", "sft"):
         yield f"{name}.loss_on", "a row has no prompt where task is write"
     if not config.sft.steps and config.sampled and not config.learned:

@@ -1,0 +1,148 @@
+"""Finished runs side by side: fields of their configs that differ, their numbers with intervals, and their curves.
+
+A run is the folder of a stage that trained a policy by reward or preference (runs/demo/ppo), or a workdir, which stands
+for all of its stages of that kind. A gain over the first run is a paired difference where both have the same held-out
+prompts in the same order; otherwise it is left out.
+"""
+
+import dataclasses
+from pathlib import Path
+
+import numpy as np
+
+from rlhf_jax import jsonfile
+from rlhf_jax.errors import InputError
+from rlhf_jax.evaluate import interval
+from rlhf_jax.report import metrics, plots
+from rlhf_jax.training.workdir import Workdir, flat
+
+NUMBERS = ("kl_exact", "distinct2", "eos_rate", "length")  # of the summary, after the score
+METRICS = ("gold", "reward", "score", "exact")  # what runs are compared by: the first that all of them have
+
+
+@dataclasses.dataclass(frozen=True)
+class Run:
+    """A finished stage."""
+
+    name: str
+    config: dict  # what its numbers depend on, flat: {"rloo.lr": ...}
+    summary: dict  # without the stage's name
+    rows: list[dict]  # of metrics, without the stage's name
+    samples: list[dict]
+    stage: str
+
+    @property
+    def batch(self) -> int:
+        """Completions, or pairs, an iteration."""
+        return self.config[f"{self.config['section']}.batch"]
+
+    def scores(self, metric) -> np.ndarray | None:
+        """The metric [N] of each held-out completion, where the samples have it."""
+        for row in self.samples[:1]:
+            if isinstance(row.get(self.stage), dict):
+                name = metric if metric in row[self.stage] else "score"
+                return np.array([each[self.stage][name] for each in self.samples]) if name in row[self.stage] else None
+            if f"{metric}_rl" in row:
+                return np.array([each[f"{metric}_rl"] for each in self.samples])
+        return None
+
+    @property
+    def prompts(self) -> list[str]:
+        """The held-out prompts, in order."""
+        return [row.get("prompt", "") for row in self.samples]
+
+    def curve(self, metric) -> dict[str, np.ndarray]:
+        """{"iterations", "samples", "seconds", "kl", "value"} of each evaluation."""
+        found = [row for row in self.rows if f"eval_{metric}" in row]
+        step_N = np.array([row["step"] for row in found], float)
+        columns = {"seconds": "time", "kl": "eval_kl_exact", "value": f"eval_{metric}"}
+        arrays = {name: np.array([row.get(column, np.nan) for row in found]) for name, column in columns.items()}
+        return {"iterations": step_N, "samples": step_N * self.batch} | arrays
+
+
+def read(place: str) -> list[Run]:
+    """The runs of a folder. InputError where there is none that has finished."""
+    path = Path(place).expanduser()
+    if not path.is_dir():
+        raise InputError(f"{place}: expected the folder of a run, found none")
+    folders = (
+        [path] if (path / "config.json").exists() and (path / "metrics.jsonl").exists() else sorted(path.iterdir())
+    )
+    found = [run for folder in folders if folder.is_dir() and (run := _stage(folder))]
+    if not found:
+        raise InputError(f"{place}: expected a finished stage of reinforcement learning or DPO, found none")
+    return found
+
+
+def _stage(folder):
+    if not ((folder / "summary.json").exists() and (folder / "metrics.jsonl").exists()):
+        return None
+    record = jsonfile.read(folder / "config.json", "the config of a stage", "")
+    if "algorithm" not in record:  # fine-tuning, or a reward model
+        return None
+    workdir, stage = Workdir(folder.parent), folder.name
+    summary = {key.removeprefix(f"{stage}/"): value for key, value in workdir.summary(stage).items()}
+    rows = plots.bare(metrics.read(folder / "metrics.jsonl"), stage)
+    return Run(f"{folder.parent.name}/{stage}", flat(record), summary, rows, workdir.samples(stage), stage)
+
+
+def compare(places: list[str], out: str, reporter) -> dict:
+    """Prints the tables, writes the picture to `out` and returns the numbers: {name of the run: {name: number}}."""
+    runs = [run for place in places for run in read(place)]
+    if len(runs) < 2:
+        raise InputError(f"RUN: expected at least 2 finished runs, got {len(runs)}")
+    if len({run.name for run in runs}) < len(runs):
+        raise InputError("RUN: expected different folders, got one of them twice")
+    metric = next((name for name in METRICS if all(name in run.summary for run in runs)), None)
+    if metric is None:
+        raise InputError(f"RUN: expected runs that all have one of {', '.join(METRICS)}")
+    names = [run.name for run in runs]
+    reporter.table(["differs", *names], [[field, *map(_short, values)] for field, values in differing(runs)])
+    results = {run.name: numbers(run, runs[0], metric) for run in runs}
+    columns = [metric, f"{metric} 95%", f"over {names[0]}", "95%", *NUMBERS, "samples", "seconds"]
+    reporter.table(["run", *columns], [[name, *map(_cell, found.values())] for name, found in results.items()])
+    plots.compare({run.name: run.curve(metric) for run in runs}, out, metric=metric)
+    reporter.note(f"curves in {out}")
+    return results
+
+
+def differing(runs: list[Run]) -> list[tuple[str, list]]:
+    """(field, its value in each run) of every field that some runs have otherwise; None where a run has no such field.
+
+    The section of an algorithm counts by its fields' names alone, so that RLOO's and GRPO's lr are one row.
+    """
+    flats = []
+    for run in runs:
+        section = run.config["section"]
+        flats.append(
+            {
+                key.replace(f"{section}.", "", 1) if key.startswith(f"{section}.") else key: value
+                for key, value in run.config.items()
+                if key != "section" and not key.startswith("sha256")
+            }
+        )
+    fields = list(dict.fromkeys(key for each in flats for key in each))
+    rows = [(field, [each.get(field) for each in flats]) for field in fields]
+    return [(field, values) for field, values in rows if any(value != values[0] for value in values)]
+
+
+def numbers(run: Run, first: Run, metric: str) -> dict:
+    """The columns of a run: the metric and its interval, the paired gain over `first` and its interval, the others."""
+    scores_N, others_N = run.scores(metric), first.scores(metric)
+    found = {metric: run.summary[metric], "ci95": None, "gain": None, "gain_ci95": None}
+    if scores_N is not None:
+        found["ci95"] = interval.mean_ci95(scores_N)
+        if run is not first and others_N is not None and run.prompts == first.prompts:
+            found["gain"], found["gain_ci95"] = interval.paired_gain(scores_N, others_N)
+    found |= {name: run.summary.get(name) for name in NUMBERS}
+    return found | {"samples": run.summary["steps"] * run.batch, "seconds": run.summary["seconds"]}
+
+
+def _cell(value):
+    if value is None:
+        return "-"
+    return f"{value[0]:.3f} to {value[1]:.3f}" if isinstance(value, tuple) else value
+
+
+def _short(value):
+    return "-" if value is None else str(value)

@@ -1,0 +1,80 @@
+"""Finished runs side by side: numbers by hand, from the files that a run leaves."""
+
+import json
+
+import numpy as np
+import pytest
+
+from rlhf_jax.commands import compare
+from tests.support import Recorder, error
+
+GOLD = {"rloo": [0.5, 0.75, 1.0, 0.75], "grpo": [0.75, 0.75, 1.0, 1.0]}
+
+
+def leave(folder, stage, lr, prompts="abcd", **summary):
+    """Writes what a stage of two iterations of 8 completions leaves."""
+    (folder / stage).mkdir(parents=True)
+    config = {"algorithm": stage, "section": stage, stage: {"lr": lr, "batch": 8}, "seed": 1, "sha256": {"x": stage}}
+    numbers = {"gold": float(np.mean(GOLD[stage])), "kl_exact": 1.5, "steps": 2} | summary
+    rows = [{"step": step, "time": 10.0 * step, f"{stage}/eval_gold": step / 4} for step in (0, 2)]
+    samples = [
+        {"prompt": p, "sft": {"gold": 0.0}, stage: {"gold": x}} for p, x in zip(prompts, GOLD[stage], strict=True)
+    ]
+    files = {
+        "config": config,
+        "summary": {f"{stage}/{key}": value for key, value in numbers.items()} | {"seconds": 20.0},
+    }
+    for name, value in files.items():
+        (folder / stage / f"{name}.json").write_text(json.dumps(value))
+    for name, lines in {"metrics": rows, "samples": samples}.items():
+        (folder / stage / f"{name}.jsonl").write_text("".join(json.dumps(line) + "\n" for line in lines))
+    return str(folder / stage)
+
+
+@pytest.fixture
+def reporter():
+    found = Recorder()
+    found.table = lambda header, rows: found.tables.append((header, rows))
+    return found
+
+
+def test_two_runs_on_the_same_prompts(tmp_path, reporter):
+    leave(tmp_path / "a", "rloo", 0.1), leave(tmp_path / "a", "grpo", 0.2)
+    results = compare.compare([str(tmp_path / "a")], str(tmp_path / "out.png"), reporter)
+    assert list(results) == ["a/grpo", "a/rloo"]
+    assert results["a/rloo"]["gold"] == 0.75 and results["a/rloo"]["gain"] == -0.125
+    low, high = results["a/rloo"]["gain_ci95"]
+    assert low + high == pytest.approx(-0.25) and high - low == pytest.approx(
+        2 * 1.96 * np.std([-1, 0, 0, -1], ddof=1) / 8, rel=1e-3
+    )
+    assert (results["a/rloo"]["samples"], results["a/rloo"]["seconds"]) == (16, 20)
+    assert results["a/grpo"]["gain"] is None  # it is the first
+    header, rows = reporter.tables[0]
+    assert header == ["differs", "a/grpo", "a/rloo"]
+    assert rows == [["algorithm", "grpo", "rloo"], ["lr", "0.2", "0.1"]]
+    curve = compare.read(str(tmp_path / "a" / "rloo"))[0].curve("gold")
+    np.testing.assert_array_equal(
+        [curve[name] for name in ("iterations", "samples", "value")], [[0, 2], [0, 16], [0, 0.5]]
+    )
+    assert (tmp_path / "out.png").exists()
+
+
+def test_other_prompts_are_not_paired(tmp_path, reporter):
+    places = [leave(tmp_path / "a", "rloo", 0.1), leave(tmp_path / "b", "grpo", 0.1, prompts="abce")]
+    results = compare.compare(places, str(tmp_path / "out.png"), reporter)
+    assert results["b/grpo"]["gain"] is None and results["b/grpo"]["ci95"] is not None
+
+
+def test_what_cannot_be_compared_is_one_line(tmp_path, reporter):
+    place = leave(tmp_path / "a", "rloo", 0.1)
+
+    def refusal(*places):
+        return error(compare.compare, list(places), str(tmp_path / "out.png"), reporter)
+
+    assert refusal(place) == "RUN: expected at least 2 finished runs, got 1"
+    assert refusal(place, place) == "RUN: expected different folders, got one of them twice"
+    assert refusal(place, str(tmp_path / "none")).endswith("none: expected the folder of a run, found none")
+    (tmp_path / "empty").mkdir()
+    assert "expected a finished stage of reinforcement learning or DPO, found none" in refusal(
+        place, str(tmp_path / "empty")
+    )
