@@ -14,7 +14,7 @@ import rlhf_jax
 from rlhf_jax import config as configs
 from rlhf_jax import fields, judges, pretrained, tasks
 from rlhf_jax.commands import generate
-from rlhf_jax.data import files, tldr
+from rlhf_jax.data import batches, files, tldr
 from rlhf_jax.errors import InputError
 from rlhf_jax.evaluate import accuracy, calibration, controlled, copying, diversity, interval, perplexity, rouge
 from rlhf_jax.evaluate.win_rate import win_rate
@@ -142,9 +142,13 @@ class _Run:
 
     def ends(self, texts):
         """The ids of completions, EOS included; a text that does not fit in the context is cut."""
-        form = str if self.config.task == "write" else tldr.completion
         tokenizer, context = self.model.tokenizer, self.model.context
+        bare = self.config.task == "write" or batches.is_chat(self.rows[0], tokenizer)  # no space stands before it
         pairs = zip(self.starts, texts, strict=True)
+
+        def form(text):
+            return text if bare else tldr.completion(text, tokenizer.space)
+
         return [[*tokenizer.encode(form(text))[: context - len(ids) - 1], tokenizer.eos_id] for ids, text in pairs]
 
     def texts(self, ours) -> dict[str, dict]:

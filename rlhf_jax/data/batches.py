@@ -182,7 +182,7 @@ def _encoded(
         yield from chunk
 
 
-def _is_chat(row: dict, tokenizer: Tokenizer) -> bool:
+def is_chat(row: dict, tokenizer: Tokenizer) -> bool:
     """Whether the row is read through the chat template."""
     return chats.KEY in row and tokenizer.template != text_files.NONE
 
@@ -191,7 +191,7 @@ def prompt_ids(
     rows: list[dict], tokenizer: Tokenizer, source: str, bad: Bad | None = None
 ) -> Iterator[list[int] | None]:
     """The ids of each row's prompt, as `encode` yields them."""
-    if not _is_chat(rows[0], tokenizer):
+    if not is_chat(rows[0], tokenizer):
         found = encode(rows, "prompt", tokenizer, source, bad)
         return (ids if ids is None else [*tokenizer.begin, *ids] for ids in found)
 
@@ -205,7 +205,7 @@ def _answer_ids(
     rows: list[dict], column: str, tokenizer: Tokenizer, source: str, bad: Bad | None
 ) -> Iterator[list[int] | None]:
     """The ids of each row's answer in the column, EOS included, as `encode` yields them."""
-    if _is_chat(rows[0], tokenizer):
+    if is_chat(rows[0], tokenizer):
 
         def encode_batch(pairs):
             return [chat.answer(tokenizer, messages, answer) for messages, answer in pairs]
@@ -318,11 +318,11 @@ def _shorten(ids: list[int], row: dict, tokenizer: Tokenizer, limit: int, cut: s
     """The ids of the row's prompt, more than `limit`, cut to at most that. InputError if `cut` does not allow it."""
     match cut:
         case "left":
-            begin = [] if _is_chat(row, tokenizer) else tokenizer.begin
+            begin = [] if is_chat(row, tokenizer) else tokenizer.begin
             return [*begin, *ids[len(ids) - limit + len(begin) :]]
         case "right":
             return ids[:limit]
-        case "newline" if not _is_chat(row, tokenizer):
+        case "newline" if not is_chat(row, tokenizer):
             return [*tokenizer.begin, *tldr.fit(row["prompt"], tokenizer, limit - len(tokenizer.begin))[0]]
     whole = "; a conversation has no post to cut (data.cut)" if cut == "newline" else ""
     raise InputError(f"expected at most {limit} tokens, got {len(ids)}{whole}")
