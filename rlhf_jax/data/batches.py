@@ -201,8 +201,8 @@ def prompt_ids(
     return _encoded(rows, "prompt", source, bad, lambda row: row[chats.KEY], encode_batch)
 
 
-def _answer_ids(
-    rows: list[dict], column: str, tokenizer: Tokenizer, source: str, bad: Bad | None
+def answer_ids(
+    rows: list[dict], column: str, tokenizer: Tokenizer, source: str, bad: Bad | None = None
 ) -> Iterator[list[int] | None]:
     """The ids of each row's answer in the column, EOS included, as `encode` yields them."""
     if is_chat(rows[0], tokenizer):
@@ -294,7 +294,7 @@ def _encode_answered(
     fits_N = np.ones(len(rows), bool)
     for column, name in responses.items():
         response_NR = np.full((len(rows), response_length), tokenizer.pad_id, np.int32)
-        for i, ids in enumerate(_answer_ids(rows, column, tokenizer, source, bad)):
+        for i, ids in enumerate(answer_ids(rows, column, tokenizer, source, bad)):
             if ids is not None and len(ids) <= response_length:
                 response_NR[i, : len(ids)] = ids
             else:
