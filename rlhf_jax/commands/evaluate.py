@@ -169,8 +169,9 @@ class _Run:
             numbers |= {name: _mean([pair[name].fmeasure for pair in found]) for name in rouge.NAMES}
             tokenizer, ends = self.model.tokenizer, self.ends(labels)
             if batches.is_chat(self.rows[0], tokenizer):  # as the template writes an answer
-                found_ids = batches.answer_ids(self.rows, "label", tokenizer, "rows")
-                ends = [(ids or [])[: self.model.context - len(a)] for a, ids in zip(self.starts, found_ids, strict=True)]
+                answers = batches.answer_ids(self.rows, "label", tokenizer, "rows")
+                pairs = zip(self.starts, answers, strict=True)
+                ends = [(ids or [])[: self.model.context - len(start)] for start, ids in pairs]
             logp = self.model.logprob_tokens(self.starts, ends)
             nats_N, tokens_N = np.array([-each.sum() for each in logp]), np.array([each.size for each in logp])
             numbers |= {f"label_{name}": {"value": value} for name, value in perplexity.perplexity(nats_N, tokens_N)}
