@@ -170,8 +170,8 @@ class _Run:
             tokenizer, ends = self.model.tokenizer, self.ends(labels)
             if batches.is_chat(self.rows[0], tokenizer):  # as the template writes an answer
                 answers = batches.answer_ids(self.rows, "label", tokenizer, "rows")
-                pairs = zip(self.starts, answers, strict=True)
-                ends = [(ids or [])[: self.model.context - len(start)] for start, ids in pairs]
+                both = zip(self.starts, answers, strict=True)
+                ends = [(ids or [])[: self.model.context - len(start)] for start, ids in both]
             logp = self.model.logprob_tokens(self.starts, ends)
             nats_N, tokens_N = np.array([-each.sum() for each in logp]), np.array([each.size for each in logp])
             numbers |= {f"label_{name}": {"value": value} for name, value in perplexity.perplexity(nats_N, tokens_N)}
