@@ -93,6 +93,19 @@ def test_a_breach_is_named(identity, kind, array, by, files):
     assert "recorded " in found[identity] and "recomputed " in found[identity]
 
 
+def test_any_of_several_eos_ends_a_response(files):
+    """As Llama 3's and Qwen's: the manifest names them."""
+    file, tokenizer = files["iter"], DEMO.manifest["tokenizer"]
+    row = np.flatnonzero(file["rollout.eos_B"])[0]
+    other = np.array(file["rollout.response_BR"])
+    other[row, file["rollout.mask_BR"][row].sum() - 1] = tokenizer["vocab_size"] - 3
+    file = dataclasses.replace(file, arrays=file.arrays | {"rollout.response_BR": other})
+    for ends, holds in (([tokenizer["eos_id"]], False), ([tokenizer["eos_id"], tokenizer["vocab_size"] - 3], True)):
+        manifest = DEMO.manifest | {"tokenizer": tokenizer | {"eos_ids": ends}}
+        found = {each.identity: each.breach for each in prove([file], manifest)}
+        assert (not found["response"]) == holds
+
+
 def test_a_breach_names_the_index(files):
     file = files["iter"]
     rows, columns = file["rollout.rewards_BR"].shape
