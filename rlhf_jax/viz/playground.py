@@ -3,6 +3,7 @@
 The policies are the last two finished ones: what reinforcement learning started from, and what it made of it.
 """
 
+import contextlib
 import dataclasses
 import functools
 import math
@@ -16,10 +17,11 @@ from typing import Any
 import numpy as np
 
 from rlhf_jax import config as configs
-from rlhf_jax import fields, pretrained
-from rlhf_jax.data import batches, sources, tldr
+from rlhf_jax import fields, pretrained, tasks
+from rlhf_jax.data import batches, chats, sources, tldr
 from rlhf_jax.errors import InputError
 from rlhf_jax.rewards import function, sentiment
+from rlhf_jax.text import files as text_files
 from rlhf_jax.training.workdir import Workdir
 
 VOTES = "votes.jsonl"  # in the workdir: rows that --config.data.preferences reads
@@ -167,30 +169,41 @@ class Run:
             ids = tokenizer.encode(text)
             kept = ids[max(len(ids) - self.model.context // 2, 0) :]
             return self._cut(text, [tokenizer.eos_id, *kept], kept, len(ids) - len(kept))  # EOS begins every text
+        rows = [{"prompt": text} | ({chats.KEY: [_message("user", text)]} if self.chat else {})]
+        (whole,) = batches.prompt_ids(rows, tokenizer, "prompt")
+        ids = whole or [tokenizer.eos_id]
         if recipe:
-            row = [{"prompt": text}]
             arrays, counts = batches.encode_prompts(
-                row, tokenizer, prompt_length=data.prompt_length, cut=data.cut, source="prompt"
+                rows, tokenizer, prompt_length=data.prompt_length, cut=data.cut, source="prompt"
             )
-            ids = arrays["prompt_NP"][0][arrays["prompt_mask_NP"][0]].tolist() or [tokenizer.eos_id]
-            whole = len(tokenizer.encode(text)) if counts["cut_prompts"] else len(ids)
-            return self._cut(text, ids, ids, whole - len(ids))
-        begin = tokenizer.begin
-        ids = begin + tokenizer.encode(text) or [tokenizer.eos_id]
-        limit = self.model.context - self.length(max_tokens)
+            if counts["cut_prompts"]:
+                kept = arrays["prompt_NP"][0][arrays["prompt_mask_NP"][0]].tolist()
+                return self._cut(text, kept, kept, len(ids) - len(kept))
+            return Prompt(text, ids)
+        limit, begin = self.model.context - self.length(max_tokens), [] if self.chat else tokenizer.begin
         if len(ids) <= limit:
             return Prompt(text, ids)
-        try:
-            kept = tldr.fit(text, tokenizer, limit - len(begin))[0]
-        except InputError:  # not a TL;DR query
-            kept = ids[len(ids) - limit + len(begin) :]
+        kept = ids[len(ids) - limit + len(begin) :]
+        if not self.chat:
+            with contextlib.suppress(InputError):  # not a TL;DR query
+                kept = tldr.fit(text, tokenizer, limit - len(begin))[0]
         return self._cut(text, begin + kept, kept, len(ids) - len(begin) - len(kept))
 
     def _cut(self, text, ids, kept, lost):
         if not lost:
             return Prompt(text, ids)
         note = f"the prompt has {lost + len(kept)} tokens and was cut to {len(kept)}"
-        return Prompt(self.model.tokenizer.decode(kept), ids, note)
+        return Prompt(text if self.chat else self.model.tokenizer.decode(kept), ids, note)
+
+    @functools.cached_property
+    def chat(self) -> bool:
+        """Whether the run's rows are conversations: then a text is the user's message, and votes are such rows."""
+        if self.config.task == "write" or self.model.tokenizer.template in ("", text_files.NONE):
+            return False
+        try:
+            return chats.KEY in tasks.load(self.config).rows("prompts").train[0]
+        except InputError:  # their files are no longer there
+            return False
 
     def length(self, max_tokens: int) -> int:
         """The tokens that a completion may have: those requested, at most half the context; 0: the run's."""
@@ -342,7 +355,7 @@ class Run:
         chosen, rejected = pair["rows"][choice], pair["rows"][1 - choice]
         if chosen["text"] == rejected["text"]:
             raise InputError("choice: expected -1, as the two texts are the same")
-        row = {"prompt": pair["prompt"], "chosen": chosen["text"], "rejected": rejected["text"]}
+        row: dict[str, Any] = {"prompt": pair["prompt"], "chosen": chosen["text"], "rejected": rejected["text"]}
         for column in sources.COLUMNS["preferences"]:
             if not row[column].strip():
                 raise InputError(f"{column}: expected a text, got an empty one, which data.preferences refuses")
@@ -350,9 +363,17 @@ class Run:
             data = self.config.data
             lengths = {"prompt_length": data.prompt_length, "cut": data.cut, "source": "vote"}
             length = data.pair_length or data.response_length
-            batches.encode_pairs([row], self.model.tokenizer, response_length=length, **lengths)
+            if self.chat:
+                roles = {"prompt": "user", "chosen": "assistant", "rejected": "assistant"}
+                row = {column: [_message(role, row[column])] for column, role in roles.items()}
+            read = chats.row(row, sources.COLUMNS["preferences"])
+            batches.encode_pairs([read], self.model.tokenizer, response_length=length, **lengths)
         stages = {"chosen_stage": chosen["stage"], "rejected_stage": rejected["stage"]}
         return row | stages | configs.tree(pair["how"])
+
+
+def _message(role, content):
+    return {"role": role, "content": content}
 
 
 def finite(value: Any) -> Any:

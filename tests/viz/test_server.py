@@ -3,6 +3,7 @@
 import asyncio
 import dataclasses
 import json
+import shutil
 import socket
 import threading
 from concurrent.futures import ThreadPoolExecutor
@@ -12,7 +13,8 @@ import numpy as np
 import pytest
 
 from rlhf_jax import config as configs
-from rlhf_jax.data import sources, tldr
+from rlhf_jax import text
+from rlhf_jax.data import chats, sources, tldr
 from rlhf_jax.stages import Setup
 from rlhf_jax.stages.preference import reward_model
 from rlhf_jax.tasks.prompts import Prompts
@@ -161,7 +163,7 @@ def test_two_policies_side_by_side(client, run):
         rows = [token["rows"][b] for token in tokens if token["rows"][b]]
         ids = [row["id"] for row in rows]
         for m, reader in enumerate(models):
-            (logp_R,) = reader._logprobs([prompt], [ids], 1.0)
+            (logp_R,) = reader.logprob_tokens([prompt], [ids], 1.0)
             np.testing.assert_allclose([row["logp"][m] for row in rows], logp_R, atol=1e-3)
         assert last["score"] == pytest.approx(run.model.score_tokens([prompt + ids])[0], abs=1e-4)
         assert last["log_ratio"] == pytest.approx(sum(row["logp"][1] - row["logp"][0] for row in rows), abs=1e-3)
@@ -428,3 +430,29 @@ def test_a_port_that_is_taken_is_named():
         assert support.error(server.listen, port).startswith(f"port: {port} cannot be used (")
     assert support.error(server.listen, 70000) == "port: expected 0 to 65535, got 70000"
     assert isinstance(first, socket.socket)
+
+
+def test_a_run_on_conversations_reads_a_text_as_the_users_message(run, tmp_path):
+    """Through the chat template, as in training; and its votes are rows of messages."""
+    folder = tmp_path / "chats"
+    shutil.copytree(run.workdir.path, folder)
+    template = "{% for m in messages %}{{ m.content }}.{% endfor %}"
+    dataclasses.replace(text.load(folder / "text"), template=template).save(folder / "text")
+    rows = [
+        {"messages": [{"role": "user", "content": f"Sam {c}"}, {"role": "assistant", "content": "a"}]} for c in "abcd"
+    ]
+    config = json.loads((folder / "config.json").read_text())
+    config["data"] |= {"source": "files", "held_out": 0.5, "sft": support.write_rows(tmp_path / "sft.jsonl", rows)}
+    (folder / "config.json").write_text(json.dumps(config))
+    here = playground.Run(folder)
+    encode = here.model.tokenizer.encode
+    assert here.chat and not run.chat
+    for recipe in True, False:
+        assert here.prompt("Sam is sad", recipe=recipe) == playground.Prompt("Sam is sad", encode("Sam is sad."))
+    long = here.prompt("Sad" * 20, recipe=True)
+    assert (long.text, long.ids) == ("Sad" * 20, encode("Sad" * 20 + ".")[-31:])
+    sides = [{"text": "sad", "stage": "sft"}, {"text": "red", "stage": "ppo"}]
+    vote = here._preference({"prompt": "Sam", "rows": sides, "how": playground.Settings()}, 1)
+    assert vote["prompt"] == [{"role": "user", "content": "Sam"}] and vote["chosen_stage"] == "ppo"
+    read = chats.row(vote, sources.COLUMNS["preferences"])
+    assert (read["prompt"], read["chosen"], read["rejected"]) == ("Sam", "red", "sad")
