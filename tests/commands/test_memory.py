@@ -7,7 +7,7 @@ from rlhf_jax.algorithms import policy_gradient, ppo
 from rlhf_jax.commands import memory
 from rlhf_jax.config import Config, Evaluation, Reward
 from rlhf_jax.data import corpus, sources
-from rlhf_jax.models import decoder
+from rlhf_jax.models import decoder, lora
 from rlhf_jax.training.state import TrainState
 
 CONFIG = Config(
@@ -42,6 +42,17 @@ def test_the_state_by_hand(whole):
     # float32: four models, Adam's moments of two of them and its counts: 2 each (optax counts its schedule too)
     assert whole["state"] == 4 * (3 * (POLICY + VALUE) + 4) + 4 * (POLICY + VALUE) + COUNTS
     assert whole.keys() == {"state", "draw", "judge", "update"}
+
+
+def test_adapters_share_one_base():
+    """The base once, and adapters of rank 2 as policy, reference, value and reward, two with their moments."""
+    config = dataclasses.replace(CONFIG, lora=lora.Config(rank=2))
+    adapters = 2 * 2 * ((16 + 48) + (16 + 16) + (16 + 64) + (64 + 16))  # two layers
+    scalar = adapters + 17
+    shapes = 4 * (POLICY + 3 * (adapters + scalar) + adapters + scalar + 4) + COUNTS
+    planned = memory.rl(config, 50)
+    assert planned["state"] == shapes
+    assert all(planned[name] > shapes for name in ("draw", "judge", "update"))
 
 
 def test_what_saves_memory_does(whole):

@@ -54,6 +54,20 @@ def test_the_scale_is_of_the_head_size():
     np.testing.assert_allclose(out.ravel(), [6], rtol=1e-6)
 
 
+@pytest.mark.parametrize(("T", "causal"), [(3, False), (97, True)])
+def test_a_group_of_queries_reads_one_head_of_keys_and_values(T, causal):
+    """As if each were repeated for the queries of its group, whose gradients add up."""
+    q, k, v, grad, mask = inputs(2, 6, T, T, 4, seed=1, left=1)
+    k, v, real = k[:, :2], v[:, :2], mask.any(-1)[:, None, :, None]  # the result of a padding query is arbitrary
+    out, (dq, dk, dv) = attended(q, k, v, mask, grad * real, causal)
+    repeated = (np.repeat(x, 3, axis=1) for x in (k, v))
+    expected, (expected_dq, *each) = formula(q, *repeated, mask, grad * real)
+    expected_dk, expected_dv = (x.reshape(2, 2, 3, T, 4).sum(axis=2) for x in each)
+    pairs = ((out * real, expected * real), (dq, expected_dq), (dk, expected_dk), (dv, expected_dv))
+    for ours, theirs in pairs:
+        np.testing.assert_allclose(ours, theirs, rtol=0, atol=1e-4)
+
+
 @pytest.mark.parametrize("T", [1, 2, 31, 32, 33, 65, 97, 130])
 @given(st.integers(0, 3), st.integers(0, 99))
 @settings(max_examples=5)
