@@ -77,7 +77,7 @@ class Recorder:
         return "preference" if stage.name == "reward" else "supervised"
 
     def _strings(self, arrays):
-        ids = [array for name, array in arrays.items() if _is_ids(name)]
+        ids = [array for name, array in arrays.items() if _is_ids(name) and array.dtype.kind in "iu"]
         found = {int(i) for array in ids for i in np.unique(array)}
         return {i: text_of(self._tokenizer, i) for i in sorted(found)}
 
