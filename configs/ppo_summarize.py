@@ -85,7 +85,7 @@ def tiny():
         reward=Reward(lr=1e-3, warmup=20, adam_b2=0.95, steps=150, batch=32, eval_every=50),
         **configs.policies(lr=3e-4, steps=50, batch=64, epochs=2, temperature=1.0, eval_every=10)
         | {"policy_gradient": policy_gradient.Config()},
-        dpo=dpo.Config(lr=1e-4, steps=200, batch=32, eval_every=50),
+        dpo=dpo.Config(lr=5e-5, steps=100, batch=32, beta=0.5, sft_coef=1.0, eval_every=25),
         evaluation=Evaluation(prompts=512, batch=256, temperature=1.0),
         trace=Trace(every=10),
     )

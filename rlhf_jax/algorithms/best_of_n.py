@@ -27,6 +27,7 @@ class Config(policy.Config):
     group: int = number(4, least=2)  # n, completions of each prompt, in rows next to each other; batch counts them all
     epochs: int = number(1, least=1)  # passes over a rollout
     kl: str = choice("off", *policy.KLS)
+    whiten_advantages: bool = False
 
     def problems(self):
         """Checks that concern several fields."""

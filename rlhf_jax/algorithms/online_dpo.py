@@ -26,6 +26,7 @@ class Config(policy.Config):
     loss: str = choice("sigmoid", *losses.DPO)  # of a pair: ops/losses.py, dpo
     smoothing: float = number(0.0, least=0, below=0.5)  # share of pairs taken to be swapped
     kl: str = choice("off", *policy.KLS)
+    whiten_advantages: bool = False
     reduction: str = choice("sequence", *masked.REDUCTIONS)  # must stay: a pair has one loss
 
     def problems(self):

@@ -4,7 +4,7 @@
     add       37+58=     59          2: of each number; the answer 95 stands backwards, as carries are computed
     sort      52913=     12359       5: characters
     reverse   52913=     31925       5: characters
-    digits    1,4,7=     0369        4: of the answer; each term is the last digit of the one before it plus a step
+    digits    1,3,5=     7913        4: of the answer; each term is the last digit of the one before it plus 1 or 2
 
 Rewards that fit: `exact` (1 for the label) and `partial` (the share of its characters that are right).
 """
@@ -23,8 +23,8 @@ from rlhf_jax.fields import choice, number
 from rlhf_jax.rewards import answers
 from rlhf_jax.tasks.task import Encoded, Rows
 
-SHOWN = range(2, 7)  # terms of a sequence that a prompt of `digits` may show
-STEPS = range(1, 4)  # from term to term
+SHOWN = range(2, 10)  # terms of a sequence that a prompt of `digits` may show
+STEPS = (1, 2)  # from term to term
 
 
 @dataclasses.dataclass(frozen=True)

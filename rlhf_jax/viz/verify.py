@@ -347,7 +347,7 @@ def _dpo(file):
     yield _logged(file, "pair loss", "margin", config["beta"] * h.mean())
     yield _logged(file, "pair loss", "accuracy", ((h > 0) + 0.5 * (h == 0)).mean())
     yield _logged(file, "pair loss", "chosen_logp", chosen.mean())
-    length = (file[f"batch.{side}_mask_BR"].sum(axis=1) for side in ("chosen", "rejected"))
+    length = (_f(file, f"batch.{side}_mask_BR").sum(axis=1) for side in ("chosen", "rejected"))
     yield _logged(file, "pair loss", "length_difference", np.subtract(*length).mean())
 
 

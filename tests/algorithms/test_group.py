@@ -23,7 +23,8 @@ LENGTHS = np.array([4, 1, 3, 2, 4, 2, 1, 3])  # of two groups of four
 
 def config(name, **changes):
     sizes = {"batch": B, "group": 4, "epochs": 1, "lr": 0.1, "temperature": 0.7, "missing_eos_penalty": 0.5}
-    return POLICY[name].Config(**(sizes if name in GROUPED else sizes | {"group": 1}) | changes)
+    alone = name in ("ppo", "policy_gradient", "reinforce_pp")
+    return POLICY[name].Config(**(sizes | {"group": 1} if alone else sizes) | changes)
 
 
 def begin(drawn, section, tx=SGD):
@@ -209,10 +210,11 @@ def manifest(name):
     return {"config": {"model": {"dtype": "float32"}}, "stages": {name: {"algorithm": name}}}
 
 
-@pytest.mark.parametrize("name", [*GROUPED, "reinforce_pp", "policy_gradient"])
+@pytest.mark.parametrize("name", ["rloo", "grpo", "dapo", "reinforce_pp", "policy_gradient", "online_dpo", "best_of_n"])
 def test_the_verifier_recomputes_each_part(name, drawn):
     """What a loss hands out; and a breach of an advantage is found."""
-    section = config(name, epochs=2, kl_coef=0.2, entropy_coef=0.1)
+    pair = {"group": 2} if name == "online_dpo" else {}
+    section = config(name, epochs=2, kl_coef=0.2, entropy_coef=0.1, **pair)
     _, numbers = learn(drawn, name, section, record=True)
     recorded = numbers.pop("record")
     rollout = {key: value for key, value in vars(recorded["rollout"]).items() if value is not None}
@@ -230,7 +232,9 @@ def test_the_verifier_recomputes_each_part(name, drawn):
 
     found, identities = breaches(file)
     assert found == {}
-    assert ("group" in identities) == (name in GROUPED) and ("KL loss" in identities) == (section.kl == "k3")
+    in_groups = name in (*GROUPED, "online_dpo", "best_of_n")
+    assert ("group" in identities) == in_groups and ("pair loss" in identities) == (name == "online_dpo")
+    assert ("KL loss" in identities) == (section.kl == "k3")
     arrays["rollout.raw_advantages_BR"] = arrays["rollout.raw_advantages_BR"] + 0.1
     assert "group" in breaches(file)[0] or "baseline" in breaches(file)[0]
 

@@ -34,7 +34,7 @@ def test_every_label_is_right_and_fits(kind):
     made = task(kind)
     train, held_out = made.rows("prompts")[:2]
     everything = train + held_out
-    assert len({row["prompt"] for row in everything}) == len(everything) == (150 if kind == "digits" else 300)
+    assert len({row["prompt"] for row in everything}) == len(everything) == (160 if kind == "digits" else 300)
     assert all(row["label"] == right(kind, row["prompt"]) for row in everything)
     tokenizer = char.train(made.texts())
     for kind_of_rows in "sft", "prompts", "preferences":
