@@ -299,11 +299,29 @@ def read(workdir) -> Config:
     except InputError as error:
         raise InputError(f"workdir: {error}") from None
     try:
-        config = parse(values)
+        config = parse(_completed(values))
         fields.check(config)
     except InputError as error:
         raise InputError(f"workdir: {path}: {error}{again}") from None
     return config
+
+
+def _completed(values: Any, kind: type = Config) -> Any:
+    """The values with the default of each field that they lack: it did not exist when the run was made."""
+    if not isinstance(values, Mapping):
+        return values
+    whole = dict(values)
+    for field in dataclasses.fields(kind):
+        name, default = field.name.rstrip("_"), getattr(kind(), field.name)
+        if kind is Config and name in ("seed", "task", "data", "model") and name not in whole:
+            return values  # no config of a run
+        if dataclasses.is_dataclass(default) and name in whole:
+            task = whole["task"] if name == "data" else None
+            section = TASKS[task].Config if isinstance(task, str) and task in TASKS else type(default)
+            whole[name] = _completed(whole[name], section)
+        elif name not in whole:
+            whole[name] = tree(default) if dataclasses.is_dataclass(default) else default
+    return whole
 
 
 def check(config, *, devices: int = 1, files: bool = True) -> None:

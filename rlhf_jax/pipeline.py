@@ -71,6 +71,7 @@ class Stages:
 
     def __init__(self, config, workdir, reporter, jit=jax.jit):
         self.config, self.workdir, self.reporter, self._jit = config, workdir, reporter, jit
+        self.workdir.defaults = provenance.defaults(config)  # of fields that older records lack
         self.names = configs.stages(config)
         self._noted = set()  # kinds of rows whose notes were shown, and the notes
         self._begun = False  # whether the first lines were shown
@@ -91,7 +92,7 @@ class Stages:
 
     def place(self, name) -> Workdir:
         """The workdir that holds a stage: this one, or the stage's `from`."""
-        there = Workdir(configs.place(self.config, self.workdir.path, name))
+        there = Workdir(configs.place(self.config, self.workdir.path, name), defaults=self.workdir.defaults)
         if there.path == self.workdir.path:
             return self.workdir
         field = f"{name}.from"
@@ -327,7 +328,8 @@ class Stages:
         """(folder, what its numbers depend on) of each seed of the last stage, where there are several."""
         for i in range(self.config.seeds if self.config.seeds > 1 else 0):
             depends = self.depends(self.names[-1]) | {"seeds": 1, "index": i}
-            yield Workdir(self.workdir / "seeds" / str(i), f"{self.workdir.name} (seed {i})"), depends
+            name = f"{self.workdir.name} (seed {i})"
+            yield Workdir(self.workdir / "seeds" / str(i), name, self.workdir.defaults), depends
 
     def _seeds(self, name, stop):
         """Trains the last stage for several seeds, each in seeds/<index>. The stage's own folder gets their means."""

@@ -1,12 +1,15 @@
 """What the numbers of a stage depend on: fields of the config, and the contents of the files that it names."""
 
+import dataclasses
 import functools
 import hashlib
 from pathlib import Path
+from typing import Any
 
 from rlhf_jax import config as configs
 from rlhf_jax import fields, tasks
 from rlhf_jax.rewards import function
+from rlhf_jax.training.workdir import flat
 
 
 def depends(config, stage) -> dict:
@@ -25,6 +28,14 @@ def depends(config, stage) -> dict:
     if "reward" in record and config.named and (digest := function.fingerprint(config.reward.kind)):
         files[f"reward = {config.reward.kind}"] = digest
     return record | {"section": configs.section(config, stage), "sha256": files}
+
+
+def defaults(config) -> dict:
+    """{"ppo.lr": 1e-5, ...}: the default of every field of the sections of a config."""
+    kinds: dict[str, Any] = {
+        name: type(section) for name, section in vars(config).items() if dataclasses.is_dataclass(section)
+    }
+    return flat({name: fields.significant(kind()) for name, kind in kinds.items()})
 
 
 def fingerprints(config) -> dict[str, str]:

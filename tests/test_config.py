@@ -506,3 +506,15 @@ def test_the_published_recipes(arg, get_config):
     config = configs.parse(get_config(arg).to_dict())
     fields = RECIPES[arg]
     assert {field: functools.reduce(getattr, field.split("."), config) for field in fields} == fields
+
+
+def test_a_run_of_before_a_field_existed_has_its_default(tmp_path):
+    """A field and a whole section; what every run has had is never made up."""
+    older = tree(**{"evaluation.prompts": 7})
+    del older["evaluation"]["draws"], older["lora"], older["text"]["eos"]
+    (tmp_path / "config.json").write_text(json.dumps(older))
+    config = configs.read(tmp_path)
+    assert config == configs.parse(tree(**{"evaluation.prompts": 7}))
+    for name in "model", "data", "task":
+        (tmp_path / "config.json").write_text(json.dumps({key: older[key] for key in older.keys() - {name}}))
+        assert "missing, expected" in error(configs.read, tmp_path)

@@ -27,6 +27,7 @@ class Workdir:
 
     path: Path
     name: str = ""  # of the run, as people call it; default: the folder's
+    defaults: dict = dataclasses.field(default_factory=dict)  # of fields, which a record may lack: see `check`
     _lock: int | None = None
 
     def __post_init__(self):
@@ -142,7 +143,10 @@ class Workdir:
         return rows
 
     def check(self, stage: str, depends: dict) -> None:
-        """Refuses a stage's folder that was made with something else; the message has both values."""
+        """Refuses a stage's folder that was made with something else; the message has both values.
+
+        A field that the record lacks did not exist when the stage was made: it has its default, {"ppo.lr": 1e-5, ...}.
+        """
         folder, path = self.path / stage, self.path / stage / "config.json"
         if not path.exists():
             if any((folder / name).exists() for name in ("checkpoints", "result", "summary.json")):
@@ -156,6 +160,7 @@ class Workdir:
         here = flat(json.loads(json.dumps(depends), parse_constant=lambda _: None))  # as NaN is written
         section = depends["section"]
         free = {f"{section}.{field}" for field in MAY_CHANGE}
+        there = {name: value for name, value in self.defaults.items() if name in here} | there
         # Contents come last: a place that is another one has other contents, too.
         for name in sorted((there | here).keys() - free, key=lambda name: (name.startswith("sha256."), name)):
             if there.get(name) != here.get(name):

@@ -93,3 +93,18 @@ def test_a_folder_in_the_place_of_a_file(workdir):
     ):
         (workdir / name).mkdir()
         assert error(write) == f"workdir: cannot write {workdir / name} (Is a directory); remove it"
+
+
+def test_a_record_of_before_a_field_existed_has_its_default(tmp_path):
+    """It is refused only where the field is another one now; what is no field is never made up."""
+    there = Workdir(tmp_path, defaults={"sft.lr": 1.0, "sft.warmup": 5, "lora.rank": 0})
+    older = {"sft": {"lr": 2.0, "schedule": "constant"}, "section": "sft", "sha256": {}}
+    there.open("sft", older)
+    now = {"sft": older["sft"] | {"warmup": 5}, "lora": {"rank": 0}}
+    there.check("sft", older | now)
+    for changes, words in (
+        ({"lora": {"rank": 8}}, "lora.rank = 0, not 8"),
+        ({"sft": now["sft"] | {"lr": 1.0}}, "sft.lr = 2.0, not 1.0"),
+        ({"new": {"x": 1}}, "new.x = None, not 1"),
+    ):
+        assert words in error(there.check, "sft", older | now | changes)
