@@ -4,14 +4,14 @@
 """
 
 import os
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from pathlib import Path
 from typing import Protocol
 
 import numpy as np
 
 from rlhf_jax.errors import InputError
-from rlhf_jax.text import char, files, hf, library, stored
+from rlhf_jax.text import bpe, char, files, hf, library, stored
 
 SPECIAL = (*files.EOS, *library.PADS)  # the names that EOS and PAD have in the tokenizers of files
 
@@ -87,9 +87,10 @@ def responses(tokenizer: Tokenizer, response_BR, mask_BR) -> list[str]:
 def load(directory: str | os.PathLike) -> hf.Ours:
     """The tokenizer saved in `directory`, a workdir's text/. Raises InputError if it is missing or damaged."""
     path = Path(directory, stored.FILE)
-    kinds: dict[str, type[hf.Ours]] = {
-        "char": char.CharTokenizer,
-        "file": library.FileTokenizer,
+    kinds: dict[str, Callable[[dict], hf.Ours]] = {
+        "char": char.CharTokenizer.from_record,
+        "file": library.FileTokenizer.from_record,
+        "bpe": bpe.from_record,  # of older runs
     }
     again = "; the command that trains the run makes it again"
     try:
@@ -97,7 +98,7 @@ def load(directory: str | os.PathLike) -> hf.Ours:
     except InputError as error:
         raise InputError(f"{error}{again}") from None
     try:
-        return kinds[record["kind"]].from_record(record)
+        return kinds[record["kind"]](record)
     except InputError as error:
         raise InputError(f"{path}: {error}{again}") from None
     except (AttributeError, KeyError, TypeError):  # not an object, a field missing, a field of another type

@@ -94,7 +94,7 @@ class CharTokenizer:
 
     @property
     def _record(self) -> dict:
-        return {"kind": "char"} | dataclasses.asdict(self)
+        return {"kind": "char", "characters": self.characters} | ({"template": self.template} if self.template else {})
 
     @functools.cached_property
     def _ids(self) -> dict[str, int]:

@@ -5,7 +5,6 @@ have several. PAD is never one of them: where the files use EOS as PAD or name n
 name says so, or a new token after all others. GPT-2 has 50257 tokens, so its PAD is id 50257.
 """
 
-import json
 import os
 from collections.abc import Callable
 from pathlib import Path
@@ -144,12 +143,8 @@ def _of_pair(folder: Path, settings: dict, added: list[dict]) -> tuple[str, Path
             f"{folder / pair[0]} does not fit {pair[1]}: expected the {len(made)} bytes, merges and special tokens, "
             f"got {len(vocabulary)}; others: {listed(map(short, sorted(wrong)))}"
         )
-    plain = {"single_word": False, "lstrip": False, "rstrip": False, "normalized": False, "special": False}
-    known = [{"content": name, "id": vocabulary[name], "special": True} for name in named]
-    model = tokenizers.models.BPE(vocabulary, [(left, right) for left, right in merges])
-    record = json.loads(bpe.byte_level(model, bool(settings.get("add_prefix_space"))).to_str())
-    record["added_tokens"] = sorted((plain | token for token in known + added), key=lambda token: token["id"])
-    return json.dumps(record), folder / pair[0]
+    prefix = bool(settings.get("add_prefix_space"))
+    return bpe.as_json(vocabulary, merges, sorted(named), added, prefix), folder / pair[0]
 
 
 def _settings(folder: Path) -> tuple[dict, list[dict]]:

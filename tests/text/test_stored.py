@@ -55,8 +55,8 @@ def test_a_folder_without_a_tokenizer_is_named(tmp_path):
     ("saved", "message"),
     [
         ('{"kind": "char",\n "characters"', "tokenizer.json:2: expected JSON"),
-        ("[]", "tokenizer.json: expected the fields of a tokenizer of kind char, file"),
-        ('{"kind": "words"}', "tokenizer.json: expected the fields of a tokenizer of kind char, file"),
+        ("[]", "tokenizer.json: expected the fields of a tokenizer of kind char, file, bpe"),
+        ('{"kind": "words"}', "tokenizer.json: expected the fields of a tokenizer of kind char, file, bpe"),
         ('{"kind": "file", "json": "{}", "more": 1}', "tokenizer.json: expected the fields"),
         (
             '{"kind": "file", "json": "{}", "eos_ids": [1], "pad_id": 2, "named": []}',
@@ -79,6 +79,25 @@ def test_the_ids_of_eos_and_pad_must_be_special_tokens(tmp_path):
     (tmp_path / "tokenizer.json").write_text(json.dumps(record | {"eos_ids": [3]}))
     with pytest.raises(InputError, match="tokenizer.json: eos_ids and pad_id: expected ids of special tokens"):
         text.load(tmp_path)
+
+
+def test_the_file_of_an_older_run_is_the_same_tokenizer(tmp_path):
+    """Its tokens, merges and special tokens are fields there, so the run can go on."""
+    new = bpe.train(["abab abab cd"], 260)
+    model = json.loads(new.json)["model"]
+    tokens = [*sorted(model["vocab"], key=model["vocab"].get), bpe.EOS]
+    record = {"kind": "bpe", "tokens": tokens, "merges": [" ".join(merge) for merge in model["merges"]]}
+    record |= {"added": [], "special": [bpe.EOS], "pad": "", "normalizer": ""}
+    (tmp_path / "tokenizer.json").write_text(json.dumps(record))
+    assert text.load(tmp_path) == new and text.load(tmp_path).fingerprint() == new.fingerprint()
+    neox = {"tokens": [bpe.EOS, "<|padding|>", *bpe.BYTES, "  "], "merges": [], "added": ["  "], "normalizer": "NFC"}
+    neox |= {"kind": "bpe", "special": [bpe.EOS, "<|padding|>"], "pad": "<|padding|>"}
+    (tmp_path / "tokenizer.json").write_text(json.dumps(neox))
+    older = text.load(tmp_path)
+    assert (older.eos_id, older.pad_id, older.vocab_size) == (0, 1, 259)
+    assert older.encode("a  e\N{COMBINING ACUTE ACCENT}") == [2 + bpe.BYTES.index("a"), 258, *older.encode("é")]
+    (tmp_path / "tokenizer.json").write_text('{"kind": "char", "characters": "ab"}')
+    assert text.load(tmp_path) == char.CharTokenizer("ab")
 
 
 def test_the_file_is_json_with_its_kind(tmp_path):
