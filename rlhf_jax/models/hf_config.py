@@ -11,12 +11,12 @@ from pathlib import Path
 from rlhf_jax import jsonfile
 from rlhf_jax.errors import InputError, listed
 from rlhf_jax.models import families
-from rlhf_jax.models.families.family import CHOICES, Fields, refuse
+from rlhf_jax.models.families.family import LAYOUT, Fields, refuse
 
 FILE = "config.json"
 PADDING = 256  # a model must have fewer than this many ids beyond those of the checkpoint it starts from
 # Fields that must be the checkpoint's.
-SAME = ["layers", "heads", "head_size", "width", *CHOICES, "rotary_base", "rotary_context", "rotary_slow"]
+SAME = ["layers", "heads", "head_size", "width", *LAYOUT, "rotary_base", "rotary_context", "rotary_slow"]
 SAME += ["rotary_fast", "exact_gelu", "tied", "norm_eps"]
 
 

@@ -125,7 +125,7 @@ class _Compiled:
 
         for name in options.keys() & {"donate_argnums", "static_argnums"}:
             options[name] += 1  # with_base has one more argument
-        self._base, self._compiled = base, jit(with_base, **options)
+        self._base, self._compiled, self.__wrapped__ = base, jit(with_base, **options), function
 
     def __call__(self, *args):
         return self._compiled(self._base.stored, *args)

@@ -12,11 +12,11 @@ from rlhf_jax.fields import LARGEST
 from rlhf_jax.models.decoder import Config
 
 HEADS = ("unembed", "score")  # arrays outside the trunk
-ANY = ()  # of a field: an architecture has it as a size of its own
-# Fields that an architecture of transformers fixes or has; all others are sizes and numbers that each of them has.
-CHOICES: dict[str, tuple] = {name: (getattr(Config(), name),) for name in ("norm", "feed_forward", "biases")}
-CHOICES |= {name: (getattr(Config(), name),) for name in ("qk_norm", "parallel_residual", "window", "rotary_share")}
-CHOICES |= {name: (getattr(Config(), name),) for name in ("rotary_factor", "kv_heads", "feed_forward_size")}
+ANY = ()  # of a field: the architecture has a field of its own for it
+# Fields in which architectures differ: each fixes some and leaves others open. All other fields are sizes and numbers
+# that every architecture has.
+LAYOUT = ["norm", "qk_norm", "feed_forward", "feed_forward_size", "kv_heads", "biases", "parallel_residual"]
+LAYOUT += ["window", "rotary_share", "rotary_factor"]
 
 
 class Family:
@@ -28,7 +28,7 @@ class Family:
     TYPE: ClassVar[str]  # model_type
     CLASSES: ClassVar[str]  # the beginning of its classes' names
     SETTINGS: ClassVar[dict[str, Any]] = {}  # where presets differ from the defaults of Config
-    CHOICES: ClassVar[dict[str, tuple]] = {}  # the values that a field may have, where these are not Config's default
+    CHOICES: ClassVar[dict[str, tuple]] = {}  # values that fields of LAYOUT may have; of others, Config's default
     HEAD_SIZE: ClassVar[bool] = False  # whether head_size is a field of its own; else it is width / heads
     PRESETS: ClassVar[dict[str, Config]] = {}
     PREFIX: ClassVar[str]  # of the trunk's names in a model with a head
@@ -53,8 +53,8 @@ class Family:
     def refuses(self, config: Config) -> Iterator[tuple[str, str]]:
         """(field, what is expected of it) of each field that this architecture cannot have."""
         canonical = dataclasses.replace(config, kv_heads=0) if config.cached_heads == config.heads else config
-        for name, default in CHOICES.items():
-            allowed = self.CHOICES.get(name, default)
+        for name in LAYOUT:
+            allowed = self.CHOICES.get(name, (getattr(Config(), name),))
             if allowed is not ANY and getattr(canonical, name) not in allowed:
                 yield name, f"{' or '.join(str(value) for value in allowed)} ({self.TYPE} of transformers)"
         if not self.HEAD_SIZE and config.heads * config.head_size != config.width:
