@@ -270,9 +270,12 @@ def test_of_several_seeds_the_first_is_exported(tmp_path):
     assert json_of(tmp_path / "out")["max_new_tokens"] == 11
 
 
+TWO = ("ppo", "policy_gradient")
+
+
 @pytest.fixture(scope="module")
 def own(tmp_path_factory):
-    """A run on prompts and a reward of one's own, with both algorithms in one workdir."""
+    """A run on prompts and a reward of one's own, with two algorithms in one workdir."""
     folder = tmp_path_factory.mktemp("own")
     (folder / "prompts.jsonl").write_text("".join(json.dumps({"prompt": f"{i} plus"}) + "\n" for i in range(20)))
     (folder / "mine.py").write_text("def length(texts):\n    return [float(len(text)) for text in texts]\n")
@@ -290,7 +293,7 @@ def own(tmp_path_factory):
         policy_gradient=policy_gradient.Config(**rollouts),
         evaluation=configs.Evaluation(prompts=4, batch=4),
     )
-    for algorithm in POLICY:
+    for algorithm in TWO:
         pipeline.run(changed(config, algorithm=algorithm), folder / "run")
     return folder
 
@@ -298,7 +301,7 @@ def own(tmp_path_factory):
 def test_a_run_on_own_prompts(own, tmp_path):
     """Its card has its recipe, and nothing of summaries or of the other algorithm."""
     policies = {}
-    for algorithm in POLICY:
+    for algorithm in TWO:
         config = changed(configs.read(own / "run"), algorithm=algorithm)
         (own / "run" / "config.json").write_text(json.dumps(configs.tree(config)))
         assert export(own / "run", tmp_path / algorithm) == algorithm
@@ -309,7 +312,7 @@ def test_a_run_on_own_prompts(own, tmp_path):
         reward = "the reward mine.py:length"
         assert f"# A policy after {algorithm.replace('_', ' ')} against {reward}\n" in card
         assert "prompts: prompts.jsonl" in card and f"`{algorithm}/reward_sft`" in card
-        assert not [other for other in POLICY if other != algorithm and other in card]
+        assert not [other for other in TWO if other != algorithm and other in card]
         assert "summar" not in card.replace("`summary.json`", "") and "SUBREDDIT" not in card
         assert str(own) not in card
     assert differ(*policies.values())
