@@ -68,8 +68,8 @@ def merge(params, adapters, config):
 
 def _adapted(params, config):
     """{path without "kernel": shape} of the matrices that have an adapter."""
-    leaves = {path: leaf for path, leaf in flatten_dict(params).items() if path[-1] == "kernel"}
-    return {path[:-1]: leaf.shape for path, leaf in leaves.items() if path[-2] in config.names}
+    leaves = {tuple(path): leaf for (*path, name), leaf in flatten_dict(params).items() if name == "kernel"}
+    return {path: leaf.shape for path, leaf in leaves.items() if path[-1] in config.names}
 
 
 class Base:

@@ -49,5 +49,5 @@ def record(adapters, model, lora, base):
         "bias": "none",
         "fan_in_fan_out": not family.ROWS,
         "inference_mode": True,
-        "target_modules": sorted({".".join(name.split(".")[-3:-1]) for name in names}),  # such as mlp.up_proj
+        "target_modules": sorted({".".join(name.rsplit(".", 3)[1:3]) for name in names}),  # such as mlp.up_proj
     }

@@ -48,7 +48,7 @@ def peer(code):
     ("flags", "words"),
     [
         ([], "shape"),
-        (["--shape=huge"], "shape: expected tiny, gpt2, gpt2-tldr, tweets, stories; got 'huge'"),
+        (["--shape=huge"], "shape: expected tiny, tiny-rloo, tiny-grpo, gpt2, gpt2-tldr, tweets, stories; got 'huge'"),
         (["--shape=tiny", "--iterations=0"], "iterations: expected at least 1, got 0"),
         (["--shape=tiny", "--iterations=some"], "iterations"),
         (["--shape=tiny", "--rounds=0", "--peer=true"], "rounds: expected at least 1, got 0"),

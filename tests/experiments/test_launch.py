@@ -31,7 +31,7 @@ def test_help_says_what_a_command_does_and_lists_its_flags(flag, forks):
     assert (result.code, result.err) == (0, "")
     assert result.out.startswith("Exports a finished stage of a run as a folder that transformers loads")
     flags = [line.split()[0] for line in result.out.split("Flags:")[1].splitlines() if line.startswith("  --")]
-    assert flags == ["--workdir", "--out", "--stage"] and "Folder to write, new or empty." in result.out
+    assert flags == ["--workdir", "--out", "--stage", "--adapter"] and "Folder to write, new or empty." in result.out
 
 
 def test_help_with_a_config_lists_every_field_with_its_value_and_comment(forks):
@@ -93,7 +93,7 @@ def test_an_argument_that_get_config_does_not_take(forks, tmp_path):
         ([CONFIG, "--Config.ppo.lr=1"], "Did you mean: config.ppo.lr ?"),
         ([CONFIG, "--workdir=other"], "--workdir: expected once, got "),
         ([CONFIG, "--config=configs/rl.py"], "--config: expected once, got configs/ppo_summarize.py and configs/rl.py"),
-        ([CONFIG, "--config.task="], "task: expected summarize or write or prompts, got ''"),
+        ([CONFIG, "--config.task="], "task: expected summarize or write or prompts or arithmetic, got ''"),
         ([CONFIG, "--config.task=write"], "got one for write; experiments/pg_tweets.py or pg_stories.py runs this one"),
         ([CONFIG, "--config.guard.limit=3"], "guard.limit: 3 has no effect, as action is stop"),
         ([CONFIG, "--config.sft.warmup=601"], "sft.warmup: expected at most sft.steps = 600, got 601"),

@@ -63,7 +63,7 @@ def on_disk(folder):
         ("--config.sft.microbatches=3", ["sft.batch: expected a multiple of", "got 4"]),
         ("--config.ppo.top_k=5", ["ppo.top_k: expected 0 in training (a rollout samples the", "got 5"]),
         ("--config.ppo.top_p=0.9", ["ppo.top_p: expected 1 in training (a rollout samples the", "got 0.9"]),
-        ("--config.text.kind=words", ["text.kind: expected gpt2 or bpe or char, got 'words'"]),
+        ("--config.text.kind=words", ["text.kind: expected files or gpt2 or bpe or char, got 'words'"]),
         ("--config.data.sft=no.jsonl", ["missing files: data.sft = 'no.jsonl'"]),
         ("--config.data.source=files", ["data.sft: expected a .jsonl, .json, .csv, .parquet file"]),
         ("--config.data.prompt_length=9", ["data.sft", "prompt: expected at most 9 tokens, got"]),
@@ -91,8 +91,14 @@ def test_a_flag_that_cannot_be_is_one_line(flag, words, command, tmp_path):
     [
         (["--config=configs/ppo_summarize.py:tinny"], ["tinny: expected tiny, files, gpt2, "]),
         (["--config=configs/no.py"], ["configs/no.py"]),
-        (["--config=no"], ["--config: expected a file or one of pg_stories, pg_tweets, ppo_summarize, rl, got no"]),
-        (["--config", "no:tiny"], ["expected a file or one of pg_stories, pg_tweets, ppo_summarize, rl, got no"]),
+        (
+            ["--config=no"],
+            ["--config: expected a file or one of pg_stories, pg_tweets, ppo_summarize, rl, rl_arithmetic"],
+        ),
+        (
+            ["--config", "no:tiny"],
+            ["expected a file or one of pg_stories, pg_tweets, ppo_summarize, rl, rl_arithmetic, got no"],
+        ),
         (["--config=ppo_summarize:tinny"], ["tinny: expected tiny, files, gpt2, "]),
         (["--config", "ppo_summarize", "--config.ppo.top_k=5"], ["ppo.top_k: expected 0"]),
         ([], ["--config: expected"]),

@@ -110,7 +110,7 @@ def test_its_trace_is_proved(whole):
     assert names == expected | {f"{stage}_end" for stage in STAGES}
     results = {each.identity: each for each in verify(whole.workdir)}
     assert {name: each.breach for name, each in results.items() if each.breach} == {}
-    assert IDENTITIES.keys() - results.keys() == {"baseline"}  # PPO has none
+    assert IDENTITIES.keys() - results.keys() == {"baseline", "group", "KL loss", "pair loss"}  # PPO has none of them
 
 
 def test_its_tokens_are_scored_again(whole):
