@@ -247,7 +247,8 @@ def _estimates(file, algorithm):
         others = (total.sum() - total) / max(len(total) - 1, 1)
         baseline = {"none": 0 * total, "mean": 0 * total + total.mean(), "leave_one_out": others}[config["baseline"]]
         yield Claim("baseline", "rollout.raw_advantages_BR", raw, np.where(mask, returns - baseline[:, None], 0))
-    expected = _whiten(raw, mask) if config["whiten_advantages"] else raw
+    whitens = config["whiten_advantages"] and algorithm not in ("online_dpo", "best_of_n")  # which have no scale
+    expected = _whiten(raw, mask) if whitens else raw
     yield Claim("whitening", "rollout.advantages_BR", advantages, expected, 1e-4)
 
 
