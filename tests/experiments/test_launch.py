@@ -149,7 +149,8 @@ from rlhf_jax.commands import memory
 memory.rl = lambda *_: {}
 runpy.run_path("experiments/plan.py", run_name="__main__")
 """
-NAMED = {"SEED": "1", "file.py:function": "score.py:score", "my_reward.py:score": "score.py:score"}
+NAMED = {"SEED": "1", "algorithm=NAME": "algorithm=rloo"}
+NAMED |= {"file.py:function": "score.py:score", "my_reward.py:score": "score.py:score"}
 
 
 def shown():
