@@ -58,7 +58,7 @@ SCALES = ("none", "group_std", "batch_std")
 
 
 def group(scores_QO, *, baseline, scale):
-    """Advantages [Q, A] of A completions of each of Q prompts: (score - baseline) / scale.
+    """Advantages [Q, O] of O completions of each of Q prompts: (score - baseline) / scale.
 
     baseline: 0; the group's mean (GRPO, arXiv 2402.03300, eq. 3); the mean of the group's other completions (RLOO,
     arXiv 2402.14740, eq. 8), which keeps the policy gradient unbiased; or the mean of the batch.
@@ -67,7 +67,6 @@ def group(scores_QO, *, baseline, scale):
     Scores that are all equal (largest = smallest) have the advantage 0 exactly, with any baseline but "none". They are
     compared as they are: a standard deviation of equal scores may be a rounding error above 0.
     """
-    Q, A = scores_QO.shape
 
     def centred(scores, others=False):
         """Scores minus their mean, or the mean of the others, along the last axis."""
@@ -88,7 +87,7 @@ def group(scores_QO, *, baseline, scale):
         "none": lambda: scores_QO,
         "mean": lambda: centred(scores_QO),
         "leave_one_out": lambda: centred(scores_QO, others=True),
-        "batch_mean": lambda: centred(scores_QO.reshape(1, -1)).reshape(Q, A),
+        "batch_mean": lambda: centred(scores_QO.reshape(1, -1)).reshape(scores_QO.shape),
     }[baseline]()
     if scale == "group_std":
         return advantages_QO / deviation(scores_QO)

@@ -74,11 +74,11 @@ export const advantages = {
   },
   // Scores of the completions of one prompt. baseline: none, mean, leave_one_out; scale: none, group_std.
   group: (scores_O, baseline, scale) => {
-    const A = scores_O.length, apart = Array.from(scores_O, (s) => s - scores_O[0]);
-    const total = apart.reduce((a, b) => a + b, 0), mean = total / A;
+    const O = scores_O.length, apart = Array.from(scores_O, (s) => s - scores_O[0]);
+    const total = apart.reduce((a, b) => a + b, 0), mean = total / O;
     const square = apart.reduce((sum, s) => sum + (s - mean) ** 2, 0);
-    const std = apart.every((s) => s === 0) ? 1 : Math.sqrt(square / Math.max(A - 1, 1));
-    const from = { none: () => -scores_O[0], mean: () => mean, leave_one_out: (s) => (total - s) / Math.max(A - 1, 1) }[baseline];
+    const std = apart.every((s) => s === 0) ? 1 : Math.sqrt(square / Math.max(O - 1, 1));
+    const from = { none: () => -scores_O[0], mean: () => mean, leave_one_out: (s) => (total - s) / Math.max(O - 1, 1) }[baseline];
     return Float64Array.from(apart, (s) => (s - from(s)) / (scale === "group_std" ? std : 1));
   },
 };
