@@ -3,7 +3,7 @@
     python experiments/rl_arithmetic.py --config=configs/rl_arithmetic.py:add --workdir=runs/add
 
 :add (the default)  two numbers of two digits; the reward is 1 for the right answer. Six of ten training labels are
-                    wrong, so fine-tuning ends at .4 to .5. 2 shared CPU cores: 3 to 4 minutes; pass@1 on 512 held-out
+                    wrong, so fine-tuning ends at .4 to .5. 2 CPU cores: 1 minute (seed 1); pass@1 on 512 held-out
                     questions .49 -> .998, .42 -> .967, .50 -> .994 with RLOO (seeds 1 to 3)
 :sort, :reverse     five digits in order, or backwards; the same reward (not measured)
 :digits             a sequence to continue, from random weights; the reward is the share of right digits: .08 -> .67 on

@@ -172,7 +172,8 @@ def _rl(stage, config) -> Iterator[Finding]:
         advice = f"{stage.name}.value_init=reward, a larger value coefficient or lr"
         yield from _least(stage, "explained variance", stage.last("explained_variance"), 0.1, 0.0, advice)
     collapse = "the policy writes the same again and again: a larger kl_coef, or alarms that end the learning"
-    yield from _least(stage, "entropy, share of the first", stage.change("entropy", before), 0.3, 0.1, collapse)
+    if config.task != "arithmetic":  # the right answer is certain
+        yield from _least(stage, "entropy, share of the first", stage.change("entropy", before), 0.3, 0.1, collapse)
     length = stage.change("length", before)
     yield from _finding(
         stage, "length, share of the first", length, lambda x: 0.5 <= x <= 2, lambda x: 0.25 <= x <= 4, "0.5 to 2",

@@ -4,6 +4,7 @@ import json
 
 import pytest
 
+from configs import rl_arithmetic
 from rlhf_jax import config as configs
 from rlhf_jax.commands import doctor
 from tests.support import Recorder, error
@@ -98,6 +99,12 @@ def test_the_stage_at_fault_is_named(stage, name, changes, run):
     doctor.show(findings, reporter)
     assert reporter.notes == [f"{wrong.verdict}  {stage}  {name}: {wrong.advice}", doctor.verdict(findings)]
     assert len(reporter.tables[0][1]) == len(findings)
+
+
+def test_right_answers_may_be_certain(run):
+    folder = run(ppo={"entropy": 0.01})
+    (folder / "config.json").write_text(json.dumps(rl_arithmetic.get_config().to_dict() | {"algorithm": "ppo"}))
+    assert "entropy, share of the first" not in {each.name for each in doctor.examine(folder)}
 
 
 def test_the_earliest_of_the_worst_is_first(run):
