@@ -77,8 +77,13 @@ class Answers:
         if path.exists():
             for line in path.read_bytes().splitlines(keepends=True):
                 if line.endswith(b"\n"):  # the last line may be half written
-                    row = json.loads(line)
-                    self.known[row["key"]] = row["answer"]
+                    try:
+                        row = jsonfile.parse(line.decode())
+                        self.known[row["key"]] = row["answer"]
+                    except (ValueError, TypeError, KeyError):
+                        raise InputError(
+                            f"judge: {path}: expected answers, got {short(str(line))}; remove it"
+                        ) from None
 
     def keep(self, key: str, answer: Any) -> None:
         """Adds an answer to the file at once."""
@@ -109,13 +114,13 @@ class Command:
 
     def wins(self, rows: list[dict], ours: list[str], theirs: list[str]) -> np.ndarray:
         """As the protocol says. What is answered is kept, whatever happens to the rest."""
-        asked = [
+        questions = [
             {key: value for key, value in row.items() if not key.startswith("_")} | {"a": a, "b": b}
             for row, a, b in zip(rows, *_alternating(ours, theirs), strict=True)
         ]
-        keys = [_key(self.line, json.dumps(question, sort_keys=True, default=str)) for question in asked]
+        keys = [_key(self.line, json.dumps(question, sort_keys=True, default=str)) for question in questions]
         missing = [i for i, key in enumerate(keys) if key not in self.answers.known]
-        for i, line in zip(missing, self._run([asked[i] for i in missing]), strict=True):
+        for i, line in zip(missing, self._run([questions[i] for i in missing]), strict=True):
             self.answers.keep(keys[i], _winner(line, f"judge {self.line}: answer {i + 1}"))
         return _as_ours([self.answers.known[key] for key in keys])
 

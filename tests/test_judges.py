@@ -67,6 +67,12 @@ def test_a_half_written_answer_is_asked_again(tmp_path):
     assert command(line, tmp_path).wins(ROWS, OURS, THEIRS).tolist() == LONGER
 
 
+def test_damaged_answers_are_named(tmp_path):
+    (tmp_path / "answers.jsonl").write_text("[1]\n")
+    message = error(judges.Answers, tmp_path / "answers.jsonl")
+    assert message.startswith(f"judge: {tmp_path}/answers.jsonl: expected answers, got") and "remove it" in message
+
+
 @pytest.mark.parametrize(
     ("body", "expected"),
     [

@@ -32,8 +32,7 @@ class Config(policy.Config):
     def problems(self):
         """Checks that concern several fields."""
         yield from super().problems()
-        if self.kl == "reward":
-            yield "kl", "k2, k3, exact or off (completions are compared by their score)"
+        yield from policy.kl_problems(self)
 
     def unused(self):
         """Fields without effect, and why."""

@@ -34,8 +34,7 @@ class Config(policy.Config):
         yield from super().problems()
         if self.reduction != "sequence":
             yield "reduction", "sequence (a pair has one loss)"
-        if self.kl == "reward":
-            yield "kl", "k2, k3, exact or off (completions are compared by their score)"
+        yield from policy.kl_problems(self)
 
     def unused(self):
         """Fields without effect, and why."""

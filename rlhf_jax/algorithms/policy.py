@@ -91,6 +91,12 @@ class Config(optim.Config):
         return self.steps * self.epochs * self.minibatches
 
 
+def kl_problems(config):
+    """Checks of the KL where completions are compared by their score, and not by the reward that has the KL in it."""
+    if config.kl == "reward":
+        yield "kl", "k2, k3, exact or off (completions are compared by their score)"
+
+
 class Algorithm(Protocol):
     """A module such as ppo.py: its config, two flags and three pure functions."""
 

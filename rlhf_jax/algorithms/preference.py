@@ -71,9 +71,5 @@ def step(state, batch, *, config, apply, tx, guard="off", record=False):
         (_, aux), grads = jax.value_and_grad(loss, has_aux=True)(state.reward, part, apply=apply)
         return optim.apart(grads, aux, record)
 
-    pairs_B = jnp.ones(batch["prompt_BP"].shape[0])
-    (grads, aux), rows = optim.accumulate(grads, batch, pairs_B, config.microbatches, has_rows=True)
-    update = optim.begin(state, ("reward",), batch, guard=guard)
-    update, norms = optim.step(update, state, {"reward": grads}, aux, tx=tx, guard=guard)
-    state, skipped = optim.end(state, update, guard=guard)
-    return state, {**aux, "grad_norm": norms["reward_grad_norm"], **skipped, **({"record": rows} if record else {})}
+    how = {"microbatches": config.microbatches, "tx": tx, "guard": guard, "record": record}
+    return optim.once(state, "reward", grads, batch, jnp.ones(batch["prompt_BP"].shape[0]), **how)

@@ -70,8 +70,5 @@ def step(state, batch, *, config, apply, tx, guard="off", record=False):
         )
         return optim.apart(grads, aux, record)
 
-    (grads, aux), rows = optim.accumulate(grads, batch, jnp.sum(mask_BT, axis=1), config.microbatches, has_rows=True)
-    update = optim.begin(state, ("policy",), batch, guard=guard)
-    update, norms = optim.step(update, state, {"policy": grads}, aux, tx=tx, guard=guard)
-    state, skipped = optim.end(state, update, guard=guard)
-    return state, {**aux, "grad_norm": norms["policy_grad_norm"], **skipped, **({"record": rows} if record else {})}
+    how = {"microbatches": config.microbatches, "tx": tx, "guard": guard, "record": record}
+    return optim.once(state, "policy", grads, batch, jnp.sum(mask_BT, axis=1), **how)

@@ -102,9 +102,9 @@ def _read(folder, name, evaluations) -> Stage:
         return {key.removeprefix(f"{name}/"): value for key, value in row.items()}
 
     rows = [plain(json.loads(line)) for line in (folder / "metrics.jsonl").read_text().splitlines()]
-    newest = sorted(evaluations.glob("*.json"), key=lambda path: path.stat().st_mtime) if evaluations.exists() else []
-    numbers = jsonfile.read(newest[-1]).get("reward_model", {}) if newest else {}
-    return Stage(name, rows, plain(jsonfile.read(folder / "summary.json")), numbers)
+    results = sorted(evaluations.glob("*.json"), key=lambda path: path.stat().st_mtime)  # of completions, too
+    found = [numbers for path in results if (numbers := jsonfile.read(path).get("reward_model"))]
+    return Stage(name, rows, plain(jsonfile.read(folder / "summary.json")), found[-1] if found else {})
 
 
 def _finding(stage, name, value, passes, warns, healthy, advice) -> Iterator[Finding]:

@@ -109,16 +109,16 @@ class _Run:
 
     def completions(self, workdir, stage) -> list[dict]:
         """{"completion", "ids", "ended"} of each row, by the policy of a stage of a run."""
-        asked = [{"prompt": row["prompt"]} for row in self.rows]
+        prompts = [{"prompt": row["prompt"]} for row in self.rows]
         how = generate.Settings(stage=stage, temperature=self.temperature, logprobs=True, seed=self.settings.seed)
-        made_of = json.dumps([str(workdir.absolute()), asked, dataclasses.asdict(how)])
-        out = self.workdir / FOLDER / f"{stage}-{_digest(made_of)}.jsonl"
+        made_of = generate.made_of(workdir, how, prompts)  # other weights get another file
+        out = self.workdir / FOLDER / f"{stage}-{_digest(json.dumps(made_of))}.jsonl"
         out.parent.mkdir(exist_ok=True)
-        generate.generate(workdir, asked, how, out=out, reporter=self.reporter)
+        generate.generate(workdir, prompts, how, out=out, reporter=self.reporter)
         made = [json.loads(line) for line in out.read_text().splitlines()]
-        if len(made) < len(asked):
+        if len(made) < len(prompts):
             raise InputError(
-                f"{workdir}: expected completions of {len(asked)} prompts, got {len(made)}: some do not fit"
+                f"{workdir}: expected completions of {len(prompts)} prompts, got {len(made)}: some do not fit"
             )
         return made
 

@@ -68,7 +68,7 @@ def generate(workdir, rows: list[dict], settings: Settings, *, out=None, reporte
     if taken := next((column for row in rows for column in COLUMNS if column in row), None):
         raise InputError(f"prompts: expected rows without a column {taken!r}, which is one of the results")
     prompts = prompts_of(configs.read(workdir), model, rows, settings)
-    done = _open(out, _made_of(workdir, settings, rows)) if out else 0
+    done = _open(out, made_of(workdir, settings, rows)) if out else 0
     size = max(settings.batch // n, 1)  # prompts at a time
     results: list[dict] = []
     reporter.stage("generate", len(prompts) * n, done)
@@ -124,8 +124,8 @@ def _result(prompt: Prompt, j: int, sample: Sample, settings: Settings) -> dict:
     return result
 
 
-def _made_of(workdir, settings, rows) -> dict:
-    """What the results depend on."""
+def made_of(workdir, settings, rows) -> dict:
+    """What results depend on: settings, rows and weights."""
     config = configs.read(workdir)
     names = configs.stages(config)
     summaries = [configs.place(config, workdir, name) / name / "summary.json" for name in names]

@@ -166,6 +166,20 @@ def end(state, update, *, guard):
     return new.replace(skipped=skipped), {"skipped": skipped}
 
 
+def once(state, name, grads, batch, weights, *, microbatches, tx, guard, record):
+    """The one optimizer step that a batch gives to the parameters `name` of a TrainState: (state, metrics).
+
+    grads(slice) is what `apart` returns; weights [B] are those of `accumulate`. With `record`, the metrics have the
+    arrays by row under "record".
+    """
+    (gradient, aux), rows = accumulate(grads, batch, weights, microbatches, has_rows=True)
+    update = begin(state, (name,), batch, guard=guard)
+    update, norms = step(update, state, {name: gradient}, aux, tx=tx, guard=guard)
+    state, skipped = end(state, update, guard=guard)
+    metrics = {**aux, "grad_norm": norms[f"{name}_grad_norm"], **skipped}
+    return state, metrics | ({"record": rows} if record else {})
+
+
 def all_finite(tree):
     """() bool: no number of the tree is NaN or infinite."""
     leaves = [leaf for leaf in jax.tree.leaves(tree) if jnp.issubdtype(jnp.result_type(leaf), jnp.floating)]

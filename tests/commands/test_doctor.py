@@ -101,6 +101,12 @@ def test_the_stage_at_fault_is_named(stage, name, changes, run):
     assert len(reporter.tables[0][1]) == len(findings)
 
 
+def test_what_an_interrupted_evaluation_leaves_hides_no_result(run):
+    folder = run(evaluation=CALIBRATED | {"temperature": 6.0})
+    (folder / "evaluation" / "ppo-1.jsonl.made_of.json").write_text('{"run": "x"}')  # newer than the result
+    assert "temperature" in {each.name for each in doctor.examine(folder)}
+
+
 def test_right_answers_may_be_certain(run):
     folder = run(ppo={"entropy": 0.01})
     (folder / "config.json").write_text(json.dumps(rl_arithmetic.get_config().to_dict() | {"algorithm": "ppo"}))

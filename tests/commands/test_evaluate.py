@@ -103,6 +103,17 @@ def test_a_second_evaluation_samples_nothing(result, folder, monkeypatch):
     assert evaluate(folder, Settings()) == result
 
 
+def test_other_weights_are_sampled_anew(result, folder, tmp_path, monkeypatch):
+    """A run that was trained again has another summary: its completions get a file of their own."""
+    (tmp_path / "ppo").symlink_to(folder / "ppo")
+    for name in ("text", "sft", "reward", "config.json"):
+        (tmp_path / name).symlink_to(folder / name)
+    evaluate(tmp_path, Settings(rows=2))
+    monkeypatch.setattr(command.generate, "made_of", lambda *_: {"run": "trained again"})
+    evaluate(tmp_path, Settings(rows=2))
+    assert len(list((tmp_path / command.FOLDER).glob("ppo-*.jsonl"))) == 2
+
+
 @pytest.mark.parametrize(
     ("judge", "name"),
     [("rouge", "rouge"), ("{folder}/rules.py:short", "{folder}/rules.py:short"), ("{python} {folder}/judge.py",) * 2],
