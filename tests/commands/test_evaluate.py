@@ -7,6 +7,8 @@ import numpy as np
 import pytest
 
 import rlhf_jax
+from rlhf_jax import config as configs
+from rlhf_jax import tasks
 from rlhf_jax.commands import evaluate as command
 from rlhf_jax.commands.evaluate import Settings, evaluate
 from rlhf_jax.evaluate import calibration, win_rate
@@ -85,6 +87,18 @@ def test_the_reward_model_is_measured_on_held_out_pairs(result, folder, model):
         np.corrcoef(lengths, np.concatenate([chosen, rejected]))[0, 1], abs=1e-4
     )
     assert "accuracy_where_chosen_is_shorter" not in numbers
+
+
+def test_the_reward_model_is_tried_on_other_prompts_and_cut_texts(result, folder, model):
+    held_out = tasks.load(configs.read(folder)).rows("preferences").held_out
+    prompts, texts = [row["prompt"] for row in held_out], [row["chosen"] for row in held_out]
+    own, other = model.scores(prompts, texts), model.scores(prompts[1:] + prompts[:1], texts)
+    encode, eos_id = model.tokenizer.encode, model.tokenizer.eos_id
+    ids = [[*encode(" " + text), eos_id] for text in texts]
+    cut = [encode(prompt) + each[: len(each) // 2] + [eos_id] for prompt, each in zip(prompts, ids, strict=True)]
+    numbers = {name: each["value"] for name, each in result["reward_model"].items()}
+    assert numbers["accuracy_prefers_own_prompt"] == win_rate.win_rate(own, other)[0]
+    assert numbers["accuracy_prefers_whole"] == win_rate.win_rate(own, model.score_tokens(cut))[0]
 
 
 def test_the_win_rate_is_over_the_stage_before(result, folder, model):
