@@ -210,6 +210,7 @@ class Pretrained:
         if reward is None and self.reward is None:
             raise InputError("reward: expected a function, as this model has no reward model")
         setup, section = self._setup({"prompts": rows}, POLICY[algorithm].Config, {"temperature": 1.0} | config)
+        _expect(not section.ptx_coef, "ptx_coef", "0, as rows of prompts have no other texts", section.ptx_coef)
         scored: Reward
         if reward is None:
             scored = learned.Learned(self.apply, self.reward, setup.sampling(section.temperature))

@@ -96,6 +96,10 @@ class Rollout:
     advantages_BR: jax.Array | None = None
     returns_BR: jax.Array | None = None
     weight_B: jax.Array | None = None  # of the rows in a minibatch's means, where these are not over tokens
+    # Other texts beside the completions, whose log-likelihood the loss raises (ptx_coef): tokens, and which are real.
+    mix_BT: jax.Array | None = None
+    mix_mask_BT: jax.Array | None = None
+    mix_weight_B: jax.Array | None = None  # of the texts in a minibatch's mean
     # Intermediate results of an algorithm's `estimate`; no update needs them, a trace records them.
     rewards_BR: jax.Array | None = None  # of each token
     raw_advantages_BR: jax.Array | None = None  # before whitening

@@ -122,6 +122,11 @@ def bigram():
     return Bigram()
 
 
+@pytest.fixture(scope="session")
+def node():
+    return support.needed("node", "apt-get install nodejs")
+
+
 # heads * head_size is not the width, and no other size is the vocabulary's: an array that has it shows.
 TINY = decoder.Config(layers=2, heads=2, head_size=7, width=16, context=40, vocab_size=29)
 CHUNK = 8  # tokens projected on the vocabulary at a time, fewer than any batch has

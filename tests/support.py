@@ -44,6 +44,14 @@ def shared(name):
     return path
 
 
+def needed(program, how):
+    """The path of a program. Without it a test is skipped, or fails where nothing may be skipped: in CI."""
+    path = shutil.which(program)
+    if path is None:
+        (pytest.fail if os.environ.get("CI") else pytest.skip)(f"{program} is missing: {how}")
+    return path
+
+
 # A program ends at once where XLA_FLAGS has an unknown flag, and JAX 0.11 removed the one on the kernels of fusions.
 FUSION_EMITTERS = jax.version.__version_info__ < (0, 11)
 

@@ -10,7 +10,7 @@ import jax
 import jax.numpy as jnp
 
 from rlhf_jax.fields import choice, neutral, number
-from rlhf_jax.ops import kl, masked, padding
+from rlhf_jax.ops import kl, logprobs, masked, padding
 from rlhf_jax.rollout import Apply, Rollout
 from rlhf_jax.training import optim
 from rlhf_jax.training.state import TrainState
@@ -49,6 +49,9 @@ class Config(optim.Config):
     # rows, of each row's sum divided by the task's response length.
     reduction: str = choice("token", *masked.REDUCTIONS)
     entropy_coef: float = number(0.0, least=0)  # reward per nat of the policy's entropy, in the loss of each token
+    # Weight of the cross-entropy of texts that the policy was trained on before: a row of these for each episode
+    # (PPO-ptx of InstructGPT, arXiv 2203.02155, eq. 2).
+    ptx_coef: float = number(0.0, least=0)
     whiten_advantages: bool = True  # scale the advantages of a rollout to mean 0, variance 1
     trace_epochs: bool = neutral(False)  # log approx KL and clip fraction after each epoch too
     eval_every: int = number(50, least=0)  # rollouts between evaluations; 0: only at the end
@@ -166,7 +169,7 @@ def penalty(rollout, config):
 
 
 def regularize(value, aux, params, batch, *, kl_coef, reference, config, apply):
-    """A loss and its metrics with what `config` adds to it: the KL penalty and the entropy bonus, (scalar, metrics).
+    """A loss and its metrics with what `config` adds: KL penalty, entropy bonus, other texts: (scalar, metrics).
 
     k2's gradient is that of KL(policy || reference) on the policy's own samples, k3's that of KL(reference || policy);
     k1's is 0 on average, so it is no loss. `exact` needs one more pass of the reference, and has no sampling noise.
@@ -188,7 +191,18 @@ def regularize(value, aux, params, batch, *, kl_coef, reference, config, apply):
         aux = aux | {name: masked.mean(term_BR, mask_BR, weight_B=batch.weight_B)}
         aux["rows"] = aux["rows"] | {f"{name}_BR": term_BR}
         value += coef * aux[name]
+    if config.ptx_coef:
+        aux = aux | {"ptx_loss": mixed(params["policy"], batch, apply=apply)}
+        value += config.ptx_coef * aux["ptx_loss"]
     return value, aux
+
+
+def mixed(policy, batch, *, apply):
+    """Cross-entropy of the texts beside a rollout's completions, in nats a token of the whole minibatch's texts."""
+    mask_BT = logprobs.predicted(batch.mix_mask_BT)
+    nats_BT = -apply.policy.logprobs(policy, batch.mix_BT, batch.mix_mask_BT, mask_BT.shape[1])
+    nats_B = masked.sum(nats_BT, mask_BT, axis=1)
+    return jnp.sum(batch.mix_weight_B * nats_B) / jnp.maximum(jnp.sum(batch.mask_BR), 1)
 
 
 def update(algorithm, state, rollout, *, config, apply, tx, guard="off", record=False, length=None):
@@ -219,6 +233,10 @@ def update(algorithm, state, rollout, *, config, apply, tx, guard="off", record=
         if config.reduction != "token":
             weight_B = masked.row_weights(batch.mask_BR, config.reduction, length=R if length is None else length)
             batch = batch.replace(weight_B=weight_B)
+        if config.ptx_coef:
+            # Slices are weighted by their completions' tokens: this makes their mean one over the texts' tokens.
+            texts = jnp.maximum(jnp.sum(logprobs.predicted(batch.mix_mask_BT)), 1)
+            batch = batch.replace(mix_weight_B=jnp.full(len(rows), jnp.sum(batch.mask_BR) / texts))
 
         def grads(part):
             def at_width(prompt_BP, prompt_mask_BP):
@@ -262,6 +280,7 @@ def step(algorithm, state, rollout, *, config, apply, tx, guard="off", record=Fa
     adapted = kl.adapt(state.kl_coef, numbers["kl"], **control)
     new = new.replace(kl_coef=jnp.where(new.skipped == state.skipped, adapted, state.kl_coef))
     skipped = aux.pop("skipped")
+    estimated = estimated.replace(mix_BT=None, mix_mask_BT=None)
     recorded = {"record": {"rollout": estimated, "update": tokens, "minibatch": dict(aux)}} if record else {}
     aux["ess"] = jnp.square(aux["ratio"]) / aux.pop("ratio_square")
     if config.trace_epochs:

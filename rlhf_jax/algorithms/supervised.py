@@ -38,10 +38,7 @@ def tokens(batch, loss_on):
     tokens_BT = jnp.concatenate([batch["prompt_BP"], batch["response_BR"]], axis=1)
     real_BT = jnp.concatenate([batch["prompt_mask_BP"], batch["response_mask_BR"]], axis=1).astype(bool)
     in_loss_BT = real_BT.at[:, : batch["prompt_BP"].shape[1]].set(False) if loss_on == "response" else real_BT
-    # The first real token of a row has nothing before it to be predicted from.
-    count = tokens_BT.shape[1] - 1
-    predicted_BT = in_loss_BT[:, -count:] & logprobs.before(real_BT, count)
-    return tokens_BT, real_BT, predicted_BT
+    return tokens_BT, real_BT, in_loss_BT[:, 1:] & logprobs.predicted(real_BT)
 
 
 def loss(policy, batch, *, config, apply, dropout_key=None):

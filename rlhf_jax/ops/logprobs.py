@@ -19,6 +19,12 @@ def before(x_BT, count):
     return x_BT[:, -count - 1 : -1]
 
 
+def predicted(real_BT):
+    """Which of the tokens after the first [B, T - 1] are real and stand after a real one, which predicts them."""
+    real_BT = real_BT.astype(bool)
+    return real_BT[:, 1:] & real_BT[:, :-1]
+
+
 def scale(logits, temperature):
     """Logits / temperature in float32 or wider. Sampler, learner and reference all take the softmax of this."""
     return logits.astype(jnp.promote_types(logits.dtype, jnp.float32)) / temperature

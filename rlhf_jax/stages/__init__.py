@@ -24,6 +24,7 @@ from rlhf_jax.training import optim, sharding
 PURPOSES = (
     *("policy init", "reward head", "evaluation", "pretrain", "sft", "reward", "rl"),
     *("pretrain order", "sft order", "reward order", "rl order"),  # of the rows that a stage trains on
+    "ptx order",  # of the texts beside the completions
 )
 
 

@@ -17,6 +17,7 @@ import numpy as np
 
 from rlhf_jax import alarms, rewards, rollout
 from rlhf_jax.algorithms import policy as policy_algorithm
+from rlhf_jax.algorithms import supervised
 from rlhf_jax.evaluate import best_of_n, rouge, win_rate
 from rlhf_jax.report import metrics, plots
 from rlhf_jax.stages import Evaluation, Setup, Stage, Step, Summary, Times, measure
@@ -107,6 +108,10 @@ class Iteration:
         drawn = self.sample.eval_shape(state, *prompts)
         judged = self.judge.eval_shape(state, *prompts, drawn)
         scored = judged.replace(score_B=jax.ShapeDtypeStruct((self.config.batch,), jnp.float32))
+        if self.config.ptx_coef:
+            whole = (self.config.batch, prompts[0].shape[1] + self.sampling.max_tokens)
+            texts, real = (jax.ShapeDtypeStruct(whole, kind) for kind in (jnp.int32, bool))
+            scored = scored.replace(mix_BT=texts, mix_mask_BT=real)
         return {
             "draw": (self.sample, (state, *prompts)),
             "judge": (self.judge, (state, *prompts, drawn)),
@@ -145,6 +150,11 @@ def rl(
     state = sharding.replicate(state, setup.mesh)  # else the first measurement would be compiled twice
     before = measured(state)
     batch_at = setup.batch_at("prompts", config.batch, "rl", f"{name}.batch", config.group)
+    mix_at = None
+    if config.ptx_coef:
+        # What the policy was trained on first: plain texts, or the rows of fine-tuning.
+        kind = "pretrain" if "pretrain" in setup.task.questions else "sft"
+        mix_at = setup.batch_at(kind, config.batch, "ptx", f"{name}.batch")
     usual = {}
     if watch.active:
         usual = _usual(iteration, state, batch_at, setup, -(-setup.evaluation.prompts // config.batch))
@@ -157,7 +167,7 @@ def rl(
         name=name,
         config=config,
         state=state,
-        batch_at=batch_at,
+        batch_at=batch_at if mix_at is None else lambda step: batch_at(step) | {"mix": mix_at(step)},
         step=parts.step,
         learn=iteration.learn,
         evaluate=parts.evaluate,
@@ -222,6 +232,9 @@ class _Parts:
         rewarded = time.monotonic()
         watched = self.iteration.statistics(scored) if self.watch.active else None
         look = self.iteration.look(state, scored) if record else None
+        if "mix" in batch:
+            texts_BT, real_BT, _ = supervised.tokens(batch["mix"], "all")
+            scored = scored.replace(mix_BT=texts_BT, mix_mask_BT=real_BT)
         state, numbers = self.iteration.learn(state, scored)
         state = state.replace(**aside)
         recorded = numbers.pop("record", None)

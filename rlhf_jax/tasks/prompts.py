@@ -133,7 +133,7 @@ def unused(config):
         for name in ("data.preferences", "data.pair_length", "data.columns.chosen", "data.columns.rejected"):
             yield name, reward
         yield "data.world_preferences", reward
-        if not config.sft.steps and config.text.of_files and data.prompts:
+        if not (config.sft.steps or config.rl.ptx_coef) and config.text.of_files and data.prompts:
             for name in ("data.sft", "data.columns.label"):
                 yield name, f"sft.steps is 0, {reward}, and the tokenizer is read from a path"
 

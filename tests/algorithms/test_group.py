@@ -1,7 +1,10 @@
 """The algorithms that judge a completion against the others of its prompt; the policy is a table of logits."""
 
 import dataclasses
+import json
+import subprocess
 from functools import cache, partial
+from pathlib import Path
 
 import jax
 import jax.numpy as jnp
@@ -9,7 +12,7 @@ import numpy as np
 import optax
 import pytest
 
-from rlhf_jax import fields
+from rlhf_jax import fields, viz
 from rlhf_jax.algorithms import POLICY, policy
 from rlhf_jax.viz import trace, verify
 from tests.support import assert_close, assert_trees_close, error
@@ -170,6 +173,27 @@ def test_an_entropy_bonus_raises_the_entropy(name, drawn):
     assert_close(learn(drawn, name, bonus)[1]["entropy_bonus"], entropy(drawn[0]), atol=1e-5)
 
 
+@pytest.mark.parametrize(("name", "microbatches"), [("rloo", 1), ("rloo", 4), ("best_of_n", 2)])
+def test_other_texts_add_the_gradient_of_their_cross_entropy(name, microbatches, drawn):
+    """PPO-ptx: a mean over the tokens of all texts beside the minibatch, of unequal lengths, left-padded or not."""
+    table, _, apply, rollout = drawn
+    texts_BT = jax.random.randint(jax.random.key(5), (B, 6), 1, IDS)
+    real_BT = (jnp.arange(6) >= jnp.arange(B)[:, None] % 4) & (jnp.arange(6) < 6 - jnp.arange(B)[:, None] // 4)
+    mixed = rollout.replace(mix_BT=jnp.where(real_BT, texts_BT, PAD), mix_mask_BT=real_BT)
+
+    def cross_entropy(table):
+        logp_BT = jax.nn.log_softmax(table[texts_BT[:, :-1]])
+        nats = [-logp_BT[b, t, texts_BT[b, t + 1]] for b in range(B) for t in range(5) if real_BT[b, t : t + 2].all()]
+        assert len(nats) == sum(int(row.sum()) - 1 for row in real_BT)
+        return jnp.mean(jnp.stack(nats))
+
+    parts = {"group": 2, "microbatches": microbatches, "max_grad_norm": 0.0}
+    plain, ptx = (config(name, ptx_coef=coef, **parts) for coef in (0.0, 3.0))
+    added = gradient(drawn, name, ptx, mixed) - gradient(drawn, name, plain, rollout)
+    assert_close(added, 3 * jax.grad(cross_entropy)(table), atol=3e-6)
+    assert_close(learn(drawn, name, ptx, mixed)[1]["ptx_loss"], cross_entropy(table), atol=1e-5)
+
+
 # What is refused, and what has no effect
 
 
@@ -211,8 +235,8 @@ def manifest(name):
 
 
 @pytest.mark.parametrize("name", ["rloo", "grpo", "dapo", "reinforce_pp", "policy_gradient", "online_dpo", "best_of_n"])
-def test_the_verifier_recomputes_each_part(name, drawn):
-    """What a loss hands out; and a breach of an advantage is found."""
+def test_the_verifiers_recompute_each_part(name, drawn, node):
+    """What a loss hands out, in Python and in the page; and both find a breach of an advantage."""
     pair = {"group": 2} if name == "online_dpo" else {}
     section = config(name, epochs=2, kl_coef=0.2, entropy_coef=0.1, **pair)
     _, numbers = learn(drawn, name, section, record=True)
@@ -235,8 +259,57 @@ def test_the_verifier_recomputes_each_part(name, drawn):
     in_groups = name in (*GROUPED, "online_dpo", "best_of_n")
     assert ("group" in identities) == in_groups and ("pair loss" in identities) == (name == "online_dpo")
     assert ("KL loss" in identities) == (section.kl == "k3")
+    arrays["rollout.response_BR"] = ended(arrays["rollout.response_BR"], rollout["mask_BR"], rollout["eos_B"])
+    whole = _in_page(file, name)
     arrays["rollout.raw_advantages_BR"] = arrays["rollout.raw_advantages_BR"] + 0.1
     assert "group" in breaches(file)[0] or "baseline" in breaches(file)[0]
+    right, wrong = verified(node, [whole, _in_page(file, name)])
+    assert right["breach"] == "" and right["identities"] >= 10
+    assert wrong["breach"].startswith("file: rollout.raw_advantages_BR: index ")
+
+
+def ended(response_BR, mask_BR, eos_B):
+    """Completions whose last token is EOS, id 1, where eos_B has it, and no token before."""
+    response_BR, last_B = np.where(response_BR == 1, 2, response_BR), np.asarray(mask_BR).sum(axis=1) - 1
+    response_BR[np.arange(B), last_B] = np.where(eos_B, 1, response_BR[np.arange(B), last_B])
+    return response_BR
+
+
+def _in_page(file, name):
+    """(file, manifest) as the page has them, but for its arrays, which are lists."""
+    kinds = {"f": "float32", "i": "int32", "u": "int32", "b": "uint8"}
+    arrays = {
+        key: {
+            "dtype": kinds[x.dtype.kind],
+            "shape": x.shape,
+            "data": x.reshape(-1).astype(kinds[x.dtype.kind]).tolist(),
+        }
+        for key, x in file.arrays.items()
+    }
+    about = {"name": file.name, "stage": name, "step": 1, "numbers": file.numbers, "config": file.more["config"]}
+    return about | {"arrays": arrays}, manifest(name) | {"tokenizer": {"pad_id": PAD, "eos_id": 1}}
+
+
+PAGE = """
+import { verify } from %s;
+const types = { float32: Float32Array, int32: Int32Array, uint8: Uint8Array };
+let text = "";
+for await (const part of process.stdin) text += part;
+const typed = ({ dtype, shape, data }) => ({ shape, data: new types[dtype](data) });
+console.log(JSON.stringify(JSON.parse(text).map(([file, manifest]) => {
+  file.arrays = Object.fromEntries(Object.entries(file.arrays).map(([name, array]) => [name, typed(array)]));
+  return verify(file, manifest);
+})));
+"""
+
+
+def verified(node, files):
+    """What the page's verifier finds in each (file, manifest): {"identities", "error", "breach"}."""
+    script = (Path(viz.__file__).parent / "static" / "verify.js").as_uri()
+    program = [node, "--input-type=module", "-e", PAGE % json.dumps(script)]
+    done = subprocess.run(program, input=json.dumps(files), text=True, capture_output=True)
+    assert done.returncode == 0, done.stderr
+    return json.loads(done.stdout)
 
 
 def test_microbatches_keep_rows_in_their_order(drawn):

@@ -763,7 +763,7 @@ def files(config, tmp_path_factory):
         text={"kind": "gpt2", "path": str(folder)},
         data=data | {"source": "files", "held_out": 0.3},
         algorithm="policy_gradient",
-        policy_gradient=often | {"lr": 3e-2, "temperature": config.ppo.temperature},
+        policy_gradient=often | {"lr": 3e-2, "temperature": config.ppo.temperature, "ptx_coef": 0.1},
         evaluation={"temperature": config.ppo.temperature},  # one temperature, one program
     )
     steps = stages(config, tmp_path_factory.mktemp("run"))
@@ -786,6 +786,7 @@ def test_a_policy_gradient_learns_by_a_reward_model(files):
     assert [row["step"] for row in rows] == [0, 1, 2, 3, 4, 5, 6, 6]
     assert all("policy_gradient/score" in row and "policy_gradient/value" not in row for row in rows[1:7])
     assert abs(rows[1]["policy_gradient/kl"]) / rows[1]["policy_gradient/length"] <= 1e-6
+    assert all(0 < row["policy_gradient/ptx_loss"] < 10 for row in rows[1:7])  # of the fine-tuning rows, nats a token
     assert files.summary["policy_gradient/kl_exact"] > 1e-3
     policy = trained(files.steps, "policy_gradient", "policy")
     assert differ(policy, trained(files.steps, "sft", "policy"))

@@ -17,23 +17,11 @@ from starlette.testclient import TestClient
 
 from rlhf_jax.viz import export, server
 from rlhf_jax.viz.playground import Run
+from tests.support import needed
 
 AXE = "axe-core@4.14.1"  # of npm; it checks accessibility, and is in no installation
 TOKEN = "secret"
 ADDRESS = "http://127.0.0.1:8000"
-
-
-def needed(program, how):
-    """The path of a program. Without it a test is skipped, or fails where nothing may be skipped: in CI."""
-    path = shutil.which(program)
-    if path is None:
-        (pytest.fail if os.environ.get("CI") else pytest.skip)(f"{program} is missing: {how}")
-    return path
-
-
-@pytest.fixture(scope="session")
-def node():
-    return needed("node", "apt-get install nodejs")
 
 
 @pytest.fixture(scope="session")

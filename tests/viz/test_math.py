@@ -1,5 +1,6 @@
 """The page's JavaScript maths against the Python functions of the same names, on random arrays and edge cases."""
 
+import itertools
 import json
 import re
 import subprocess
@@ -110,7 +111,18 @@ def _cases():
         for scale in ("none", "group_std"):
             for scores in (SCORES, np.full(3, 0.1)):
                 expected = advantages.group(scores[None], baseline=kind, scale=scale)[0]
-                cases.append(("advantages.group", (scores, kind, scale), expected))
+                cases.append(("advantages.group", (scores, len(scores), kind, scale), expected))
+    for kind, scale in itertools.product(advantages.BASELINES, advantages.SCALES):
+        for scores in (np.concatenate([SCORES, [0.1, 0.1]]), np.full(6, 0.1)):
+            expected = advantages.group(scores.reshape(3, 2), baseline=kind, scale=scale).reshape(-1)
+            cases.append(("advantages.group", (scores, 2, kind, scale), expected))
+    for kind, smoothing, h in itertools.product(losses.DPO, (0.0, 0.2), (-3.0, 0.0, 6.0)):
+        if smoothing == 0 or kind in losses.SMOOTHED:
+            expected = losses.dpo(h, 0.0, 0.0, 0.0, beta=0.5, kind=kind, smoothing=smoothing)
+            cases.append(("losses.dpo", (h, 0.5, kind, smoothing), expected))
+    lengths = np.array([[1, 1, 0], [1, 1, 1], [0, 0, 0]])
+    for kind in masked.REDUCTIONS:
+        cases.append(("masked.row_weights", ([2, 3, 0], kind, 5), masked.row_weights(lengths, kind, length=5)))
     for eos, missing in ((1, "replace"), (0, "replace"), (0, "subtract")):
         expected = policy.final_score(np.float64(3), np.array(eos), missing_eos=missing, penalty=0.5)
         cases.append(("policy.final_score", (3.0, eos, missing, 0.5), expected))

@@ -7,13 +7,20 @@ import { at, get, has } from "./trace.js";
 export function knobs(file, manifest) {
   const config = file.config;
   return {
-    beta: file.numbers[`${file.stage}/kl_coef`] ?? config.kl_coef,
+    beta: file.numbers[`${file.stage}/kl_coef`] ?? config.kl_coef ?? 0,
     gamma: config.gamma,
     lam: config.lam ?? 1,
     eps: config.clip ?? 0.2,
     clipping: config.clip !== undefined,
   };
 }
+
+// Whether the KL is penalized in the reward of each token; traces of before there was a choice have it there.
+export const inReward = (config) => (config.kl ?? "reward") === "reward";
+
+// The sum [B] of each row of a flat [B, R] array.
+const perRow = (array, mask, R) =>
+  Array.from({ length: mask.length / R }, (_, b) => masked.sum(array.subarray(b * R, b * R + R), mask.subarray(b * R, b * R + R)));
 
 // Arrays [B, R] of an iteration under the knobs; `recorded` says whether they are those of the run.
 export function chain(file, manifest, k) {
@@ -24,7 +31,8 @@ export function chain(file, manifest, k) {
   const each = (f) => Float64Array.from(mask, (m, i) => (m ? f(i) : 0));
   const k1 = each((i) => (logp_ref ? kl.k1(logp[i], logp_ref[i]) : 0));
   const final = score && Float64Array.from(score, (v, b) => policy.final_score(v, eos[b], config.missing_eos, config.missing_eos_penalty));
-  let rewards = final && vmap((v, k_R, m) => advantages.shape_rewards(v, k_R, m, k.beta), R, final, k1, mask);
+  const beta = inReward(config) ? k.beta : 0;
+  let rewards = final && vmap((v, k_R, m) => advantages.shape_rewards(v, k_R, m, beta), R, final, k1, mask);
   if (manifest.foreign) rewards = x("rollout.rewards_BR"); // how it was made is not known
   if (rewards && config.whiten_rewards) rewards = masked.whiten(rewards, mask, false);
   const values = x("rollout.values_BR");
@@ -33,15 +41,16 @@ export function chain(file, manifest, k) {
     deltas = vmap((r, v, m) => advantages.deltas(r, v, m, k.gamma), R, rewards, values, mask);
     raw = vmap((r, v, m) => advantages.gae(r, v, m, k.gamma, k.lam)[0], R, rewards, values, mask);
     returns = each((i) => raw[i] + values[i]);
-  } else if (algorithm === "policy_gradient" && rewards) {
+  } else if (rewards && "scale" in config) {
+    const sums = perRow(k1, mask, R), totals = Array.from(final, (v, b) => v - beta * sums[b]);
+    const of = advantages.group(totals, config.group, config.baseline, config.scale);
+    returns = each((i) => totals[Math.floor(i / R)]);
+    raw = each((i) => of[Math.floor(i / R)]);
+  } else if (rewards && "reward_to_go" in config) {
     const to_go = config.reward_to_go;
-    returns = to_go ? vmap((r, m) => advantages.discounted_returns(r, m, k.gamma), R, rewards, mask) : each((i) => final[Math.floor(i / R)] - k.beta * k1[i]);
-    const totals = Array.from(final, (v, b) => {
-      const here = mask.subarray(b * R, b * R + R);
-      const source = to_go ? k1 : returns;
-      const sum = masked.sum(source.subarray(b * R, b * R + R), here);
-      return to_go ? v - k.beta * sum : sum / Math.max(masked.sum(here, here), 1);
-    });
+    returns = to_go ? vmap((r, m) => advantages.discounted_returns(r, m, k.gamma), R, rewards, mask) : each((i) => final[Math.floor(i / R)] - beta * k1[i]);
+    const sums = perRow(to_go ? k1 : returns, mask, R), length = perRow(mask, mask, R);
+    const totals = Array.from(final, (v, b) => (to_go ? v - beta * sums[b] : sums[b] / Math.max(length[b], 1)));
     const baseline = policy_gradient.baseline(totals, config.baseline);
     raw = each((i) => returns[i] - baseline[Math.floor(i / R)]);
   } else {
@@ -49,9 +58,11 @@ export function chain(file, manifest, k) {
     returns = x("rollout.returns_BR");
   }
   const white = raw && config.whiten_advantages ? masked.whiten(raw, mask) : raw;
-  // A policy gradient that takes one step a rollout has no ratio in its loss: -A log p.
-  const plain = algorithm === "policy_gradient" && !(config.epochs > 1 && config.importance);
-  return { B, R, mask, logp, logp_ref, eos, score, final, k1, rewards, values, deltas, raw, returns, white, algorithm, plain, high: config.clip_high };
+  // A policy gradient that takes one step a rollout has no ratio in its loss, nor has fine-tuning on the best: -A log p.
+  const plain = algorithm === "best_of_n" || (algorithm === "policy_gradient" && !(config.epochs > 1 && config.importance));
+  const pairs = algorithm === "online_dpo" ? config : null;
+  return { B, R, mask, logp, logp_ref, eos, score, final, k1, rewards, values, deltas, raw, returns, white, algorithm, plain, pairs, high: config.clip_high,
+    group: config.group > 1 ? config.group : B };
 }
 
 // One pass of the update, laid back on the rows of the batch: the new log-probs, ratios and values [B, R]. Tokens that
@@ -83,21 +94,31 @@ export function pass(file, e) {
 export function priced(laid, c, k) {
   const { mask } = c, { now, ratio } = laid, [low, high] = k.clipping ? [k.eps, c.high || k.eps] : [Infinity, Infinity];
   const token = (i) => losses.ppo_policy(Math.log(ratio[i]), 0, c.white[i], low, high);
-  const unweighted = c.plain && !k.clipping;
-  const loss = Float64Array.from(mask, (m, i) => (!m ? 0 : unweighted ? losses.policy_gradient(now[i], c.white[i]) : token(i).loss));
-  const clipped = Uint8Array.from(mask, (m, i) => (m && token(i).clipped ? 1 : 0));
+  const unweighted = c.plain && !k.clipping, ofPairs = c.pairs && pairLosses(now, c);
+  const of = (i) => (ofPairs ? ofPairs[Math.floor(i / c.R)] : unweighted ? losses.policy_gradient(now[i], c.white[i]) : token(i).loss);
+  const loss = Float64Array.from(mask, (m, i) => (m ? of(i) : 0));
+  const clipped = Uint8Array.from(mask, (m, i) => (m && !ofPairs && token(i).clipped ? 1 : 0));
   return { ...laid, loss, clipped };
 }
 
-// What each algorithm would give every token to maximize, from the same rollout. `scores` are of the whole batch, which
-// stands in for the group of completions of one prompt.
+// The loss [B] of each completion's pair, rows 2q and 2q + 1; 0 where the two are equally good.
+export function pairLosses(now, { B, R, mask, logp_ref, raw, pairs }) {
+  const gain = perRow(Float64Array.from(mask, (m, i) => (m ? now[i] - logp_ref[i] : 0)), mask, R);
+  return Array.from({ length: B }, (_, b) => {
+    const sign = raw[b * R], h = sign * (gain[b] - gain[b ^ 1]);
+    return sign ? losses.dpo(h, pairs.beta, pairs.loss, pairs.smoothing) : 0;
+  });
+}
+
+// What each algorithm would give every token to maximize, from the same rollout. Where it has one completion a prompt,
+// the whole batch stands in for the group.
 export function objectives(c, ps, k, high) {
-  const { B, R, mask, k1, final } = c;
-  const length = Array.from({ length: B }, (_, b) => masked.sum(mask.subarray(b * R, b * R + R), mask.subarray(b * R, b * R + R)));
-  const totals = Array.from(final, (v, b) => v - k.beta * masked.sum(k1.subarray(b * R, b * R + R), mask.subarray(b * R, b * R + R)));
+  const { R, mask, k1, final } = c;
+  const length = perRow(mask, mask, R), sums = perRow(k1, mask, R);
+  const totals = Array.from(final, (v, b) => v - k.beta * sums[b]);
   const now = ps ? ps.now : c.logp, ratio = ps ? ps.ratio : new Float64Array(mask.length).fill(1);
-  const rloo = advantages.group(totals, "leave_one_out", "none"), grpo = advantages.group([...final], "mean", "group_std");
-  const dr = advantages.group([...final], "mean", "none");
+  const grouped = (scores, baseline, scale) => advantages.group(scores, c.group, baseline, scale);
+  const rloo = grouped(totals, "leave_one_out", "none"), grpo = grouped(final, "mean", "group_std"), dr = grouped(final, "mean", "none");
   const surrogate = (A, i, lo, hi) => Math.min(A * ratio[i], A * clip(ratio[i], 1 - lo, 1 + hi));
   const k3 = (i) => kl.k3(now[i], c.logp_ref[i]);
   const of = {

@@ -5,6 +5,15 @@
 const range = (n) => Array.from({ length: n }, (_, i) => i);
 const map2 = (x, y, f) => Float64Array.from(x, (value, i) => f(value, y[i]));
 
+const sum = (x) => x.reduce((a, b) => a + b, 0);
+
+// The standard deviation (ddof 1); 1 where all numbers are equal.
+const spread = (x) => {
+  if (x.every((value) => value === x[0])) return 1;
+  const apart = x.map((value) => value - x[0]), mean = sum(apart) / x.length;
+  return Math.sqrt(sum(apart.map((value) => (value - mean) ** 2)) / Math.max(x.length - 1, 1));
+};
+
 // ops/masked.py
 export const masked = {
   sum: (x, mask) => x.reduce((total, value, i) => (mask[i] ? total + value : total), 0),
@@ -16,6 +25,11 @@ export const masked = {
   whiten: (x, mask, shift_mean = true) => {
     const centre = masked.mean(x, mask), scale = 1 / Math.sqrt(masked.var(x, mask) + 1e-8);
     return map2(x, mask, (value, m) => (m ? (value - centre) * scale + (shift_mean ? 0 : centre) : 0));
+  },
+  // Weights of the rows of a minibatch, from their numbers of tokens.
+  row_weights: (tokens_B, reduction, length) => {
+    const share = tokens_B.reduce((a, b) => a + b, 0) / tokens_B.length;
+    return Float64Array.from(tokens_B, (n) => ({ token: 1, sequence: share / Math.max(n, 1), constant: share / length })[reduction]);
   },
 };
 
@@ -72,20 +86,32 @@ export const advantages = {
     }
     return [advantages_R, map2(advantages_R, range(rewards_R.length), (a, t) => (mask_R[t] ? a + values_R[t] : 0))];
   },
-  // Scores of the completions of one prompt. baseline: none, mean, leave_one_out; scale: none, group_std.
-  group: (scores_O, baseline, scale) => {
-    const O = scores_O.length, apart = Array.from(scores_O, (s) => s - scores_O[0]);
-    const total = apart.reduce((a, b) => a + b, 0), mean = total / O;
-    const square = apart.reduce((sum, s) => sum + (s - mean) ** 2, 0);
-    const std = apart.every((s) => s === 0) ? 1 : Math.sqrt(square / Math.max(O - 1, 1));
-    const from = { none: () => -scores_O[0], mean: () => mean, leave_one_out: (s) => (total - s) / Math.max(O - 1, 1) }[baseline];
-    return Float64Array.from(apart, (s) => (s - from(s)) / (scale === "group_std" ? std : 1));
+  // Scores of the completions of some prompts, each prompt's O next to each other.
+  group: (scores_B, O, baseline, scale) => {
+    const all = Array.from(scores_B), zero = all[0];
+    const std = { none: () => 1, group_std: spread, batch_std: () => spread(all) }[scale];
+    return Float64Array.from(all, (score, i) => {
+      const scores_O = all.slice(i - (i % O), i - (i % O) + O);
+      const mean = (x) => zero + sum(x.map((s) => s - zero)) / x.length; // exact where all are equal
+      const from = {
+        none: () => 0, mean: () => mean(scores_O), batch_mean: () => mean(all),
+        leave_one_out: () => zero + (sum(scores_O.map((s) => s - zero)) - (score - zero)) / Math.max(O - 1, 1),
+      }[baseline]();
+      return (score - from) / std(scores_O);
+    });
   },
 };
 
 // ops/losses.py, of one token or one pair
 export const losses = {
   bradley_terry: (chosen, rejected) => softplus(rejected - chosen),
+  // Of the difference h of the two log-ratios, in nats.
+  dpo: (h, beta, kind, smoothing) => {
+    if (kind === "ipo") return (h - 1 / (2 * beta)) ** 2;
+    if (kind === "hinge") return Math.max(1 - beta * h, 0);
+    const right = (1 - smoothing) * softplus(-beta * h), swapped = smoothing * softplus(beta * h);
+    return kind === "robust" ? (right - swapped) / (1 - 2 * smoothing) : right + swapped;
+  },
   policy_gradient: (logp, advantage) => -advantage * logp,
   ppo_policy: (logp, logp_old, advantage, low, high = low) => {
     const ratio = Math.exp(logp - logp_old);

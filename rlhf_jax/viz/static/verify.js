@@ -1,5 +1,6 @@
 // The identities of viz/verify.py that concern a policy's iteration, recomputed in the browser when a file is opened.
 
+import { inReward, pairLosses } from "./chain.js";
 import { advantages, count, kl, losses, masked, policy, policy_gradient, vmap } from "./math.js";
 import { at, get, has } from "./trace.js";
 
@@ -45,7 +46,7 @@ function* claims(file, manifest) {
     yield claim("logprob", "rollout.logp_BR", of((j) => logit[j] - total[j]), scored, recorded);
   }
 
-  const beta = file.numbers[`${stage}/kl_coef`], score = x("rollout.score_B");
+  const beta = inReward(config) ? file.numbers[`${stage}/kl_coef`] : 0, score = x("rollout.score_B");
   const final = Float64Array.from(score, (s, b) => policy.final_score(s, eos[b], config.missing_eos, config.missing_eos_penalty));
   yield logged("score", "score_final", mean([...final]));
   const raw = x("rollout.raw_advantages_BR"), returns = x("rollout.returns_BR");
@@ -60,7 +61,16 @@ function* claims(file, manifest) {
     const values = x("rollout.values_BR");
     yield claim("gae", "rollout.raw_advantages_BR", vmap((r, v, m) => advantages.gae(r, v, m, config.gamma, config.lam)[0], R, rewards, values, mask));
     yield claim("returns", "rollout.returns_BR", each((i) => raw[i] + values[i]));
-  } else if (algorithm === "policy_gradient") {
+  } else if ("scale" in config) {
+    const sums = per_row(k1), totals = rows.map((b) => final[b] - beta * sums[b]);
+    yield claim("returns", "rollout.returns_BR", each((i) => totals[Math.floor(i / R)]));
+    const of = advantages.group(totals, config.group, config.baseline, config.scale);
+    yield claim("group", "rollout.raw_advantages_BR", each((i) => of[Math.floor(i / R)]));
+  } else if (algorithm === "online_dpo" || algorithm === "best_of_n") {
+    yield claim("returns", "rollout.returns_BR", each((i) => final[Math.floor(i / R)]));
+    const of = algorithm === "online_dpo" ? rows.map((b) => Math.sign(final[b] - final[b ^ 1])) : kept(score, eos, length, config.group);
+    yield claim("group", "rollout.raw_advantages_BR", each((i) => of[Math.floor(i / R)]));
+  } else if ("reward_to_go" in config) {
     const per_token = each((i) => final[Math.floor(i / R)] - beta * k1[i]);
     const to_go = config.reward_to_go;
     yield claim("returns", "rollout.returns_BR", to_go ? vmap((r, m) => advantages.discounted_returns(r, m, config.gamma), R, rewards, mask) : per_token);
@@ -69,11 +79,22 @@ function* claims(file, manifest) {
     const baseline = policy_gradient.baseline(totals, config.baseline);
     yield claim("baseline", "rollout.raw_advantages_BR", each((i) => returns[i] - baseline[Math.floor(i / R)]));
   }
-  yield claim("whitening", "rollout.advantages_BR", config.whiten_advantages ? masked.whiten(raw, mask) : raw, 1e-4);
-  yield* update(file, algorithm, { R, mask, logp, logged, claim, scored });
+  const whitens = config.whiten_advantages && !["online_dpo", "best_of_n"].includes(algorithm); // which have no scale
+  yield claim("whitening", "rollout.advantages_BR", whitens ? masked.whiten(raw, mask) : raw, 1e-4);
+  yield* update(file, algorithm, { B, R, mask, logp, logged, claim, scored });
 }
 
-function* update(file, algorithm, { R, mask, logp, logged, claim, scored }) {
+// The weights [B] of the best completion of each prompt that ended: their mean over the tokens is 1.
+function kept(score, eos, length, O) {
+  const best = Array.from(score, (_, b) => {
+    const first = b - (b % O), ended = [...Array(O).keys()].map((o) => first + o).filter((i) => eos[i]);
+    return ended.reduce((top, i) => (top < 0 || score[i] > score[top] ? i : top), -1) === b;
+  });
+  const tokens = (of) => length.reduce((n, l, b) => n + (of(b) ? l : 0), 0);
+  return best.map((is) => (is ? tokens(() => true) / Math.max(tokens((b) => best[b]), 1) : 0));
+}
+
+function* update(file, algorithm, { B, R, mask, logp, logged, claim, scored }) {
   const config = file.config, x = (name) => get(file, name).data;
   const all = get(file, "update.rows_B"), [E, M] = all.shape;
   const advantage = x("rollout.advantages_BR"), means = {};
@@ -93,19 +114,38 @@ function* update(file, algorithm, { R, mask, logp, logged, claim, scored }) {
       push("ratio_square", masked.mean(ratio.map((r) => r * r), here));
       push("approx_kl", masked.mean(Float64Array.from(ratio, (r, j) => r - 1 - (now[j] - logp[source[j]])), here));
       const A = Float64Array.from(source, (i) => advantage[i]);
-      if (algorithm === "ppo") {
-        const token = Array.from(ratio, (r, j) => losses.ppo_policy(Math.log(r), 0, A[j], config.clip));
+      const tokens = Array.from(rows, (_, j) => count(here.subarray(j * R, j * R + R)));
+      const weight = masked.row_weights(tokens, config.reduction ?? "token", R);
+      const weighed = (values) => masked.mean(Float64Array.from(values, (v, j) => weight[Math.floor(j / R)] * v), here);
+      const inside = (name) => Float64Array.from(part(name), (v, j) => (here[j] ? v : 0));
+      if (has(file, "update.policy_loss_BR")) {
+        const token = Array.from(ratio, (r, j) => losses.ppo_policy(Math.log(r), 0, A[j], config.clip, config.clip_high || config.clip));
         yield named("policy loss", "update.policy_loss_BR", token.map((t) => t.loss));
-        push("policy_loss", masked.mean(part("update.policy_loss_BR"), here));
+        push("policy_loss", weighed(part("update.policy_loss_BR")));
+      } else if (algorithm === "online_dpo") {
+        const whole = new Float64Array(B * R);
+        source.forEach((i, j) => (whole[i] = now[j]));
+        const of = pairLosses(whole, { B, R, mask, logp_ref: x("rollout.logp_ref_BR"), raw: advantage, pairs: config });
+        const expected = Float64Array.from(source, (i, j) => (here[j] ? of[Math.floor(i / R)] : 0));
+        yield claim("pair loss", `update.pair_loss_BR[${e}, ${m}]`, expected, CLOSE, inside("update.pair_loss_BR"));
+        push("policy_loss", weighed(expected));
+      } else {
+        const weighted = config.epochs > 1 && config.importance;
+        push("policy_loss", weighed(Float64Array.from(A, (a, j) => -a * (weighted ? ratio[j] : now[j]))));
+      }
+      if (has(file, "update.kl_loss_BR") && ["k2", "k3"].includes(config.kl)) {
+        const reference = x("rollout.logp_ref_BR");
+        const expected = Float64Array.from(now, (l, j) => (here[j] ? kl[config.kl](l, reference[source[j]]) : 0));
+        yield claim("KL loss", `update.kl_loss_BR[${e}, ${m}]`, expected, CLOSE, inside("update.kl_loss_BR"));
+      }
+      for (const term of ["kl_loss", "entropy_bonus"]) if (has(file, `update.${term}_BR`)) push(term, weighed(inside(`update.${term}_BR`)));
+      if (algorithm === "ppo") {
         const value = part("update.values_BR"), old = x("rollout.values_BR"), returns = x("rollout.returns_BR");
         const square = Float64Array.from(value, (v, j) =>
           here[j] ? losses.ppo_value(v, old[source[j]], returns[source[j]], config.value_clip).square : 0);
         const recorded = Float64Array.from(part("update.value_square_BR"), (s, j) => (here[j] ? s : 0));
         yield claim("value loss", `update.value_square_BR[${e}, ${m}]`, square, CLOSE, recorded);
         push("value_loss", masked.mean(recorded, here) / 2);
-      } else if (algorithm === "policy_gradient") {
-        const weighted = config.epochs > 1 && config.importance;
-        push("policy_loss", masked.mean(Float64Array.from(A, (a, j) => -a * (weighted ? ratio[j] : now[j])), here));
       }
     }
   }

@@ -91,7 +91,7 @@ const intro = {
       "Every number on this page was recorded by the trainer, or is recomputed from what it recorded. Keys: ← → move the token, [ ] the rollout, comma and full stop the iteration. A slider turns the badge above into “what-if”; “as recorded” brings the run back."));
     return ({ file }) => {
       if (!file) return;
-      const name = { ppo: "PPO", policy_gradient: "policy gradient" }[app.chain.algorithm] ?? app.chain.algorithm;
+      const name = TITLES[app.chain.algorithm] ?? app.chain.algorithm;
       title.textContent = `What ${name} did to one text`;
       lead.textContent = `A policy wrote this text in iteration ${app.file.step}, one of ${app.chain.B} of its batch. Follow one token through the whole update: what it cost, what it was worth, and how far the update could move it.`;
     };
@@ -100,7 +100,11 @@ const intro = {
 
 // 1. The run
 
-const TITLES = { pretrain: "pretraining", sft: "fine-tuning", reward: "reward model", ppo: "PPO", policy_gradient: "policy gradient", rl: "reinforcement learning" };
+const TITLES = {
+  pretrain: "pretraining", sft: "fine-tuning", reward: "reward model", rl: "reinforcement learning", ppo: "PPO",
+  policy_gradient: "policy gradient", reinforce_pp: "REINFORCE++", rloo: "RLOO", grpo: "GRPO", dr_grpo: "Dr. GRPO", dapo: "DAPO",
+  online_dpo: "online DPO", best_of_n: "best-of-n", dpo: "DPO",
+};
 const FACTS = [
   ["loss", "loss"], ["perplexity", "perplexity"], ["accuracy", "accuracy"], ["score", "score"], ["reward", "reward"],
   ["gold", "gold score"], ["kl_exact", "exact KL"], ["win_rate", "win rate"],
@@ -268,7 +272,7 @@ const klView = {
 const gae = {
   id: "gae",
   build(el, app) {
-    const ppo = app.chain.algorithm === "ppo";
+    const ppo = app.chain.algorithm === "ppo", grouped = app.file.config.group > 1;
     let range = [0, 1];
     const track = (svg, t, width) => {
       const c = app.chain, i = app.index(t), x = scale(...range, 8, width - 8), v = c.values?.[i] ?? 0, r = c.returns[i];
@@ -285,8 +289,8 @@ const gae = {
     const lam = !ppo ? null : slider("λ", { min: 0, max: 1, step: 0.01, value: app.recorded.lam }, (v) => app.set({ lam: v }));
     const presets = !ppo ? null : h("span", { class: "presets" }, button("TD: λ = 0", () => app.set({ lam: 0 })), button("Monte-Carlo: λ = 1", () => app.set({ lam: 1 })), button("as recorded", () => app.set({ lam: app.recorded.lam, gamma: app.recorded.gamma })));
     const formula = eq(), note = h("p", { class: "note" });
-    el.append(heading("gae", ppo ? "Values and advantages" : "Returns and advantages", ppo ? "ops.advantages.gae, ops.masked.whiten, rollout.value" : "ops.advantages.discounted_returns, algorithms.policy_gradient.baseline"),
-      p(ppo ? "Was this token better than the value model expected? δ compares one step: the reward, plus the next value, against this value. The advantage adds up later δ, each step discounted by γλ: with λ = 0 it trusts the value model alone, with λ = 1 the rest of the episode alone." : "A token’s return is what came after it; the baseline is what the other rollouts got. Their difference is the advantage."),
+    el.append(heading("gae", ppo ? "Values and advantages" : "Returns and advantages", ppo ? "ops.advantages.gae, ops.masked.whiten, rollout.value" : grouped ? "ops.advantages.group" : "ops.advantages.discounted_returns, algorithms.policy_gradient.baseline"),
+      p(ppo ? "Was this token better than the value model expected? δ compares one step: the reward, plus the next value, against this value. The advantage adds up later δ, each step discounted by γλ: with λ = 0 it trusts the value model alone, with λ = 1 the rest of the episode alone." : grouped ? "A completion is one action: all of its tokens have one return, and one advantage over the other completions of the prompt." : "A token’s return is what came after it; the baseline is what the other rollouts got. Their difference is the advantage."),
       formula, h("figure", {}, h("div", { class: "controls" }, gamma.element, lam?.element, presets), table.element,
         h("figcaption", {}, h("span", { class: "legend" }, ppo ? h("span", { class: "value", text: "value before the token" }) : null, h("span", { class: "reward", text: ppo ? "return = advantage + value" : "return" }), h("span", { class: "policy", text: "better than expected" }), h("span", { class: "ref", text: "worse" })))), note);
     return () => {
@@ -300,7 +304,8 @@ const gae = {
       if (ppo) {
         const next = last ? 0 : c.values[i + 1], later = last ? 0 : c.raw[i + 1];
         formula.textContent = `δ = r + γ V′ − V = ${fmt(c.rewards[i])} + ${fmt(k.gamma)} × ${par(next)} − ${par(c.values[i])} = ${signed(c.deltas[i])}\nA = δ + γ λ A′   = ${fmt(c.deltas[i])} + ${fmt(k.gamma)} × ${fmt(k.lam)} × ${par(later)} = ${signed(c.raw[i])}\nreturn = A + V   = ${fmt(c.raw[i])} + ${par(c.values[i])} = ${fmt(c.returns[i])}`;
-      } else formula.textContent = `A = return − baseline = ${fmt(c.returns[i])} − ${par(c.returns[i] - c.raw[i])} = ${signed(c.raw[i])}`;
+      } else if (grouped) formula.textContent = `A = ${signed(c.raw[i])}, of a return of ${fmt(c.returns[i])}`;
+      else formula.textContent = `A = return − baseline = ${fmt(c.returns[i])} − ${par(c.returns[i] - c.raw[i])} = ${signed(c.raw[i])}`;
       const mean = masked.mean(c.raw, c.mask), std = Math.sqrt(masked.var(c.raw, c.mask));
       note.textContent = app.file.config.whiten_advantages ? `Whitened over the ${count(c.mask)} tokens of the batch: (A − ${par(mean)}) / ${fmt(std)}.` : "This run does not whiten its advantages.";
     };
@@ -506,7 +511,7 @@ const algorithms = {
     el.append(heading("algorithms", "The same tokens under another algorithm", "ops.losses.policy_gradient, ops.losses.ppo_policy, ops.advantages.group"),
       p("What-if: the tokens, log-probs and scores are those of this run, and only the objective changes. REINFORCE and RLOO spread one number over all tokens, weighted by log p; the others compare ratios. Only PPO tells the tokens of one text apart by their own advantage."),
       h("figure", {}, h("div", { class: "controls" }, epoch?.element, higher.element), table.element,
-        h("figcaption", { text: "R: score minus the KL penalty; s: score. GRPO and RLOO compare completions of one prompt; here the batch stands in for that group, because this run sampled one completion a prompt." + (app.chain.values ? "" : " It has no value model, so PPO’s column uses the advantages of the run.") })),
+        h("figcaption", { text: "R: score minus the KL penalty; s: score. GRPO and RLOO compare completions of one prompt" + (app.file.config.group > 1 ? "." : "; here the batch stands in for that group, because this run sampled one completion a prompt.") + (app.chain.values ? "" : " It has no value model, so PPO’s column uses the advantages of the run.") })),
       formulas, note);
     formulas.replaceChildren(...names.flatMap((name) => [h("dt", { text: name }), h("dd", { class: "formula" }, FORMULAS[name].map(([text, differs]) => (differs ? h("mark", { text }) : text)))]));
     function draw() {
