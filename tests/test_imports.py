@@ -55,6 +55,7 @@ MAY_IMPORT = {
     "out_of_memory": {"command", "config"},
     "alarms": set(),
     "judges": set(),
+    "__main__": {"command"},
     "__init__": {"pretrained", "training/fit"},  # when its names are asked for
 }
 # The world is scored by its own gold reward while it is written.
