@@ -4,7 +4,7 @@ PY := .venv/bin/python
 # Large pages for large arrays: the updates of a small model take a fifth less time. Heeded by glibc alone.
 export GLIBC_TUNABLES ?= glibc.malloc.hugetlb=1
 
-.PHONY: demo see test lint clean
+.PHONY: demo see test lint docs notebook wheel pictures clean
 
 demo: .venv/installed  ## the main job on the embedded task: fine-tuning, reward model, PPO
 	$(PY) experiments/ppo_summarize.py --config=configs/ppo_summarize.py --workdir=runs/demo
@@ -21,8 +21,22 @@ lint: .venv/installed-test
 	$(PY) -m ruff format --check .
 	$(PY) -m mypy
 
-clean:  ## the environment and the runs
-	rm -rf .venv runs
+docs: .venv-docs/installed  ## the documentation as a site, in site/; a broken link is an error
+	.venv-docs/bin/mkdocs build --quiet
+
+notebook: .venv/installed .venv-docs/installed  ## runs the notebook at small sizes, and checks that its two files agree
+	$(PYTHON) docs/notebooks/check.py
+
+wheel:  ## builds the wheel, installs it into an environment of its own, and runs it from another folder
+	rm -rf build/wheel && mkdir -p build/wheel
+	$(PYTHON) -m pip wheel --quiet --disable-pip-version-check --no-deps --wheel-dir build/wheel .
+	$(PYTHON) -m venv build/wheel/venv
+	build/wheel/venv/bin/python -m pip install --quiet --disable-pip-version-check build/wheel/*.whl
+	cd / && $(CURDIR)/build/wheel/venv/bin/rlhf-jax --help
+	cd / && $(CURDIR)/build/wheel/venv/bin/rlhf-jax ppo_summarize --config=ppo_summarize:tiny --help > /dev/null
+
+clean:  ## the environments and the runs
+	rm -rf .venv .venv-docs build site runs
 
 .venv/installed: requirements.txt pyproject.toml
 	@$(PYTHON) -c 'import sys; v = sys.version_info; sys.exit(v < (3, 11) and f"Python 3.11 or newer is needed, $(PYTHON) is {v[0]}.{v[1]}; try make PYTHON=python3.12")'
@@ -33,4 +47,10 @@ clean:  ## the environment and the runs
 
 .venv/installed-test: .venv/installed requirements-test.txt
 	$(PY) -m pip install --quiet --disable-pip-version-check -r requirements-test.txt
+	touch $@
+
+.venv-docs/installed: pyproject.toml
+	test -x .venv-docs/bin/python || $(PYTHON) -m venv .venv-docs
+	$(PYTHON) -c 'import tomllib; print("\n".join(tomllib.load(open("pyproject.toml", "rb"))["project"]["optional-dependencies"]["docs"]))' > .venv-docs/requirements.txt
+	.venv-docs/bin/python -m pip install --quiet --disable-pip-version-check -r .venv-docs/requirements.txt
 	touch $@
