@@ -1,6 +1,7 @@
-"""What the README shows is run as it stands there, and what it names exists."""
+"""What the README and docs/ show is run as it stands there, what they name exists, and the README is short."""
 
 import ast
+import importlib.util
 import json
 import re
 from pathlib import Path
@@ -12,23 +13,27 @@ import pytest
 from rlhf_jax import config as configs
 from rlhf_jax.data import sources
 from rlhf_jax.models import decoder, heads
-from rlhf_jax.rewards import function
 from rlhf_jax.text import char
 
 ROOT = Path(__file__).parents[1]
-README = (ROOT / "README.md").read_text(encoding="utf-8")
-PAGES = [README, *(path.read_text(encoding="utf-8") for path in sorted((ROOT / "docs").glob("*.md")))]
+PAGES = {
+    path.relative_to(ROOT).as_posix(): path.read_text(encoding="utf-8")
+    for path in (ROOT / "README.md", ROOT / "CONTRIBUTING.md", *sorted((ROOT / "docs").glob("*.md")))
+}
+README, EVERYTHING = PAGES["README.md"], "\n".join(PAGES.values())
 
 
-def section(title):
-    """The text under a heading, up to the next heading."""
-    return re.split(r"\n##+ ", README.split(f"# {title}\n")[1])[0]
+def blocks(page, language):
+    """The blocks of code of a page, in their order."""
+    return re.findall(rf"```{language}\n(.*?)```", PAGES[page], flags=re.DOTALL)
 
 
-def python(title):
-    """The one block of Python in a section."""
-    (code,) = re.findall(r"```python\n(.*?)```", section(title), flags=re.DOTALL)
-    return code
+def section(page, title):
+    """The text under a heading of a page, up to the next heading."""
+    return re.split(r"\n##+ ", PAGES[page].split(f"# {title}\n")[1])[0]
+
+
+# Python
 
 
 @pytest.fixture
@@ -45,34 +50,94 @@ def demo(tmp_path, monkeypatch, finished):
     monkeypatch.chdir(tmp_path)
 
 
+def run(page):
+    """The names that a page's blocks of Python have defined, run one after another."""
+    names = {}
+    for i, code in enumerate(blocks(page, "python")):
+        exec(compile(code, f"{page}, block {i + 1}", "exec"), names)
+    return names
+
+
+@pytest.mark.parametrize("page", [page for page in PAGES if blocks(page, "python") and page != "docs/python.md"])
+def test_every_block_of_python_runs(page, demo):
+    assert run(page)
+
+
 def test_from_python(demo):
-    names = {}
-    exec(python("From Python"), names)
-    assert len(names["texts"]) == len(names["nats"]) == len(names["scores"]) == 4
-    for text, nats_R in zip(names["texts"], names["nats"], strict=True):
-        assert len(nats_R) == len(f" {text}") + 1 and (nats_R < 0).all()
-    assert np.isfinite(names["scores"]).all()
-
-
-def test_train_from_python(demo):
-    names = {}
-    exec(python("Train from Python"), names)
+    """Both sections: the second one trains the model that the first one loads."""
+    names = run("docs/python.md")
     assert len(names["texts"]) == 4
     summary = json.loads(Path("runs", "names", "ppo", "summary.json").read_text())
     assert summary["ppo/steps"] == 20 and np.isfinite(summary["ppo/reward_gain"])
     before, after = names["model"].params, names["fitted"].state.policy
     assert jax.tree.structure(before) == jax.tree.structure(after)
     assert any(jax.tree.leaves(jax.tree.map(lambda x, y: bool((x != y).any()), before, after)))
+    assert len(names["nats"]) == len(names["scores"]) == 4 and np.isfinite(names["scores"]).all()
+    assert all((nats_R < 0).all() for nats_R in names["nats"])
 
 
-def test_your_own_reward(tmp_path, monkeypatch):
-    (tmp_path / "readme_reward.py").write_text(python("Your own prompts and your own reward"))
-    (row,) = re.findall(r"`(\{.*?\})`", section("Your own prompts and your own reward"))
-    monkeypatch.syspath_prepend(tmp_path)
-    reward = function.load(f"{tmp_path}/readme_reward.py:score")
-    scores = reward.scores([json.loads(row)] * 2, ["It is 7 .", "8"])
-    np.testing.assert_allclose(scores["reward_correct"], [1, 0])
-    np.testing.assert_allclose(scores["reward_brief"], [-0.09, -0.01], rtol=1e-6)
+def test_the_readmes_own_reward_is_that_of_its_page(demo):
+    assert blocks("README.md", "python")[0] == blocks("docs/reward.md", "python")[0]
+    row = json.loads(re.search(r'`(\{"prompt".*?\})`', README)[1])
+    scores = run("README.md")["score"]([row] * 2, ["It is 7 .", "8"])
+    assert scores == {"correct": [1, 0], "brief": [-0.09, -0.01]}
+
+
+# Commands
+
+SHELL = [line for page in PAGES for block in blocks(page, "bash") for line in block.replace("\\\n", " ").splitlines()]
+COMMAND = re.compile(r"(?:python experiments/(\w+)\.py|rlhf-jax ([a-z]\w+))([^`|\n]*)")
+COMMANDS = [
+    (script or name, rest) for line in [*SHELL, *re.findall(r"`([^`]+)`", EVERYTHING)]
+    for script, name, rest in COMMAND.findall(" ".join(line.split()))
+]  # fmt: skip
+
+
+def test_commands_are_found():
+    assert len(COMMANDS) > 40 and len({script for script, _ in COMMANDS}) > 12
+
+
+@pytest.mark.parametrize("script", sorted({script for script, _ in COMMANDS}))
+def test_every_command_has_its_script_and_every_flag_is_one_of_it(script):
+    """Configs and their fields: tests/experiments/test_launch.py reads each as the command does."""
+    source = (ROOT / "experiments" / f"{script}.py").read_text(encoding="utf-8")
+    known = {*re.findall(r'DEFINE_\w+\(\s*"([\w-]+)"', source), "config", "workdir", "help"}
+    given = {flag for name, rest in COMMANDS if name == script for flag in re.findall(r"(?<=\s--)[\w-]+", f" {rest}")}
+    assert given <= known
+
+
+def test_every_make_target_is_in_the_makefile():
+    targets = set(re.findall(r"^([a-z]+):", (ROOT / "Makefile").read_text(), flags=re.MULTILINE))
+    named = {name for line in SHELL for name in re.findall(r"^make ([a-z]+)", line)}
+    assert {"demo", "see", "test", "docs"} <= named <= targets
+
+
+def test_every_module_that_is_run_has_its_subcommand():
+    found = re.findall(r"python -m (rlhf_jax\.\w+) ([a-z]+)\b", "\n".join(SHELL))
+    assert len(found) > 5
+    for module, command in found:
+        spec = importlib.util.find_spec(module)
+        path = Path(spec.submodule_search_locations[0], "__main__.py") if spec.submodule_search_locations else None
+        assert f'"{command}"' in (path or Path(spec.origin)).read_text(encoding="utf-8"), (module, command)
+
+
+def test_every_flag_is_a_field_of_a_config():
+    values = [configs.tree(configs.Config()), configs.tree(configs.write())]
+    known = {name for tree in values for name in fields(tree)}
+    named = set(re.findall(r"--config\.([a-z_][\w.]*\w)=", EVERYTHING)) - {"above.group"}  # of a page's own example
+    assert len(named) > 30 and named - known == set()
+
+
+def fields(tree, prefix=""):
+    """The paths of all fields of a config, and of the section that a reward's name may stand for."""
+    for name, value in tree.items():
+        if not isinstance(value, dict) or name == "reward":
+            yield prefix + name
+        if isinstance(value, dict):
+            yield from fields(value, f"{prefix}{name}.")
+
+
+# Names and links
 
 
 def defined(path):
@@ -87,7 +152,8 @@ def defined(path):
 
 
 def test_every_name_of_the_table_is_defined_in_its_file():
-    rows = [line.split("|")[2] for line in section("From the article to the code").splitlines() if "`" in line]
+    table = section("docs/article.md", "From the article to the code")
+    rows = [line.split("|")[2] for line in table.splitlines() if "`" in line]
     places = [place for row in rows for place in re.findall("`(.*?)`", row)]
     assert len(places) > 20
     for place in places:
@@ -95,24 +161,62 @@ def test_every_name_of_the_table_is_defined_in_its_file():
         assert set(names.split(", ")) <= defined(ROOT / "rlhf_jax" / path), place
 
 
+def test_every_test_that_a_page_names_exists():
+    named = re.findall(r"`(tests/[\w/]+\.py)(?:: (\w+))?`", EVERYTHING)
+    assert len(named) > 25
+    for path, name in named:
+        assert (ROOT / path).is_file() and (not name or name in defined(ROOT / path)), (path, name)
+
+
 def test_every_name_of_the_tree_exists():
     folders = {path.stem for path in (ROOT / "rlhf_jax").iterdir() if path.suffix == ".py" or path.is_dir()}
-    folders -= {"__init__", "__pycache__", "py", "configs"}
-    (tree,) = re.findall(r"```\nrlhf_jax/\n(.*?)\nexperiments/", section("The tree"), flags=re.DOTALL)
-    assert set(re.findall(r"(?<=  )(\w+)(?=/|\.py)", tree)) == folders
+    folders -= {"__init__", "__main__", "__pycache__", "py", "configs", "experiments"}
+    tree = re.search(r"```\nrlhf_jax/\n(.*?)\nexperiments/", section("docs/design.md", "The house"), flags=re.DOTALL)
+    assert set(re.findall(r"(?<=  )(\w+)(?=/|\.py)", tree[1])) == folders
 
 
-def test_every_flag_is_a_field_of_a_config():
-    values = [configs.tree(configs.Config()), configs.tree(configs.write())]
-    known = {name for tree in values for name in fields(tree)}
-    named = {flag for page in PAGES for flag in re.findall(r"--config\.([a-z_][\w.]*\w)=", page)}
-    assert len(named) > 30 and named - known == set()
+@pytest.mark.parametrize("page", PAGES)
+def test_every_link_to_a_file_has_one(page):
+    links = [link for link in re.findall(r"\]\(([^)#]+)[^)]*\)", PAGES[page]) if "://" not in link]
+    assert [link for link in links if not (ROOT / page).parent.joinpath(link).exists()] == []
 
 
-def fields(tree, prefix=""):
-    """The paths of all fields of a config, and of the section that a reward's name may stand for."""
-    for name, value in tree.items():
-        if not isinstance(value, dict) or name == "reward":
-            yield prefix + name
-        if isinstance(value, dict):
-            yield from fields(value, f"{prefix}{name}.")
+def test_every_page_is_in_the_menu():
+    menu = set(re.findall(r": (\w+\.md)$", (ROOT / "mkdocs.yml").read_text(), flags=re.MULTILINE))
+    assert menu == {path.name for path in (ROOT / "docs").glob("*.md")}
+
+
+REFERENCE = re.findall(r"^::: ([\w.]+)$", PAGES["docs/api.md"], flags=re.MULTILINE)
+
+
+@pytest.mark.parametrize("name", REFERENCE)
+def test_everything_of_the_reference_has_a_docstring(name):
+    """A module with all of its public functions and classes, or one of these."""
+    parts = name.split(".")
+    path = ROOT.joinpath(*parts).with_suffix(".py")
+    if path.is_file():
+        module = ast.parse(path.read_text(encoding="utf-8"))
+        nodes = [module, *module.body]
+    else:
+        folder = ROOT.joinpath(*parts[:-1])
+        source = folder / "__init__.py" if folder.is_dir() else folder.with_suffix(".py")
+        nodes = [node for node in ast.parse(source.read_text()).body if getattr(node, "name", "") == parts[-1]]
+        assert nodes
+    nodes = [node for node in nodes if isinstance(node, ast.Module | ast.FunctionDef | ast.ClassDef)]
+    public = [node for node in nodes if not getattr(node, "name", "").startswith("_")]
+    assert [node.name for node in public if not ast.get_docstring(node)] == []
+
+
+# The first ten minutes
+
+
+def test_the_readme_is_short():
+    assert len(README.splitlines()) <= 160
+
+
+@pytest.mark.parametrize("page", ["README.md", "docs/index.md"])
+def test_no_sentence_has_more_than_thirty_words(page):
+    text = re.sub(r"```.*?```", "", PAGES[page], flags=re.DOTALL)
+    text = re.sub(r"^(\||#|!|- ).*$", "\n", text, flags=re.MULTILINE)
+    sentences = [" ".join(part.split()) for part in re.split(r"(?<=[.!?:])\s|\n\n", text)]
+    assert [sentence for sentence in sentences if len(sentence.split()) > 30] == []
