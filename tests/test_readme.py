@@ -207,6 +207,24 @@ def test_everything_of_the_reference_has_a_docstring(name):
     assert [node.name for node in public if not ast.get_docstring(node)] == []
 
 
+# The notebook
+
+
+def test_the_notebooks_two_files_have_the_same_cells():
+    """`jupytext --sync` writes the older one anew. `make notebook` runs the cells."""
+    path = ROOT / "docs" / "notebooks" / "from_the_article.py"
+    header, *cells = re.split(r"^# %%", path.read_text(encoding="utf-8"), flags=re.MULTILINE)
+    written = []
+    for cell in cells:
+        kind, _, source = cell.partition("\n")
+        markdown = kind.strip() == "[markdown]"
+        lines = [re.sub(r"^# ?", "", line) if markdown else line for line in source.strip().splitlines()]
+        written.append(("markdown" if markdown else "code", "\n".join(lines)))
+    notebook = json.loads(path.with_suffix(".ipynb").read_text(encoding="utf-8"))
+    assert [(cell["cell_type"], "".join(cell["source"])) for cell in notebook["cells"]] == written
+    assert len(written) > 20
+
+
 # The first ten minutes
 
 
