@@ -1,11 +1,15 @@
-"""What `import rlhf_jax` gives."""
+"""What `import rlhf_jax` gives, what is installed, and the command rlhf-jax."""
 
 import importlib.metadata
+import sys
+import tomllib
 from pathlib import Path
 
 import pytest
+import setuptools
 
 import rlhf_jax
+from rlhf_jax import __main__ as command
 
 
 def test_it_has_its_names():
@@ -27,8 +31,73 @@ def test_a_clone_that_is_not_installed_has_no_version(monkeypatch):
     assert rlhf_jax.__version__ == "0+unknown"
 
 
-def test_the_configs_are_in_it():
-    """By a link, which installations follow."""
-    folders = Path(rlhf_jax.__file__).parent / "configs", Path(__file__).parents[1] / "configs"
-    inside, outside = ({path.name: path.read_bytes() for path in folder.glob("*.py")} for folder in folders)
+ROOT = Path(__file__).parents[1]
+PROJECT = tomllib.loads((ROOT / "pyproject.toml").read_text())
+
+
+@pytest.mark.parametrize("name", ["configs", "experiments"])
+def test_configs_and_experiments_are_in_it(name):
+    """By a link, which installations follow: `make wheel` installs one and runs it."""
+    inside, outside = (
+        {path.name: path.read_bytes() for path in folder.glob("*.py")}
+        for folder in (Path(rlhf_jax.__file__).parent / name, ROOT / name)
+    )
     assert inside == outside != {}
+    include = PROJECT["tool"]["setuptools"]["packages"]["find"]["include"]
+    assert f"rlhf_jax.{name}" in setuptools.find_namespace_packages(ROOT, include=include)
+
+
+def test_the_page_and_its_small_run_are_data_of_the_package():
+    for pattern in PROJECT["tool"]["setuptools"]["package-data"]["rlhf_jax"]:
+        assert list(Path(rlhf_jax.__file__).parent.glob(pattern)), pattern
+
+
+def test_an_extra_for_every_use():
+    assert {"cuda", "tpu", "serve", "docs", "test"} <= set(PROJECT["project"]["optional-dependencies"])
+    assert PROJECT["project"]["scripts"] == {"rlhf-jax": "rlhf_jax.__main__:main"}
+
+
+# The command
+
+
+@pytest.fixture
+def run(monkeypatch):
+    """run(arguments): the command, as the installed script calls it."""
+
+    def run(*arguments):
+        monkeypatch.setattr(sys, "argv", ["rlhf-jax", *arguments])
+        monkeypatch.setattr(sys, "path", [*sys.path])
+        command.main()
+
+    return run
+
+
+@pytest.mark.parametrize("arguments", [(), ("--help",)])
+def test_it_lists_every_experiment_with_what_it_does(arguments, run, capsys):
+    run(*arguments)
+    lines = dict(line.split(maxsplit=1) for line in capsys.readouterr().out.splitlines()[2:])
+    assert set(lines) == {path.stem for path in (ROOT / "experiments").glob("*.py")} - {"launch"}
+    assert lines["ppo_summarize"].startswith("The main job: fine-tuning, reward model and PPO.")
+
+
+def test_an_unknown_experiment_is_one_line(run, capfd):
+    with pytest.raises(SystemExit) as caught:
+        run("ppo_summarise")
+    line = capfd.readouterr().err
+    assert caught.value.code == 2 and line.startswith("rlhf-jax: ppo_summarise: expected one of benchmark, compare, ")
+    assert line.count("\n") == 1
+
+
+def test_it_runs_the_file_as_python_does(run, monkeypatch, tmp_path):
+    """With the arguments, as __main__, and with the neighbours of the file."""
+    (tmp_path / "launch.py").write_text("shared = 5\n")
+    (tmp_path / "small.py").write_text(
+        "import sys, pathlib\nimport launch\n"
+        "if __name__ == '__main__':\n"
+        "    pathlib.Path(sys.argv[2]).write_text(f'{sys.argv} {launch.shared}')\n"
+    )
+    monkeypatch.setattr(command, "EXPERIMENTS", tmp_path)
+    monkeypatch.delitem(sys.modules, "launch", raising=False)
+    run("small", "--to", f"{tmp_path}/out")
+    sys.modules.pop("launch", None)
+    assert (tmp_path / "out").read_text() == f"{[f'{tmp_path}/small.py', '--to', f'{tmp_path}/out']} 5"
