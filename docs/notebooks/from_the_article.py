@@ -42,6 +42,7 @@ import jax
 import jax.numpy as jnp
 import matplotlib.pyplot as plt
 import numpy as np
+from absl import logging
 
 import rlhf_jax
 from rlhf_jax import config as configs
@@ -53,6 +54,7 @@ from rlhf_jax.ops import advantages, importance, kl, logprobs, losses, masked
 from rlhf_jax.report import metrics
 from rlhf_jax.rewards import gold, sentiment
 
+logging.set_verbosity(logging.FATAL)  # checkpoints say how they are read
 SMALL = bool(os.environ.get("RLHF_JAX_SMALL"))
 RUNS = Path(os.environ.get("RLHF_JAX_RUNS", "runs/notebook"))
 
@@ -273,7 +275,7 @@ print(f"mean VADER of 32 samples: {gain:+.2f} ({low:+.2f} to {high:+.2f})")
 new_BR = apply.logprobs(happy.params, tokens_BT, mask_BT, R)
 weight = np.asarray(jnp.exp(new_BR - logp_BR))[np.asarray(response_BR)]
 share = importance.effective_sample_size(jnp.where(response_BR, new_BR - logp_BR, 0), response_BR)
-plt.hist(weight, bins=40, log=True)
+plt.hist(weight, bins=np.linspace(0, max(2, weight.max()), 40), log=True)
 plt.title(f"Weights of the old texts under the new policy: effective share {share:.2f}")
 plt.xlabel("w")
 plt.show()
