@@ -87,6 +87,7 @@ for stage in ("pretrain", "sft"):
 
 rows = metrics.read(RUNS / "tweets" / "pretrain" / "metrics.jsonl")
 steps, nats = zip(*[(row["step"], row["pretrain/loss"]) for row in rows if "pretrain/loss" in row], strict=True)
+plt.figure(figsize=(7, 2.8))
 plt.plot(steps, nats)
 plt.xlabel("step")
 plt.ylabel("nats a character")
@@ -117,6 +118,7 @@ hidden_BTD = apply.hidden(writer.params, tokens_BT, mask_BT)
 logits_BTV = apply.logits(writer.params, hidden_BTD)
 first_V = jax.nn.softmax(logits_BTV[0, -min(map(len, ids))])
 likely = np.argsort(-first_V)[:12]
+plt.figure(figsize=(7, 2.8))
 plt.bar([repr(tokenizer.decode([i]))[1:-1] or "end" for i in likely], np.asarray(first_V)[likely])
 plt.title("The twelve likeliest next characters at one place")
 plt.show()
@@ -137,6 +139,7 @@ assert np.allclose(
 print(f"loss: {losses.cross_entropy(logp_BR, response_BR):.3f} nats a character")
 
 shown = np.asarray(response_BR[0])
+plt.figure(figsize=(7, 2.8))
 plt.bar(range(shown.sum()), np.exp(np.asarray(logp_BR[0])[shown]))
 plt.xticks(range(shown.sum()), list(tokenizer.decode(ids[0][1:])))
 plt.ylabel("probability of the character")
@@ -171,6 +174,7 @@ for _ in range(5 if SMALL else 30):
     value, gradient = jax.value_and_grad(preference_loss)(reward_params)
     reward_params = jax.tree.map(lambda p, g: p - 0.05 * g, reward_params, gradient)
     curve.append(float(value))
+plt.figure(figsize=(7, 2.8))
 plt.plot(curve)
 plt.axhline(np.log(2), color="grey", linestyle=":")
 plt.title("The preference loss; the dotted line is a coin's, log 2")
@@ -192,6 +196,7 @@ logp_ref_BR = apply.logprobs(before.params, tokens_BT, mask_BT, R)
 kl_BR = jnp.where(response_BR, kl.k1(logp_BR, logp_ref_BR), 0)
 shape = jax.vmap(lambda score, kl_R, mask_R: advantages.shape_rewards(score, kl_R, mask_R, kl_coef=0.1))
 rewards_BR = shape(jnp.asarray(happy_B, jnp.float32), kl_BR, response_BR)
+plt.figure(figsize=(7, 2.8))
 plt.bar(range(shown.sum()), np.asarray(rewards_BR[0])[shown])
 plt.xticks(range(shown.sum()), list(tokenizer.decode(ids[0][1:])))
 plt.title("The reward of each character: minus its KL, and the score on the last")
@@ -206,6 +211,7 @@ plt.show()
 
 # %%
 values_BR = jnp.where(response_BR, rewards_BR.sum() / response_BR.sum(), 0.0)  # a constant: no value model yet
+plt.figure(figsize=(7, 2.8))
 for lam, label in ((1.0, "lambda 1: return - value"), (0.95, "lambda .95"), (0.0, "lambda 0: TD error")):
     gae = jax.vmap(lambda r, v, m, lam=lam: advantages.gae(r, v, m, gamma=1.0, lam=lam))
     advantage_BR, return_BR = gae(rewards_BR, values_BR, response_BR)
@@ -275,6 +281,7 @@ print(f"mean VADER of 32 samples: {gain:+.2f} ({low:+.2f} to {high:+.2f})")
 new_BR = apply.logprobs(happy.params, tokens_BT, mask_BT, R)
 weight = np.asarray(jnp.exp(new_BR - logp_BR))[np.asarray(response_BR)]
 share = importance.effective_sample_size(jnp.where(response_BR, new_BR - logp_BR, 0), response_BR)
+plt.figure(figsize=(7, 2.8))
 plt.hist(weight, bins=np.linspace(0, max(2, weight.max()), 40), log=True)
 plt.title(f"Weights of the old texts under the new policy: effective share {share:.2f}")
 plt.xlabel("w")
@@ -291,6 +298,7 @@ plt.show()
 sign_B = jnp.where(jnp.asarray(happy_B) >= happy_B.mean(), 1.0, -1.0)
 A_BR = sign_B[:, None] * jnp.ones(new_BR.shape)
 value, aux = losses.ppo_policy(new_BR, logp_BR, A_BR, response_BR, clip=0.2)
+plt.figure(figsize=(7, 2.8))
 for sign, color in ((1, "tab:blue"), (-1, "tab:red")):
     chosen = np.asarray(response_BR & (sign == A_BR))
     plt.scatter(
@@ -346,6 +354,7 @@ before_gold, after_gold = np.mean(scores["sft"]), np.mean(scores["ppo"])
 print(f"true reward of 32 new posts: {before_gold:.2f} -> {after_gold:.2f}, {gain:+.2f} ({low:+.2f} to {high:+.2f})")
 
 # %%
+plt.figure(figsize=(7, 2.8))
 plt.scatter(scores["sft"], scores["ppo"], alpha=0.5)
 plt.plot([-1, 1], [-1, 1], color="grey", linestyle=":")
 plt.xlabel("true reward before PPO")
