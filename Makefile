@@ -22,7 +22,7 @@ lint: .venv/installed-test
 	$(PY) -m mypy
 
 docs: .venv-docs/installed  ## the documentation as a site, in site/; a broken link is an error
-	.venv-docs/bin/mkdocs build --quiet
+	NO_MKDOCS_2_WARNING=1 .venv-docs/bin/mkdocs build --clean  # not --quiet: strict counts what is logged
 
 notebook: .venv/installed  ## runs the notebook at small sizes; tests/test_readme.py checks that its two files agree
 	RUNS=$$(mktemp -d) && RLHF_JAX_SMALL=1 RLHF_JAX_RUNS=$$RUNS MPLBACKEND=agg $(PY) docs/notebooks/from_the_article.py && rm -r $$RUNS
