@@ -43,15 +43,16 @@ def replay(folder, reporter=None, stage=None):
     record, watch, made = guard.read(folder), Watch(), stage
     stage = stage or _stage(folder, record, watch, reporter)
     state, batch, rollout = guard.read_arrays(folder, stage.state)
+    batch = sharding.shard(batch, sharding.mesh_of(stage.state))
     reported = guard.message(record["names"])
     reporter.note(f"{record['stage']} step {record['step']}: {reported} not finite, as in the run")
     if made:
         update = watch.jit(stage.learn.__wrapped__)  # not compiled, without donation
-        given = Rollout(**rollout) if rollout else sharding.shard(batch, sharding.mesh())
+        given = Rollout(**rollout) if rollout else batch
     elif int(state.applied):  # the policy has moved since it wrote the rollout, which is at hand
         update, given = stage.learn, Rollout(**rollout)
     else:
-        update, given = _update_of(stage), sharding.shard(batch, sharding.mesh())
+        update, given = _update_of(stage), batch
     place = watch.first(update, state, given)  # before the compiled update, which takes the state's buffers
     scalars = {name: value for name, value in update(state, given)[1].items() if name != "record"}
     numbers = {f"{stage.name}/{name}": float(value) for name, value in scalars.items()}

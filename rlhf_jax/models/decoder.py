@@ -19,7 +19,7 @@ import jax.numpy as jnp
 from rlhf_jax.errors import InputError
 from rlhf_jax.fields import choice, neutral, number, path
 from rlhf_jax.models import rotary
-from rlhf_jax.ops import attention
+from rlhf_jax.ops import attention, sharded
 
 BIASES = {"all": ("qkv", "out", "fc", "proj"), "attention": ("qkv", "out"), "qkv": ("qkv",), "none": ()}
 
@@ -181,6 +181,7 @@ class Attention(nn.Module):
             angles_q = None if angles_BTJ is None else self.select(angles_BTJ)
         # Heads move next to the batch: products as `bthk,bshk->bhts` are three times slower on a CPU.
         q_BHTK, k_BASK, v_BASK = (jnp.moveaxis(part.reshape(*part.shape[:2], -1, c.head_size), 1, 2) for part in parts)
+        q_BHTK, k_BASK, v_BASK = (sharded.constrain(x, sharded.ROWS, "tensor") for x in (q_BHTK, k_BASK, v_BASK))
         if c.qk_norm:
             q_BHTK, k_BASK = _rms(c, "q_norm")(q_BHTK), _rms(c, "k_norm")(k_BASK)
         if angles_BTJ is not None:  # cached keys are already rotated: their positions never change
@@ -212,7 +213,7 @@ class MLP(nn.Module):
             h_BTF = jax.nn.silu(gate_BTF) * up_BTF
         else:
             h_BTF = jax.nn.gelu(_dense(c, "fc", c.hidden_size)(x_BTD), approximate=not c.exact_gelu)
-        return _dense(c, "proj", c.width, residual=True)(h_BTF)
+        return _dense(c, "proj", c.width, residual=True)(sharded.constrain(h_BTF, sharded.ROWS, None, "tensor"))
 
 
 class Block(nn.Module):
@@ -281,9 +282,11 @@ class Decoder(nn.Module):
         for i in range(c.layers):
             past = None if cache is None else (cache.keys[i], cache.values[i], cache.used)
             selected = select if i == c.layers - 1 else None
-            x_BTD, kv = block(c, deterministic, selected, name=f"h_{i}")(x_BTD, attend_BTS, angles_BTJ, past)
+            x_BTD, kv = block(c, deterministic, selected, name=f"h_{i}")(
+                sharded.rows(x_BTD), attend_BTS, angles_BTJ, past
+            )
             layers.append(kv)
-        x_BTD = _norm(c, "ln_f")(x_BTD)
+        x_BTD = sharded.rows(_norm(c, "ln_f")(x_BTD))
         keys, values = zip(*layers, strict=True)
         if cache is not None:
             valid_BS = jax.lax.dynamic_update_slice_in_dim(cache.valid_BS, mask_BT, cache.used, axis=1)
@@ -313,9 +316,17 @@ def _widen(x, size, axis):
     return jnp.pad(x, [(0, size - length if i == axis else 0) for i, length in enumerate(x.shape)])
 
 
+class Embed(nn.Embed):
+    """A table whose rows are looked up. Devices gather it first: XLA would do so with every array that is looked up."""
+
+    def __call__(self, inputs):
+        table = self.embedding.astype(self.dtype)
+        return jnp.take(sharded.constrain(table, "tensor"), inputs, axis=0)
+
+
 def _embed(config, entries, name):
     init = nn.initializers.normal(config.init_std)
-    return nn.Embed(entries, config.width, name=name, dtype=config.dtype, embedding_init=init)
+    return Embed(entries, config.width, name=name, dtype=config.dtype, embedding_init=init)
 
 
 def _norm(config, name):
