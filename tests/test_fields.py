@@ -238,7 +238,7 @@ def test_a_choice_is_one_of_its_words(task, path):
 def test_which_fields_are_choices():
     both = {
         *("task", "algorithm", "text.kind", "model.dtype", "evaluation.result", "guard.action"),
-        *("model.norm", "model.feed_forward", "model.biases"),
+        *("model.norm", "model.feed_forward", "model.biases", "model.scan"),
         *(f"{name}.schedule" for name in STAGES),
         *("pretrain.loss_on", "sft.loss_on", "ppo.value_init", "policy_gradient.baseline", "reinforce_pp.baseline"),
         *(f"{name}.{field}" for name in POLICY for field in ("missing_eos", "reduction", "kl")),
@@ -263,7 +263,7 @@ def test_which_fields_are_neutral():
         *(f"{name}.from_" for name in ("pretrain", "sft", "reward")),
         *(
             "model.remat",
-            *("mesh.data", "mesh.fsdp", "mesh.tensor"),
+            *("model.scan", "mesh.data", "mesh.fsdp", "mesh.tensor"),
             "data.cache",
             "evaluation.batch",
             "evaluation.samples",
@@ -455,7 +455,7 @@ ALWAYS = {
     ),
     *("data.source", "data.kind", "data.path", "data.prompt_length", "data.cut", "data.response_length", "data.length"),
     *(f"model.{name}" for name in ("layers", "heads", "head_size", "width", "context", "vocab_size", "rotary_share")),
-    *(f"model.{name}" for name in ("parallel_residual", "tied", "norm_eps", "dtype", "remat", "init")),
+    *(f"model.{name}" for name in ("parallel_residual", "tied", "norm_eps", "dtype", "remat", "scan", "init")),
     *(f"model.{name}" for name in ("kv_heads", "feed_forward", "feed_forward_size", "norm", "qk_norm", "biases")),
     *("lora.rank", "mesh.data", "mesh.fsdp", "mesh.tensor"),
     *(f"alarms.{name}" for name in ("distinct2", "repeat_rate", "entropy", "length", "kl_exact")),
