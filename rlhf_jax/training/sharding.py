@@ -134,10 +134,12 @@ def undivided(tree, mesh):
 
 def shard(batch, mesh):
     """Spreads the rows (the first axis) of every array over data x fsdp, which must divide the number of rows."""
-    sizes = _sizes(mesh)
-    rows = tuple(name for name in sharded.ROWS if name in sizes)
-    spec = PartitionSpec(rows if len(rows) > 1 else rows[0]) if rows else PartitionSpec()
-    return jax.device_put(batch, NamedSharding(mesh, spec))
+    return jax.device_put(batch, rows(mesh))
+
+
+def rows(mesh):
+    """The NamedSharding of arrays whose rows are spread over data x fsdp."""
+    return NamedSharding(mesh, sharded.spec((shards(mesh),), (sharded.ROWS,), _sizes(mesh)))
 
 
 def gather(tree):
