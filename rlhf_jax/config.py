@@ -292,7 +292,10 @@ def sections(config, stage) -> list[str]:
 
 
 def read(workdir) -> Config:
-    """The config of the run in a folder. InputError where there is none, or one of another version."""
+    """The config of the run in a folder. InputError where there is none, or one of another version.
+
+    Its mesh is the default: the devices of this machine need not be those that trained the run.
+    """
     path = Path(workdir).expanduser() / "config.json"
     again = "; the command that trains the run writes it again"
     try:
@@ -304,7 +307,7 @@ def read(workdir) -> Config:
         fields.check(config)
     except InputError as error:
         raise InputError(f"workdir: {path}: {error}{again}") from None
-    return config
+    return dataclasses.replace(config, mesh=sharding.Config())
 
 
 def _completed(values: Any, kind: type = Config) -> Any:

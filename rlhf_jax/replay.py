@@ -12,6 +12,7 @@ from rlhf_jax import command
 if __name__ == "__main__":
     command.begin()  # the imports below take seconds
 
+import dataclasses
 import functools
 import logging
 import math
@@ -68,6 +69,7 @@ def _stage(folder, record, watch, reporter):
     if not isinstance(record["config"], dict) or "task" not in record["config"]:
         raise InputError(f"{folder}: of a stage that was made in Python; expected replay.replay(folder, stage=...)")
     config, workdir, seed = configs.parse(_numbers(record["config"])), folder.parents[1], 0
+    config = dataclasses.replace(config, mesh=sharding.Config())  # of this machine
     if record["stage"] == configs.rl_name(config) and config.seeds > 1:  # the workdir is RUN/seeds/INDEX
         workdir, seed = workdir.parents[1], int(workdir.name)
     stages = pipeline.Stages(config, Workdir(workdir), reporter, jit=watch.jit)

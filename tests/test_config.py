@@ -262,6 +262,11 @@ def test_a_workdir_goes_on_with_another_mesh():
     assert provenance.depends(config, "ppo") == provenance.depends(other, "ppo")
 
 
+def test_a_run_is_read_on_a_machine_with_other_devices(tmp_path):
+    (tmp_path / "config.json").write_text(json.dumps(tree(**{"mesh.data": 8, "mesh.fsdp": 4})))
+    assert configs.read(tmp_path) == configs.parse(tree())
+
+
 def test_there_are_not_more_widths_than_columns():
     assert error(check, **{"data.prompt_length": 8, "ppo.widths": 9}) == (
         "ppo.widths: expected at most data.prompt_length = 8, got 9"
