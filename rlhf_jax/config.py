@@ -16,7 +16,7 @@ from rlhf_jax.models import lora as adapters
 from rlhf_jax.report import trackers
 from rlhf_jax.rewards import function
 from rlhf_jax.tasks import TASKS
-from rlhf_jax.training import checkpoint
+from rlhf_jax.training import checkpoint, sharding
 from rlhf_jax.training import guard as guards
 
 LEARNED = "learned"  # the reward that is a reward model
@@ -123,6 +123,7 @@ class Config:
     data: Any = sources.Config()  # of the task: tasks.TASKS[task].Config
     model: decoder.Config = decoder.Config()
     lora: adapters.Config = adapters.Config()
+    mesh: sharding.Config = sharding.Config()
     pretrain: Supervised = Supervised(steps=0)
     sft: Supervised = Supervised()
     reward: Reward = Reward()
@@ -291,7 +292,10 @@ def sections(config, stage) -> list[str]:
 
 
 def read(workdir) -> Config:
-    """The config of the run in a folder. InputError where there is none, or one of another version."""
+    """The config of the run in a folder. InputError where there is none, or one of another version.
+
+    Its mesh is the default: the devices of this machine need not be those that trained the run.
+    """
     path = Path(workdir).expanduser() / "config.json"
     again = "; the command that trains the run writes it again"
     try:
@@ -303,7 +307,7 @@ def read(workdir) -> Config:
         fields.check(config)
     except InputError as error:
         raise InputError(f"workdir: {path}: {error}{again}") from None
-    return config
+    return dataclasses.replace(config, mesh=sharding.Config())
 
 
 def _completed(values: Any, kind: type = Config) -> Any:
@@ -333,7 +337,8 @@ def check(config, *, devices: int = 1, files: bool = True) -> None:
     TASKS[config.task].make(config)  # its own InputError names what it cannot be made of
     if files:
         _check_files(config)
-    for problem in (_reward, _lengths, _batches, _adapters):
+    config.mesh.shape(devices)  # its own InputError names what the devices cannot be
+    for problem in (_reward, _lengths, _mesh, _batches, _adapters):
         for name, expected in problem(config, devices):
             value = config
             for part in name.split("."):
@@ -444,17 +449,30 @@ def _adapters(config, _):
         yield "lora.rank", f"at most model.width = {config.model.width}"
 
 
+def _mesh(config, _):
+    for name, heads in (("heads", config.model.heads), ("kv_heads", config.model.cached_heads)):
+        if heads % config.mesh.tensor:
+            yield "mesh.tensor", f"a divisor of model.{name} = {heads}"
+    if config.model.fuses and config.mesh.tensor > 1:
+        yield "mesh.tensor", "1 where model.fused is true"
+
+
 def _batches(config, devices):
+    data, fsdp, _ = config.mesh.shape(devices)
+    shards = data * fsdp
     for stage in stages(config):
         name = section(config, stage)
         part = getattr(config, name)
         minibatches = getattr(part, "minibatches", 1)
-        if part.batch % (minibatches * part.microbatches * devices):
-            parts = f"minibatches x microbatches x devices = {minibatches * part.microbatches} x {devices}"
+        slices = minibatches * part.microbatches
+        if part.batch % (slices * shards):
+            parts = f"minibatches x microbatches x data x fsdp = {slices} x {data} x {fsdp}"
             yield f"{name}.batch", f"a multiple of {parts}"
     lanes, batch = getattr(config.rl, "lanes", 0), config.rl.batch
-    if lanes and (batch % lanes or lanes % devices):
-        yield (
-            f"{config.algorithm}.lanes",
-            f"0, or a divisor of {config.algorithm}.batch = {batch} and a multiple of the devices = {devices}",
-        )
+    if lanes and (batch % lanes or lanes % shards):
+        multiple = f"a multiple of data x fsdp = {data} x {fsdp}"
+        yield f"{config.algorithm}.lanes", f"0, or a divisor of {config.algorithm}.batch = {batch} and {multiple}"
+    group = getattr(config.rl, "group", 1)  # a device reads a prompt once for its completions
+    for name, rows in (("batch", batch), ("lanes", lanes)):
+        if rows % (group * shards):
+            yield f"{config.algorithm}.{name}", f"a multiple of group x data x fsdp = {group} x {data} x {fsdp}"

@@ -137,9 +137,15 @@ class Stages:
             apply=rollout.Apply(heads.LanguageModel(sized, ids=ids, base=base), heads.ScalarModel(sized, base)),
             evaluation=config.evaluation,
             guard=config.guard,
+            mesh=self.mesh,
             jit=functools.partial(base.jit, jit=self._jit) if base else self._jit,
             record=config.trace.every > 0,
         )
+
+    @functools.cached_property
+    def mesh(self):
+        """The devices, as the config lays them out."""
+        return sharding.mesh(self.config.mesh)
 
     def _tokenizer(self) -> text.Tokenizer:
         """The config's tokenizer: the workdir's copy if that was made from the same config and files.
@@ -179,7 +185,7 @@ class Stages:
         """The frozen parameters that adapters stand on, on every device; None without adapters."""
 
         def read():
-            return sharding.replicate(self._pretrained(), self.setup.mesh)
+            return sharding.place(self._pretrained(), self.mesh)
 
         return lora.Base(self.config.lora, read) if self.config.lora.rank else None
 
@@ -199,7 +205,7 @@ class Stages:
         return self.parameters(before[-1], "policy", like=self._random())
 
     def _random(self):
-        return jax.jit(self.setup.apply.policy.init)(self.setup.key("policy init"))
+        return sharding.place(jax.jit(self.setup.apply.policy.init)(self.setup.key("policy init")), self.mesh)
 
     def make(self, name, seed=0):
         """The Stage of this name. `seed` is the index of the run where the last stage has several."""
@@ -261,12 +267,15 @@ class Stages:
         self._begun = True
         self.reporter.note(f"workdir {self.workdir.path}; to train: {', '.join(todo) or 'nothing'}")
         if todo:
-            devices, model = sharding.devices(), self.setup.apply.policy.config
-            shapes = jax.tree.leaves(jax.eval_shape(self._random))
+            devices, policy = sharding.devices(), self.setup.apply.policy
+            shapes = jax.eval_shape(policy.init, self.setup.key("policy init"))
             parameters = "parameters of adapters" if self.config.lora.rank else "parameters"
-            size = f"{sum(leaf.size for leaf in shapes):,} {parameters}, {model.layers} layers of {model.width}"
+            count = sum(leaf.size for leaf in jax.tree.leaves(shapes))
+            size = f"{count:,} {parameters}, {policy.config.layers} layers of {policy.config.width}"
             tokens = f"{self.setup.tokenizer.vocab_size:,} tokens"
             self.reporter.note(f"{len(devices)} x {devices[0].device_kind}; a policy of {size}; {tokens}")
+            if note := sharding.undivided(shapes, self.mesh):
+                self.reporter.note(note)
 
     def all(self, stop=None) -> dict:
         """Trains every stage that is not finished: the run's summary."""

@@ -82,6 +82,10 @@ def test_out_of_memory_names_the_fields_that_need_less(raised, requested, config
         "--config.ppo.microbatches (more than 1), --config.ppo.batch (less than 8), --config.ppo.lanes (less than 8), "
         "--config.model.remat (true), --config.evaluation.batch (less than 64)"
     )
+    monkeypatch.setattr(out_of_memory.jax, "local_device_count", lambda: 8)
+    divided = pytest.raises(OutOfMemory, match=r"--config.mesh.fsdp \(more than 1, at most 8\)")
+    with divided, out_of_memory.named(wide, "ppo"):
+        raise raised
     with pytest.raises(ZeroDivisionError), out_of_memory.named(config, "ppo"):
         raise ZeroDivisionError
 

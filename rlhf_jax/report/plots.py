@@ -162,6 +162,30 @@ def pipeline(rows, path, title):
 
 
 @_styled
+def sweep(points, metric, path, title):
+    """The metric of each run over the values of each field, {field: [(value, metric)]}; the line has means."""
+    return _save(
+        [partial(_field, name=name, pairs=pairs, metric=metric) for name, pairs in points.items()], path, title=title
+    )
+
+
+def _field(axes, name, pairs, metric):
+    values = list(
+        dict.fromkeys(value for value, _ in sorted(pairs, key=lambda pair: (str(type(pair[0])), pair[0] or 0)))
+    )
+    numeric = all(type(value) in (int, float) for value in values)
+    places = {value: value if numeric else i for i, value in enumerate(values)}
+    axes.plot([places[value] for value, _ in pairs], [number for _, number in pairs], "o", color=BLACK, markersize=3)
+    means = [np.mean([number for other, number in pairs if other == value]) for value in values]
+    axes.plot([places[value] for value in values], means, color=BLUE, linewidth=2)
+    if numeric and min(values) > 0 and max(values) > 20 * min(values):
+        axes.set_xscale("log")
+    if not numeric:
+        axes.set_xticks(range(len(values)), [str(value)[:LONGEST] for value in values])
+    axes.set(title=name, ylabel=metric)
+
+
+@_styled
 def before_after(before_N, after_N, path, *, name, win_rate, learner="PPO", title=None):
     """Scores of the same N prompts under SFT and the learner: both distributions, and the change of each prompt.
 

@@ -109,8 +109,13 @@ class Setup:
     evaluation: Any  # config.Evaluation
     guard: guards.Config = guards.Config()
     mesh: Any = dataclasses.field(default_factory=sharding.mesh)
-    jit: Callable = jax.jit  # replay.py gives another one, to check every operation
+    jit: Callable = (
+        jax.jit
+    )  # replay.py gives another one, to check every operation; functions are compiled for the mesh
     record: bool = False  # compiled updates return their arrays too, for a trace
+
+    def __post_init__(self):
+        object.__setattr__(self, "jit", functools.partial(sharding.jit, mesh=self.mesh, jit=self.jit))
 
     @functools.cache  # noqa: B019 (a setup lives as long as its run)
     def arrays(self, kind: str) -> Encoded:
@@ -173,7 +178,7 @@ class Setup:
         """
         count = rows or len(arrays["index_N"])
         size = min(self.evaluation.batch, count)
-        size += -size % self.mesh.size
+        size += -size % sharding.shards(self.mesh)
         parts = []
         for start in range(0, count, size):
             batch = batches.take(arrays, np.arange(start, start + size) % count)

@@ -80,7 +80,7 @@ def reward_model(name: str, setup: Setup, config: preference.Config, policy) -> 
         return Summary({"accuracy_ci95": ci95}, samples, plot)
 
     state = preference.init(apply.scalar.init(setup.key("reward head"), policy), setup.key("reward"), tx=tx)
-    state = sharding.replicate(state, setup.mesh)
+    state = sharding.place(state, setup.mesh)
     if config.normalize_before:
         state, _ = normalize(state)
     return Stage(
@@ -178,7 +178,7 @@ def dpo(
         return Summary(numbers, samples, plot, measure.table(before, last, numbers, metric))
 
     state = dpo_algorithm.init(policy, setup.key("rl") if key is None else key, tx=tx)
-    state = sharding.replicate(state, setup.mesh)
+    state = sharding.place(state, setup.mesh)
     before = measured(state)
     return Stage(
         name=name,

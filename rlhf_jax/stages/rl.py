@@ -54,8 +54,7 @@ class Iteration:
 
         def sample(state, prompt_BP, prompt_mask_BP):
             keys_B = rollout.keys(state, self.config.batch)
-            drawn = rollout.draw(self.apply, state.policy, prompt_BP, prompt_mask_BP, keys_B, self.sampling)
-            return drawn.replace(step=None, keys_B=None, cache=None)  # the update does not need these
+            return rollout.draw(self.apply, state.policy, prompt_BP, prompt_mask_BP, keys_B, self.sampling)
 
         return self.jit(sample)
 
@@ -147,7 +146,7 @@ def rl(
     measured = measure.measurement(setup, config, reward)
     key = setup.key("rl") if key is None else key
     state = iteration.begin(policy, key, value=value, reward=reward.params)
-    state = sharding.replicate(state, setup.mesh)  # else the first measurement would be compiled twice
+    state = sharding.place(state, setup.mesh)  # else the first measurement would be compiled twice
     before = measured(state)
     batch_at = setup.batch_at("prompts", config.batch, "rl", f"{name}.batch", config.group)
     mix_at = None
@@ -158,10 +157,10 @@ def rl(
     usual = {}
     if watch.active:
         usual = _usual(iteration, state, batch_at, setup, -(-setup.evaluation.prompts // config.batch))
-        state = state.replace(alarms=sharding.replicate(alarms.begin(usual), setup.mesh))
+        state = state.replace(alarms=sharding.place(alarms.begin(usual), setup.mesh))
     if keep_best:
         best = {"policy": state.policy, "score": jnp.float32(before.numbers[reward.metric]), "step": jnp.int32(0)}
-        state = state.replace(best=sharding.replicate(jax.tree.map(jnp.copy, best), setup.mesh))
+        state = state.replace(best=sharding.place(jax.tree.map(jnp.copy, best), setup.mesh))
     parts = _Parts(name, setup, config, reward, iteration, measured, before, watch, usual, keep_best, sides, beside)
     return Stage(
         name=name,
