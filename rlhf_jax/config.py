@@ -133,6 +133,9 @@ class Config:
     guard: guards.Config = guards.Config()
     # Where metrics go besides metrics.jsonl: tensorboard, wandb, mlflow, or several with commas (report/trackers.py).
     log: str = fields.neutral(trackers.DEFAULT)
+    # What is done with the checks of each finished stage (docs/evaluate.md). warn: shown; stop: shown, and a failed one
+    # ends the run before the next stage; off: not made.
+    doctor: str = fields.choice("warn", "warn", "stop", "off", neutral=True)
     deterministic: bool = False  # on a GPU, the same seed gives the same run; some operations are slower
 
     def problems(self):

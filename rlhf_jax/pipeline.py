@@ -13,6 +13,7 @@ import jax
 from rlhf_jax import config as configs
 from rlhf_jax import fields, hub, out_of_memory, provenance, rollout, tasks, text
 from rlhf_jax.algorithms import ALGORITHMS
+from rlhf_jax.commands import doctor
 from rlhf_jax.errors import InputError
 from rlhf_jax.evaluate import seeds
 from rlhf_jax.models import heads, hf, lora
@@ -246,8 +247,20 @@ class Stages:
         self._check_data(name)
         with out_of_memory.named(self.config, name):
             if name == self.names[-1] and self.config.seeds > 1:
-                return self._seeds(name, stop)
-            return self._fit(self.make(name), self.depends(name), self.workdir, stop)
+                summary = self._seeds(name, stop)
+            else:
+                summary = self._fit(self.make(name), self.depends(name), self.workdir, stop)
+        if self.config.doctor != "off":
+            for finding in doctor.of_stage(self.config, self.workdir.path, name):
+                self.reporter.note(finding.line)
+        return summary
+
+    def _stop_before(self, name):
+        """Raises InputError where the doctor finds a stage before this one unfit, and the config says to stop."""
+        for before in self.names[: self.names.index(name)] if self.config.doctor == "stop" else ():
+            for finding in doctor.of_stage(self.config, self.workdir.path, before):
+                if finding.verdict == doctor.FAIL:
+                    raise InputError(f"{finding.line}; --config.doctor=warn goes on to {name}")
 
     def _open(self):
         """Locks the workdir and writes the whole config."""
@@ -281,6 +294,7 @@ class Stages:
             self._check_data(name)
         for name in self.names:
             if name in todo:
+                self._stop_before(name)
                 self.one(name, stop)
             else:
                 place = self.place(name)

@@ -454,11 +454,18 @@ def _from_transformers(folder: Path) -> Pretrained:
     config = dataclasses.replace(config, vocab_size=max(config.vocab_size, tokenizer.vocab_size))
     arrays = hf.read(folder)
     if SCORE not in map(hf_layout.unwrapped, arrays):
-        return _made(config, tokenizer, params=hf.load(folder, config), reward=None)
+        return _made(config, tokenizer, params=hf.load(folder, config), reward=None, max_tokens=_longest(folder))
     try:
         return _made(config, tokenizer, params=None, reward=hf.scalar_from_hf(arrays, config))
     except InputError as error:
         raise InputError(f"{folder}: {error}") from None
+
+
+def _longest(folder: Path) -> int:
+    """The most tokens of a completion that generation_config.json names; MAX_TOKENS where it names none."""
+    path = folder / "generation_config.json"
+    most = jsonfile.read(path, "the settings of generation").get("max_new_tokens") if path.exists() else None
+    return most if isinstance(most, int) and most > 0 else MAX_TOKENS
 
 
 def _made(config, tokenizer, params, reward, max_tokens=MAX_TOKENS) -> Pretrained:

@@ -235,7 +235,7 @@ def test_a_choice_is_one_of_its_words(task, path):
 
 def test_which_fields_are_choices():
     both = {
-        *("task", "algorithm", "text.kind", "model.dtype", "evaluation.result", "guard.action"),
+        *("task", "algorithm", "text.kind", "model.dtype", "evaluation.result", "guard.action", "doctor"),
         *("model.norm", "model.feed_forward", "model.biases"),
         *(f"{name}.schedule" for name in STAGES),
         *("pretrain.loss_on", "sft.loss_on", "ppo.value_init", "policy_gradient.baseline", "reinforce_pp.baseline"),
@@ -268,6 +268,7 @@ def test_which_fields_are_neutral():
             "keep.best",
             "trace.every",
             "log",
+            "doctor",
         ),
     }
     assert having("summarize", "neutral") == having("write", "neutral") == both
@@ -457,7 +458,7 @@ ALWAYS = {
     "lora.rank",
     *(f"alarms.{name}" for name in ("distinct2", "repeat_rate", "entropy", "length", "kl_exact")),
     *(f"evaluation.{name}" for name in ("prompts", "batch", "temperature", "samples", "result")),
-    *("keep.last", "keep.best", "guard.action", "trace.every", "log"),
+    *("keep.last", "keep.best", "guard.action", "trace.every", "log", "doctor"),
 }
 
 

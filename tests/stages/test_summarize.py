@@ -192,6 +192,16 @@ def test_what_was_reported(whole):
     assert [row[0] for row in table if not row[4]] == ["distinct2", "repeat_rate", "entropy"]
 
 
+def test_each_stage_is_checked_when_it_is_finished(whole):
+    """One line for each check, with a value of the run's own record."""
+    lines = [note for note in whole.reporter.notes if note.startswith("doctor  ")]
+    assert list(dict.fromkeys(line.split()[2] for line in lines)) == list(STAGES)
+    (eos,) = (line for line in lines if "  sft  eos_rate: " in line)
+    assert eos.startswith(f"doctor  FAIL  sft  eos_rate: {whole.summary['sft/eos_rate']:.3g} (healthy: 0.9 or more); ")
+    for name in "exact KL of the first rollout", "k1 KL of the first rollout":
+        assert [line for line in lines if line.startswith(f"doctor  pass  ppo  {name}")]
+
+
 def test_the_total_of_a_sample_is_what_ppo_maximizes(whole):
     """Invariant 7: with the KL coefficient of the moment, which the controller moves, and the score after the rule for
     a missing EOS."""
