@@ -18,7 +18,7 @@ import dataclasses
 
 from launch import WORKDIR, flags, start
 
-from rlhf_jax.commands import evaluate
+from rlhf_jax.commands import evaluate, report
 from rlhf_jax.errors import InputError
 from rlhf_jax.report.console import Reporter
 from rlhf_jax.training import sharding
@@ -49,6 +49,8 @@ def main():
     with Reporter() as reporter:
         result = evaluate.evaluate(WORKDIR.value, settings, data=DATA.value, endpoint=endpoint, reporter=reporter)
         evaluate.show(result, reporter)
+        if path := report.again(WORKDIR.value):
+            reporter.note(f"also in {path}")
 
 
 if __name__ == "__main__":

@@ -391,6 +391,7 @@ UNUSED = [
     ("summarize", MINE, "data.pair_length"),
     ("summarize", MINE, "reward.lr"),
     ("summarize", MINE, "reward.normalize_before"),
+    ("summarize", {"algorithm": "dpo"}, "reward.holdout_judge"),
     ("summarize", MINE, "sft.lr"),
     ("summarize", MINE, "model.dropout"),
     ("summarize", {"reward.kind": "gold"}, "reward.from"),
@@ -456,8 +457,8 @@ ALWAYS = {
     *(f"model.{name}" for name in ("parallel_residual", "tied", "norm_eps", "dtype", "remat", "init")),
     *(f"model.{name}" for name in ("kv_heads", "feed_forward", "feed_forward_size", "norm", "qk_norm", "biases")),
     "lora.rank",
-    *(f"alarms.{name}" for name in ("distinct2", "repeat_rate", "entropy", "length", "kl_exact")),
-    *(f"evaluation.{name}" for name in ("prompts", "batch", "temperature", "samples", "result")),
+    *(f"alarms.{name}" for name in ("distinct2", "repeat_rate", "entropy", "length", "kl_exact", "over_optimization")),
+    *(f"evaluation.{name}" for name in ("prompts", "batch", "temperature", "samples", "result", "best_by")),
     *("keep.last", "keep.best", "guard.action", "trace.every", "log", "doctor"),
 }
 

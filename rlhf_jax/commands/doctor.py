@@ -100,7 +100,7 @@ def of_stage(config, workdir: Path, name: str) -> list[Finding]:
     folder = configs.place(config, workdir, name) / name
     if not (folder / "summary.json").exists():
         return []
-    rules = _language_model if name in ("pretrain", "sft") else _reward_model if name == "reward" else _rl
+    rules = _language_model if name in ("pretrain", "sft") else _reward_model if name in configs.REWARD_MODELS else _rl
     return list(rules(_read(folder, name, workdir / FOLDER), config))
 
 
@@ -216,7 +216,7 @@ def _read(folder, name, evaluations) -> Stage:
 
     rows = [plain(json.loads(line)) for line in (folder / "metrics.jsonl").read_text().splitlines()]
     results = sorted(evaluations.glob("*.json"), key=lambda path: path.stat().st_mtime)  # of completions, too
-    found = [numbers for path in results if (numbers := jsonfile.read(path).get("reward_model"))]
+    found = [numbers for path in results if (numbers := jsonfile.read(path).get("reward_model")) and name != "judge"]
     return Stage(name, rows, plain(jsonfile.read(folder / "summary.json")), found[-1] if found else {})
 
 
@@ -324,11 +324,13 @@ def _rl(stage, config) -> Iterator[Finding]:
 
 def _gains(stage) -> Iterator[Finding]:
     """The reward rises, and the judge's score with it."""
-    intervals = {name: stage.summary.get(f"{name}_ci95") for name in ("score", "reward", "gold")}
+    intervals = {name: stage.summary.get(f"{name}_ci95") for name in ("score", "reward", "judge", "gold")}
     trained = intervals["score"] or intervals["reward"]
     if trained:
         advice = f"more {stage.name}.steps, a larger lr or a smaller kl_coef"
         yield from _least(stage, "gain in reward, lower end", float(trained[0]), 0.0, -np.inf, DEFINED, advice)
-    if intervals["gold"] and trained is not intervals["gold"]:
-        advice = "the reward rises and the truth does not: the reward model is at fault, or kl_coef is too small"
-        yield from _least(stage, "gain in gold, lower end", float(intervals["gold"][0]), 0.0, -0.02, DEFINED, advice)
+    for judge in ("judge", "gold"):
+        if intervals[judge]:
+            advice = f"the reward rises and {judge} does not: the reward model is at fault, or kl_coef is too small"
+            name = f"gain in {judge}, lower end"
+            yield from _least(stage, name, float(intervals[judge][0]), 0.0, -0.02, DEFINED, advice)

@@ -85,7 +85,7 @@ def opened(workdir, config, model, settings: Settings, *, data=None, repeat: int
 
 def finished(config, workdir) -> list[str]:
     """The finished stages that have a policy, in order."""
-    names = [name for name in configs.stages(config) if name != "reward"]
+    names = [name for name in configs.stages(config) if name not in configs.REWARD_MODELS]
     return [name for name in names if (configs.place(config, workdir, name) / name / "summary.json").exists()]
 
 
@@ -148,6 +148,8 @@ class Run:
         names += ["sentiment"] if self.config.task == "write" and self.config.learned else []
         names += [] if self.config.learned else [self.config.reward.kind]
         scores = {name: self.by(name) for name in dict.fromkeys(names)}
+        if (self.workdir / "judge" / "summary.json").exists():
+            scores["judge"] = self.by_model(self.workdir, "judge")
         return scores | ({} if self.model.reward is None else {"learned": self.learned})
 
     def by(self, name) -> Callable:
@@ -253,9 +255,9 @@ class Run:
         folder = Path(name).expanduser()
         return self.by_model(folder) if folder.is_dir() else None
 
-    def by_model(self, folder) -> Callable:
-        """The scores of the reward model of another run, or of an exported one, as a function of texts."""
-        model = rlhf_jax.load(folder, "reward" if pretrained.is_run(folder) else "")
+    def by_model(self, folder, stage="reward") -> Callable:
+        """The scores of a reward model of a run, or of an exported one, as a function of texts."""
+        model = rlhf_jax.load(folder, stage if pretrained.is_run(folder) else "")
         if model.reward is None:
             raise InputError(f"judge: {folder}: expected a reward model, got a policy")
         config = generate.config_of(folder, model)

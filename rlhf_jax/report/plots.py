@@ -93,6 +93,7 @@ REWARD = (
 RL = {
     "score": Panel("Learned score", "reward model's score", _both("score")),
     "reward": Panel("Reward", "mean of a rollout", _both("reward", AMBER)),
+    "judge": Panel("Hold-out judge", "score of a second reward model", _both("judge", AMBER)),
     "gold": Panel("Gold score", "true reward (at most 1)", _both("gold", AMBER)),
     "kl": Panel("KL from the reference", "nats per response",
                 (Curve("kl", "k1"), Curve("kl_k3", "k3", PURPLE), Curve("kl_exact", "exact", GREEN))),
@@ -151,7 +152,7 @@ def pipeline(rows, path, title):
 
     rows is {stage: its rows of metrics}, the last stage the one of reinforcement learning.
     """
-    panels = LOSS | {"reward": ACCURACY}
+    panels = LOSS | {"reward": ACCURACY, "judge": dataclasses.replace(ACCURACY, title="Hold-out judge accuracy")}
     *before, last = rows
     plotters = [plotter for stage in before for plotter in _panels([panels[stage]], bare(rows[stage], stage))]
     found = bare(rows[last], last)
