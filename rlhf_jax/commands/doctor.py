@@ -21,7 +21,6 @@ import rlhf_jax
 from rlhf_jax import config as configs
 from rlhf_jax import jsonfile
 from rlhf_jax.algorithms import POLICY
-from rlhf_jax.algorithms import policy as policy_algorithm
 from rlhf_jax.commands import evaluate
 from rlhf_jax.commands.evaluate import FOLDER
 from rlhf_jax.errors import InputError
@@ -163,12 +162,8 @@ def best_of(workdir, *, n: int = N, prompts: int = PROMPTS, judge: str = "", rep
         made = run.completions(workdir, stage)
         texts = [each["completion"] for each in made]
         by_judge_N = np.asarray(score(texts), np.float64)
-        if not config.learned:
-            return None, by_judge_N.reshape(-1, n)
-        ended_N = np.array([each["ended"] for each in made])
-        how = {"missing_eos": config.rl.missing_eos, "penalty": config.rl.missing_eos_penalty}
-        by_reward_N = np.asarray(policy_algorithm.final_score(run.learned(texts), ended_N, **how))
-        return by_reward_N.reshape(-1, n), by_judge_N.reshape(-1, n)
+        by_reward_N = run.rewarded(made) if config.learned else None
+        return by_reward_N if by_reward_N is None else by_reward_N.reshape(-1, n), by_judge_N.reshape(-1, n)
 
     reward_QO, judge_QO = scored(before)
     _, after_QO = scored(last)

@@ -13,6 +13,7 @@ import numpy as np
 import rlhf_jax
 from rlhf_jax import config as configs
 from rlhf_jax import fields, judges, pretrained, tasks
+from rlhf_jax.algorithms import policy as policy_algorithm
 from rlhf_jax.commands import generate
 from rlhf_jax.data import batches, files, tldr
 from rlhf_jax.errors import InputError
@@ -160,6 +161,13 @@ class Run:
     def learned(self, texts):
         """The reward model's score of each text, read at its EOS."""
         return self.model.score_tokens([a + b for a, b in zip(self.starts, self.ends(texts), strict=True)])
+
+    def rewarded(self, completions):
+        """What reinforcement learning maximizes [N] of sampled completions: the learned score, or that of no EOS."""
+        ended_N, section = np.array([each["ended"] for each in completions]), self.config.rl
+        how = {"missing_eos": section.missing_eos, "penalty": section.missing_eos_penalty}
+        score_N = self.learned([each["completion"] for each in completions])
+        return np.asarray(policy_algorithm.final_score(score_N, ended_N, **how), np.float64)
 
     def ends(self, texts):
         """The ids of completions, EOS included; a text that does not fit in the context is cut."""
