@@ -243,7 +243,7 @@ def test_which_fields_are_choices():
         *(f"{name}.{field}" for name in ("rloo", "grpo", "dr_grpo", "dapo") for field in ("baseline", "scale")),
         *("dpo.loss", "dpo.total", "online_dpo.loss"),
     }
-    assert having("summarize", "choices") == both | {"data.source", "data.cut"}
+    assert having("summarize", "choices") == both | {"data.source", "data.cut", "data.world_labels"}
     assert having("write", "choices") == both | {"data.kind", "data.source", "data.sentiment"}
 
 
@@ -375,6 +375,7 @@ MINE = FILES | {"reward.kind": "sentiment", "sft.steps": 0}
 UNUSED = [
     *(("summarize", {}, f"data.{name}") for name in ("sft", "prompts")),
     ("summarize", {"data.preferences": "votes.jsonl"}, "data.world_preferences"),
+    ("summarize", {"data.preferences": "votes.jsonl"}, "data.world_labels"),
     ("summarize", {}, "data.columns.label"),
     ("summarize", {}, "data.split"),
     ("summarize", {}, "data.held_out"),
