@@ -311,6 +311,8 @@ class Stages:
         with contextlib.suppress(InputError):
             summary = self.workdir.read_json("summary.json") if not todo else {}
             if f"{self.names[-1]}/steps" in summary:  # of this algorithm, not of another one
+                if not (self.workdir / report.NAMES[0]).exists():  # the run was killed before it
+                    report.write(self.workdir.path)
                 return summary
         return self._conclude()
 

@@ -21,6 +21,7 @@ from rlhf_jax import fields, jsonfile
 from rlhf_jax.commands import doctor, evaluate
 from rlhf_jax.errors import InputError
 from rlhf_jax.report import metrics
+from rlhf_jax.training.workdir import Workdir
 
 ABOUT = "about.json"  # of a workdir: the command, and what was cut or skipped of each kind of rows
 NAMES = ("report.html", "report.md")
@@ -169,8 +170,7 @@ def _curves(workdir, places) -> Section:
 def _samples(places) -> Iterable[Section]:
     """Three held-out samples of the last stage, chosen by their gain."""
     stage, place = list(places.items())[-1]
-    rows = jsonfile.text(place / "samples.jsonl").splitlines() if (place / "samples.jsonl").exists() else []
-    name, found = gains([jsonfile.parse(line) for line in rows], stage)
+    name, found = gains(Workdir(place.parent).samples(stage), stage)
     if not found:
         return
     order = sorted(range(len(found)), key=lambda i: found[i]["gain"])

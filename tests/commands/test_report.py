@@ -129,6 +129,11 @@ def test_samples_of_one_prompt_have_both_sides_in_a_row():
     assert report.gains([{"prompt": "p", "chosen": "a"}], "reward") == ("", [])
 
 
+def test_a_damaged_file_is_one_line(run):
+    (run / "ppo" / "samples.jsonl").write_text("{")
+    assert "samples.jsonl: expected the samples of the stage" in error(report.write, run)
+
+
 def test_a_run_without_a_finished_stage(tmp_path):
     (tmp_path / "config.json").write_text(json.dumps(configs.tree(configs.Config())))
     assert error(report.write, tmp_path).endswith("expected a run with a finished stage; there is none yet")
