@@ -92,9 +92,9 @@ def measurement(setup, config, reward, holdout=None, part=None):
     return measure
 
 
-def passes(setup, config):
+def passes(setup, config, part=None):
     """A function state -> {"pass_1", "pass_2", "pass_4", ...}: pass@k of the held-out questions; {} without answers."""
-    arrays, questions = setup.questions("prompts")
+    arrays, questions = questions_of(setup, part)
     draws, sampling = setup.evaluation.draws, setup.sampling(config.temperature)
 
     @setup.jit

@@ -353,7 +353,7 @@ class _Parts:
             fresh = jax.random.fold_in(self.setup.key("evaluation"), 1)
             first, last = self.final(state.replace(policy=state.reference), fresh), self.final(state, fresh)
         numbers = measure.compare(first, last, self.sides, metric)
-        passes = measure.passes(self.setup, self.config)
+        passes = measure.passes(self.setup, self.config, self.shares[1])
         for suffix, policy in zip(self.sides, (state.reference, state.policy), strict=True):
             found = passes(state.replace(policy=policy))
             numbers |= {f"{key}{suffix}": value for key, value in found.items()}
