@@ -11,7 +11,7 @@ reinforcement learning began with, and compares the best of 16 by the reward wit
 
 from launch import WORKDIR, flags, start
 
-from rlhf_jax.commands import doctor
+from rlhf_jax.commands import doctor, report
 from rlhf_jax.report.console import Reporter
 from rlhf_jax.training import sharding
 
@@ -30,6 +30,8 @@ def main():
             how = {"n": BEST_OF.value, "prompts": PROMPTS.value, "judge": JUDGE.value}
             trial = doctor.best_of(WORKDIR.value, **how, reporter=reporter)
         doctor.show(findings, reporter, trial)
+        if path := report.again(WORKDIR.value):
+            reporter.note(f"also in {path}")
 
 
 if __name__ == "__main__":

@@ -412,6 +412,8 @@ class Stages:
             seconds += summary["seconds"]
         summary = write_summary(self.workdir, "summary.json", seconds, numbers, self.config.seed)
         report.write(self.workdir.path)
+        if self.config.doctor != "off":
+            self.reporter.note(f"doctor  {doctor.verdict(doctor.examine(self.workdir.path))}")
         return summary
 
 

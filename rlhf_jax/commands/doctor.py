@@ -21,14 +21,16 @@ import rlhf_jax
 from rlhf_jax import config as configs
 from rlhf_jax import jsonfile
 from rlhf_jax.algorithms import POLICY
-from rlhf_jax.commands import evaluate
+from rlhf_jax.commands import evaluate, generate
 from rlhf_jax.commands.evaluate import FOLDER
 from rlhf_jax.errors import InputError
 from rlhf_jax.evaluate import interval
+from rlhf_jax.report import metrics
 
 PASS, WARN, FAIL = "pass", "warn", "FAIL"
 LAST = 0.2  # share of a stage's steps that its last values are means of
 N, PROMPTS = 16, 32  # samples of a prompt, and prompts, of `best_of`
+TRIAL = "best_of.json"  # what it found, in workdir/evaluation
 
 # Where a healthy range comes from.
 DEFINED, CHANCE = "by definition", "chance"
@@ -170,7 +172,24 @@ def best_of(workdir, *, n: int = N, prompts: int = PROMPTS, judge: str = "", rep
     references_Q = None
     if run.labelled and name != "rouge":  # a reference is its own best text by ROUGE
         references_Q = np.asarray(score([row["label"] for row in run.rows])).reshape(-1, n)[:, 0]
-    return list(_trial(before, last, name, n, reward_QO, judge_QO, after_QO, references_Q))
+    found = list(_trial(before, last, name, n, reward_QO, judge_QO, after_QO, references_Q))
+    record = {"run": _weights(workdir), "findings": [each._asdict() for each in found]}
+    metrics.summarize(workdir / FOLDER / TRIAL, record)
+    return found
+
+
+def tried(workdir) -> list[Finding]:
+    """What `best_of` has found of these weights; nothing where it was not called since."""
+    path = Path(workdir).expanduser() / FOLDER / TRIAL
+    record = jsonfile.read(path) if path.exists() else {}
+    if record.get("run") != _weights(workdir):
+        return []
+    return [Finding(**each) for each in record["findings"]]
+
+
+def _weights(workdir) -> str:
+    """Changes with the weights of the run."""
+    return generate.made_of(workdir, generate.Settings(), [])["run"]
 
 
 def _trial(before, last, judge, n, reward_QO, judge_QO, after_QO, references_Q) -> Iterator[Finding]:

@@ -151,12 +151,13 @@ def _results(plain) -> Section:
 
 
 def _checks(workdir) -> Section:
-    findings = doctor.examine(workdir)
-    rows = [(each.stage, each.name, each.verdict, number(each.value), each.healthy, each.source) for each in findings]
-    wrong = [each for each in findings if each.verdict != doctor.PASS]
+    findings, trial = doctor.examine(workdir), doctor.tried(workdir)
+    every = [*findings, *trial]
+    rows = [(each.stage, each.name, each.verdict, number(each.value), each.healthy, each.source) for each in every]
+    wrong = [each for each in every if each.verdict != doctor.PASS]
     said = [f"{each.verdict}  {each.stage}  {each.name}: {each.advice}" for each in wrong]
     header = ("stage", "check", "", "value", "healthy", "source")
-    return Section("Checks (doctor)", [doctor.verdict(findings), *said], [(header, rows)])
+    return Section("Checks (doctor)", [doctor.verdict(findings, trial), *said], [(header, rows)])
 
 
 def _curves(workdir, places) -> Section:

@@ -179,7 +179,7 @@ def test_a_warning_is_not_worse_than_what_the_judge_says(run):
     assert doctor.verdict(findings).startswith("reward first: prefers the own post")
 
 
-def test_a_run_is_tried(folder):
+def test_a_run_is_tried(folder, monkeypatch):
     """A judge that counts letters: some samples are longer than others, and the samples of a stage are the same."""
     (folder / "letters.py").write_text("def count(texts):\n    return [len(text) for text in texts]\n")
     judge = f"{folder}/letters.py:count"
@@ -195,7 +195,9 @@ def test_a_run_is_tried(folder):
     references = [len(labels[row["prompt"]]) for row in texts["sft"][::3]]
     over = values[f"best of 3 by {judge}, above the references"]
     assert over == pytest.approx(letters_QO.max(axis=1).mean() - np.mean(references))
-    assert doctor.best_of(folder, n=3, prompts=4, judge=judge) == found
+    assert doctor.best_of(folder, n=3, prompts=4, judge=judge) == doctor.tried(folder) == found
+    monkeypatch.setattr(doctor, "_weights", lambda _: "trained again")
+    assert doctor.tried(folder) == []
 
 
 def test_without_a_judge_nothing_is_tried(folder):

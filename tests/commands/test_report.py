@@ -6,7 +6,7 @@ import json
 import pytest
 
 from rlhf_jax import config as configs
-from rlhf_jax.commands import report
+from rlhf_jax.commands import doctor, report
 from tests.support import error
 
 EVIL = '<script>alert(1)</script> ``` | [x](http://example.com) & "q"'
@@ -111,6 +111,13 @@ def test_markdown_has_texts_in_fences_that_they_cannot_leave(run):
     assert lines[start - 1] == lines[start + 1] == "````"  # one more than in the text
     assert "![the whole run](plots/pipeline.png)" in lines
     assert "| sft | eos\\_rate | pass | 0.99 | 0.9 or more | healthy runs of the configs here |" in lines
+
+
+def test_what_best_of_n_has_found_is_among_the_checks(run, monkeypatch):
+    found = doctor.Finding("reward", "gain in gold", doctor.FAIL, -0.1, "more than 0", "by definition", "more pairs")
+    monkeypatch.setattr(doctor, "tried", lambda _: [found])
+    said = Reader(report.write(run).read_text()).said("Checks (doctor)")
+    assert "reward first: gain in gold is -0.1, expected more than 0" in said and "more pairs" in said
 
 
 def test_it_is_written_again_only_where_it_is(run):
