@@ -10,7 +10,6 @@ its findings tell a bad reward from a bad optimizer:
 """
 
 import dataclasses
-import json
 from collections.abc import Iterator, Sequence
 from pathlib import Path
 from typing import NamedTuple
@@ -67,8 +66,9 @@ class Stage:
     reward_model: dict  # of the last evaluation, or empty
 
     def values(self, name) -> np.ndarray:
-        """A metric at every step that has it."""
-        return np.array([row[name] for row in self.rows if isinstance(row.get(name), int | float)], np.float64)
+        """A metric at every step that has it as a finite number."""
+        values = np.array([row[name] for row in self.rows if name in row], np.float64)
+        return values[np.isfinite(values)]
 
     def last(self, name) -> float | None:
         """The mean of a metric over the last steps; None where it was not recorded."""
@@ -228,7 +228,7 @@ def _read(folder, name, evaluations) -> Stage:
     def plain(row):
         return {key.removeprefix(f"{name}/"): value for key, value in row.items()}
 
-    rows = [plain(json.loads(line)) for line in (folder / "metrics.jsonl").read_text().splitlines()]
+    rows = [plain(row) for row in metrics.read(folder / "metrics.jsonl")]
     results = sorted(evaluations.glob("*.json"), key=lambda path: path.stat().st_mtime)  # of completions, too
     found = [numbers for path in results if (numbers := jsonfile.read(path).get("reward_model")) and name != "judge"]
     return Stage(name, rows, plain(jsonfile.read(folder / "summary.json")), found[-1] if found else {})

@@ -41,7 +41,10 @@ def run(tmp_path):
             for file, made in (
                 (
                     "metrics.jsonl",
-                    [{f"{name}/{k}": v for k, v in row.items()} for row in dict(rows).get(name, healthy)],
+                    [
+                        {"step": i, "time": i} | {f"{name}/{k}": v for k, v in row.items()}
+                        for i, row in enumerate(dict(rows).get(name, healthy))
+                    ],
                 ),
                 ("summary.json", [{f"{name}/{k}": v for k, v in (SUMMARIES[name] | numbers.get(name, {})).items()}]),
             ):
@@ -110,6 +113,13 @@ def test_what_an_interrupted_evaluation_leaves_hides_no_result(run):
     folder = run(evaluation=CALIBRATED | {"temperature": 6.0})
     (folder / "evaluation" / "ppo-1.jsonl.made_of.json").write_text('{"run": "x"}')  # newer than the result
     assert "temperature" in {each.name for each in doctor.examine(folder)}
+
+
+def test_a_number_that_is_not_finite_counts_for_nothing_and_a_damaged_file_is_one_line(run):
+    folder = run(rows={"sft": [*SFT, {"eval_loss": None}]})  # as NaN is written
+    assert {each.verdict for each in doctor.examine(folder)} == {doctor.PASS}
+    (folder / "sft" / "metrics.jsonl").write_text("{\n")
+    assert "sft/metrics.jsonl line 1: expected a JSON object" in error(doctor.examine, folder)
 
 
 def test_right_answers_may_be_certain(run):
