@@ -20,6 +20,7 @@ from rlhf_jax.training import checkpoint, sharding
 from rlhf_jax.training import guard as guards
 
 LEARNED = "learned"  # the reward that is a reward model
+REWARD_MODELS = ("reward", "judge")  # stages without a policy
 # Fields that say how much is done or kept. Those without effect are noted, not refused: one command line may serve
 # several tasks and algorithms.
 SIZES = {"steps", "batch", "epochs", "minibatches", "microbatches", "lanes", "widths", "eval_every", "save_every"}
@@ -67,7 +68,11 @@ class Evaluation:
     # pass@1, 2, 4, ... are estimated from where answers are right or wrong. 1: no estimate.
     draws: int = fields.number(1, least=1)
     # The result of reinforcement learning: the last policy, or the best evaluated one within the limits of `alarms`.
+    # Where prompts differ, half of the held-out ones choose it, and the final numbers are of the other half.
     result: str = fields.choice("last", "last", "best")
+    # The number of an evaluation that ranks policies, more is better, as gold or judge; empty: gold where it is known,
+    # else the hold-out judge, else the reward
+    best_by: str = ""
 
 
 @dataclasses.dataclass(frozen=True)
@@ -95,6 +100,9 @@ class Reward(preference.Config):
     kind: str = fields.path(LEARNED)
     # another workdir whose finished reward model is used; config and files must agree
     from_: str = fields.path(neutral=True)
+    # Train a second reward model, which only evaluates (stage `judge`). Half of the prompts' pairs train it, and the
+    # other half the reward model.
+    holdout_judge: bool = False
 
 
 def _with_algorithms(kind):
@@ -134,6 +142,9 @@ class Config:
     guard: guards.Config = guards.Config()
     # Where metrics go besides metrics.jsonl: tensorboard, wandb, mlflow, or several with commas (report/trackers.py).
     log: str = fields.neutral(trackers.DEFAULT)
+    # What is done with the checks of each finished stage (docs/evaluate.md). warn: shown; stop: shown, and a failed one
+    # ends the run before the next stage; off: not made.
+    doctor: str = fields.choice("warn", "warn", "stop", "off", neutral=True)
     deterministic: bool = False  # on a GPU, the same seed gives the same run; some operations are slower
 
     def problems(self):
@@ -256,7 +267,8 @@ def parse(values: Mapping, kind: type = Config, path: str = "") -> Any:
 def stages(config) -> list[str]:
     """The names of the stages of a run, in their order."""
     before = [name for name in ("pretrain", "sft") if getattr(config, name).steps]
-    return [*before, *(["reward"] if config.learned else []), rl_name(config)]
+    models = REWARD_MODELS if config.reward.holdout_judge else ("reward",)
+    return [*before, *(models if config.learned else ()), rl_name(config)]
 
 
 def rl_name(config) -> str:
@@ -271,7 +283,7 @@ def _names(config, section) -> list[str]:
 
 def section(config, stage) -> str:
     """The name of the stage's own section of the config."""
-    return config.algorithm if stage == rl_name(config) else stage
+    return config.algorithm if stage == rl_name(config) else "reward" if stage in REWARD_MODELS else stage
 
 
 def place(config, workdir, stage) -> Path:
@@ -420,6 +432,9 @@ def _reward(config, _):
         reward = function.load(config.reward.kind)  # its own InputError names what is wrong
         if reward.takes_rows and config.task == "write":
             yield "reward.kind", "a function of texts alone where task is write, whose rows hold nothing"
+    judged = config.learned and config.reward.holdout_judge
+    if config.alarms.over_optimization and not judged and getattr(config.data, "source", "") != "world":
+        yield "alarms.over_optimization", "0 where there is neither gold (data.source) nor reward.holdout_judge"
     if config.algorithm == "ppo" and config.ppo.value_init == "reward" and not config.learned:
         yield "ppo.value_init", f"zero or auto where reward is {config.reward.kind}, as there is no reward model"
 

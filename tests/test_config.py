@@ -153,6 +153,7 @@ def test_the_edge_of_what_is_possible(changes):
         ("data.pair_length", -3, "0, or at least 2, got -3"),
         ("evaluation.prompts", 1, "at least 2, got 1"),
         ("evaluation.batch", 0, f"{COUNT}, got 0"),
+        ("alarms.over_optimization", -1.0, "at least 0 and at most 100, got -1.0"),
         ("evaluation.temperature", -0.1, "at least 0 and at most 100, got -0.1"),
         ("evaluation.temperature", NAN, "at least 0 and at most 100, got nan"),
         *(
@@ -187,6 +188,15 @@ def test_the_edge_of_what_is_possible(changes):
 def test_what_is_impossible_is_refused(field, value, expected):
     """Top-k and top-p in training: invariant 3."""
     assert error(check, **{field: value}).startswith(f"{field}: expected {expected}")
+
+
+def test_over_optimization_is_seen_by_gold_or_a_judge():
+    watched = {"alarms.over_optimization": 2.0}
+    configs.check(configs.parse(tree(**WORLD | watched)))
+    files = {"data.source": "files", "data.sft": __file__, "data.preferences": __file__, "text.kind": "char"}
+    expected = "0 where there is neither gold (data.source) nor reward.holdout_judge, got 2.0"
+    assert error(check, **files | watched) == f"alarms.over_optimization: expected {expected}"
+    check(**files | watched | {"reward.holdout_judge": True})
 
 
 @pytest.mark.parametrize(
@@ -375,6 +385,8 @@ def test_every_field_is_read(field):
         ({"sft.steps": 0}, ["reward", "ppo"]),
         ({"reward": "sentiment"}, ["sft", "ppo"]),
         ({"algorithm": "grpo"}, ["sft", "reward", "grpo"]),
+        ({"reward.holdout_judge": True}, ["sft", "reward", "judge", "ppo"]),
+        ({"reward.holdout_judge": True, "algorithm": "dpo"}, ["sft", "dpo"]),
         ({"algorithm": "dpo"}, ["sft", "dpo"]),  # it needs no reward model
         ({"algorithm": "dpo", "reward": "gold"}, ["sft", "dpo"]),
         ({"reward": "gold", "algorithm": "policy_gradient", "sft.steps": 0}, ["policy_gradient"]),
@@ -384,7 +396,7 @@ def test_the_stages_of_a_run(changes, names):
     config = configs.parse(tree(**WORLD | changes))
     configs.check(config)
     assert configs.stages(config) == names
-    assert [configs.section(config, name) for name in names] == names
+    assert [configs.section(config, name) for name in names] == [name.replace("judge", "reward") for name in names]
 
 
 @pytest.mark.parametrize(

@@ -237,7 +237,7 @@ def test_a_choice_is_one_of_its_words(task, path):
 
 def test_which_fields_are_choices():
     both = {
-        *("task", "algorithm", "text.kind", "model.dtype", "evaluation.result", "guard.action"),
+        *("task", "algorithm", "text.kind", "model.dtype", "evaluation.result", "guard.action", "doctor"),
         *("model.norm", "model.feed_forward", "model.biases", "model.scan"),
         *(f"{name}.schedule" for name in STAGES),
         *("pretrain.loss_on", "sft.loss_on", "ppo.value_init", "policy_gradient.baseline", "reinforce_pp.baseline"),
@@ -245,7 +245,7 @@ def test_which_fields_are_choices():
         *(f"{name}.{field}" for name in ("rloo", "grpo", "dr_grpo", "dapo") for field in ("baseline", "scale")),
         *("dpo.loss", "dpo.total", "online_dpo.loss"),
     }
-    assert having("summarize", "choices") == both | {"data.source", "data.cut"}
+    assert having("summarize", "choices") == both | {"data.source", "data.cut", "data.world_labels"}
     assert having("write", "choices") == both | {"data.kind", "data.source", "data.sentiment"}
 
 
@@ -271,6 +271,7 @@ def test_which_fields_are_neutral():
             "keep.best",
             "trace.every",
             "log",
+            "doctor",
         ),
     }
     assert having("summarize", "neutral") == having("write", "neutral") == both
@@ -377,6 +378,7 @@ MINE = FILES | {"reward.kind": "sentiment", "sft.steps": 0}
 UNUSED = [
     *(("summarize", {}, f"data.{name}") for name in ("sft", "prompts")),
     ("summarize", {"data.preferences": "votes.jsonl"}, "data.world_preferences"),
+    ("summarize", {"data.preferences": "votes.jsonl"}, "data.world_labels"),
     ("summarize", {}, "data.columns.label"),
     ("summarize", {}, "data.split"),
     ("summarize", {}, "data.held_out"),
@@ -393,6 +395,7 @@ UNUSED = [
     ("summarize", MINE, "data.pair_length"),
     ("summarize", MINE, "reward.lr"),
     ("summarize", MINE, "reward.normalize_before"),
+    ("summarize", {"algorithm": "dpo"}, "reward.holdout_judge"),
     ("summarize", MINE, "sft.lr"),
     ("summarize", MINE, "model.dropout"),
     ("summarize", {"reward.kind": "gold"}, "reward.from"),
@@ -458,9 +461,9 @@ ALWAYS = {
     *(f"model.{name}" for name in ("parallel_residual", "tied", "norm_eps", "dtype", "remat", "scan", "init")),
     *(f"model.{name}" for name in ("kv_heads", "feed_forward", "feed_forward_size", "norm", "qk_norm", "biases")),
     *("lora.rank", "mesh.data", "mesh.fsdp", "mesh.tensor"),
-    *(f"alarms.{name}" for name in ("distinct2", "repeat_rate", "entropy", "length", "kl_exact")),
-    *(f"evaluation.{name}" for name in ("prompts", "batch", "temperature", "samples", "result")),
-    *("keep.last", "keep.best", "guard.action", "trace.every", "log"),
+    *(f"alarms.{name}" for name in ("distinct2", "repeat_rate", "entropy", "length", "kl_exact", "over_optimization")),
+    *(f"evaluation.{name}" for name in ("prompts", "batch", "temperature", "samples", "result", "best_by")),
+    *("keep.last", "keep.best", "guard.action", "trace.every", "log", "doctor"),
 }
 
 

@@ -93,6 +93,7 @@ REWARD = (
 RL = {
     "score": Panel("Learned score", "reward model's score", _both("score")),
     "reward": Panel("Reward", "mean of a rollout", _both("reward", AMBER)),
+    "judge": Panel("Hold-out judge", "score of a second reward model", _both("judge", AMBER)),
     "gold": Panel("Gold score", "true reward (at most 1)", _both("gold", AMBER)),
     "kl": Panel("KL from the reference", "nats per response",
                 (Curve("kl", "k1"), Curve("kl_k3", "k3", PURPLE), Curve("kl_exact", "exact", GREEN))),
@@ -151,7 +152,7 @@ def pipeline(rows, path, title):
 
     rows is {stage: its rows of metrics}, the last stage the one of reinforcement learning.
     """
-    panels = LOSS | {"reward": ACCURACY}
+    panels = LOSS | {"reward": ACCURACY, "judge": dataclasses.replace(ACCURACY, title="Hold-out judge accuracy")}
     *before, last = rows
     plotters = [plotter for stage in before for plotter in _panels([panels[stage]], bare(rows[stage], stage))]
     found = bare(rows[last], last)
@@ -226,6 +227,17 @@ def compare(curves, path, *, metric):
     return _save(
         [partial(_curves, curves=curves, x=x, label=label, metric=metric) for x, label in axes_of.items()], path
     )
+
+
+@_styled
+def over_optimization(points, fits, path):
+    """Gold and the learned reward over sqrt(KL), with the curve of each fit: {kind: arrays} and {kind: Fit}.
+
+    Small points are those of a prompt or a run, large ones are means where several have the same KL.
+    """
+    titles = {"best_of_n": "Best of n", "rl": "Reinforcement learning"}
+    panels = [partial(_gains, points=points[kind], fit=fits[kind], title=titles[kind]) for kind in points]
+    return _save(panels, path, title="Gain over the fine-tuned policy")
 
 
 def bare(rows, stage):
@@ -456,6 +468,28 @@ def _curves(axes, curves, x, label, metric):
         (line,) = axes.plot(x_N, y_N, ".-", color=f"C{i}", linewidth=1.5, markersize=4)
         ends.append((y_N[-1], f"{name} {_number(y_N[-1])}", line.get_color()))
     axes.set(title=f"Held-out {metric}", xlabel=label, ylabel=metric)
+    _label_ends(axes, ends)
+
+
+def _gains(axes, points, fit, title):
+    ends = []
+    for name, color in ("proxy", BLUE), ("gold", AMBER):
+        gain_N = getattr(points, name)
+        kl_M, place_N = np.unique(points.kl, return_inverse=True)
+        mean_M = np.bincount(place_N, gain_N) / np.bincount(place_N)
+        if len(kl_M) < len(gain_N):
+            axes.plot(np.sqrt(kl_M), mean_M, "o", color=color, markersize=4, label=name)
+        else:
+            axes.plot(np.sqrt(points.kl), gain_N, ".", color=color, markersize=4, alpha=0.6, label=name)
+        label = "learned reward" if name == "proxy" else name
+        ends.append((mean_M[-1], f"{label} {_number(mean_M[-1])}", color))
+    d_N = np.linspace(fit.most / 100, fit.most, 200)
+    axes.plot(d_N, fit(d_N), color=AMBER, linewidth=1.5)
+    said = "peak of the fit outside the data"
+    if fit.peak is not None:
+        axes.axvline(fit.peak, color=GREY, linewidth=1, linestyle=DASHED)
+        said = f"peak of the fit at {_number(fit.peak)} ({_number(fit.peak_ci95[0])} to {_number(fit.peak_ci95[1])})"
+    axes.set(title=title, ylabel="gain", xlabel=f"square root of the KL (nats)\n{said}")
     _label_ends(axes, ends)
 
 
