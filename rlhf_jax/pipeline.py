@@ -230,7 +230,7 @@ class Stages:
             sampling = setup.sampling(section.temperature, lanes=section.lanes, widths=section.widths)
             reward = learned.Learned(setup.apply, params, sampling, setup.jit)
             if "judge" in self.names:
-                other = sharding.replicate(self.parameters("judge", "reward", scalar.zero_head(policy)), setup.mesh)
+                other = sharding.place(self.parameters("judge", "reward", scalar.zero_head(policy)), setup.mesh)
                 judge = learned.Learned(setup.apply, other, sampling, setup.jit)
         else:
             params, reward = None, function.load(config.reward.kind, self.reporter.waiting)
