@@ -32,7 +32,9 @@ flags.DEFINE_string(
     "against", DEFAULT.against, "A stage, another run or model, or reference; default: the stage before."
 )
 flags.DEFINE_string(
-    "judge", DEFAULT.judge, "learned, gold, sentiment, rouge, FILE.py:FUNCTION, a reward model's folder, or a command."
+    "judge",
+    DEFAULT.judge,
+    "learned, judge, gold, sentiment, rouge, FILE.py:FUNCTION, a reward model's folder, a command.",
 )
 flags.DEFINE_integer("rows", DEFAULT.rows, "Most held-out rows; 0: all.")
 flags.DEFINE_float("temperature", DEFAULT.temperature, "0: the most likely token; -1: the temperature of the run.")

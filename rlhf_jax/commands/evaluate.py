@@ -34,8 +34,8 @@ class Settings:
 
     stage: str = ""  # whose policy; empty: the last finished one
     against: str = ""  # a stage, another run, or `reference`; empty: the stage before reinforcement learning
-    # learned, gold, sentiment, rouge, FILE.py:FUNCTION, the folder of a run or of an exported reward model, or a
-    # command; empty: all that the run has
+    # learned, judge (the hold-out one), gold, sentiment, rouge, FILE.py:FUNCTION, the folder of a run or of an exported
+    # reward model, or a command; empty: all that the run has
     judge: str = ""
     rows: int = fields.number(256, least=0)  # most held-out rows; 0: all
     temperature: float = fields.number(-1.0, least=-1, most=100)  # 0: the most likely token; -1: that of the run
@@ -149,8 +149,9 @@ class Run:
         names += ["sentiment"] if self.config.task == "write" and self.config.learned else []
         names += [] if self.config.learned else [self.config.reward.kind]
         scores = {name: self.by(name) for name in dict.fromkeys(names)}
-        if (self.workdir / "judge" / "summary.json").exists():
-            scores["judge"] = self.by_model(self.workdir, "judge")
+        place = configs.place(self.config, self.workdir, "judge")
+        if (place / "judge" / "summary.json").exists():
+            scores["judge"] = self.by_model(place, "judge")
         return scores | ({} if self.model.reward is None else {"learned": self.learned})
 
     def by(self, name) -> Callable:
