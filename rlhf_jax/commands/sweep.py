@@ -6,11 +6,14 @@ that another run has finished with the same config, such as the fine-tuning befo
 from there.
 """
 
+import contextlib
 import dataclasses
 import difflib
+import fcntl
 import itertools
 import json
 import math
+import os
 import pprint
 import re
 import runpy
@@ -128,11 +131,28 @@ def sweep(config, folder, runs, reporter, *, metric="", least=False, index=None,
         configs.check(each, devices=devices)
     if index is not None and not 0 <= index < len(runs):
         raise InputError(f"--index: expected 0 to {len(runs) - 1}, got {index}")
-    _record(folder, config, runs)
+    with _alone(folder):
+        _record(folder, config, runs)
     for i in range(len(runs)) if index is None else [index]:
         reporter.note(f"run {i} of {len(runs)}: {described(runs[i])}")
         train(_sharing(made, i, folder), place(folder, i), reporter)
-    _conclude(made, folder, runs, reporter, metric, least)
+    with _alone(folder):
+        _conclude(made, folder, runs, reporter, metric, least)
+
+
+@contextlib.contextmanager
+def _alone(folder):
+    """Within it, no other run of a job array reads or writes the sweep's own files: they wait."""
+    try:
+        folder.mkdir(parents=True, exist_ok=True)
+        file = os.open(folder / "lock", os.O_RDWR | os.O_CREAT)
+    except OSError as error:
+        raise InputError(f"workdir: cannot write {folder} ({error.strerror})") from error
+    try:
+        fcntl.lockf(file, fcntl.LOCK_EX)
+        yield
+    finally:
+        os.close(file)
 
 
 def place(folder, index):
@@ -155,10 +175,9 @@ def _record(folder, config, runs):
         if workdir.read_json("sweep.json") != record:
             raise InputError(f"workdir: {folder} has another sweep, or one of another config; choose another --workdir")
         return
-    if folder.exists() and any(folder.iterdir()):
+    if any(path.name != "lock" for path in folder.iterdir()):
         raise InputError(f"workdir: {folder}: expected a new folder, or that of this sweep")
-    workdir.write_json("sweep.json", record)
-    workdir.unlock()  # other runs of a job array work in it too
+    workdir.write_lines("sweep.json", [record])
 
 
 def _sharing(made, index, folder):
@@ -202,7 +221,7 @@ def _conclude(made, folder, runs, reporter, metric, least):
         )
     rows = table(runs, {i: numbers[metric] for i, numbers in found}, least)
     workdir = Workdir(folder)
-    workdir.write_json("table.json", {"metric": metric, "rows": rows})
+    workdir.write_lines("table.json", [{"metric": metric, "rows": rows}])
     names = [name for name in dict.fromkeys(itertools.chain(*runs)) if name != SEED]
     shown = [(described(row["fields"]), str(row["runs"]), row["mean"], row["ci95"]) for row in rows]
     reporter.table((metric, "seeds", "mean", "+- 95%"), shown)
@@ -210,7 +229,6 @@ def _conclude(made, folder, runs, reporter, metric, least):
     plots.sweep(points, metric, folder / "plots" / "sweep.png", title=f"{folder.name}: {len(found)} runs")
     best = rows[0]
     (folder / "best.py").write_text(_config_file(changed(made[0], best["fields"]), folder.name, metric, best))
-    workdir.unlock()
     reporter.note(f"best: {described(best['fields'])}; its config is {folder / 'best.py'}")
 
 

@@ -57,12 +57,6 @@ class Workdir:
         os.truncate(path, 0)
         os.write(file, str(os.getpid()).encode())
 
-    def unlock(self) -> None:
-        """Lets another process work in the folder; files that are written as a whole need no lock meanwhile."""
-        if self._lock is not None:
-            os.close(self._lock)
-            self._lock = None
-
     def open(self, stage: str, depends: dict) -> Path:
         """Locks the workdir, writes the stage's config and returns the stage's folder."""
         self.lock()
