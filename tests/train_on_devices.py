@@ -15,6 +15,7 @@ import numpy as np
 
 from rlhf_jax import generate
 from rlhf_jax.algorithms import dpo, grpo, ppo, preference, supervised
+from rlhf_jax.commands import memory
 from rlhf_jax.models import decoder, heads
 from rlhf_jax.rollout import Apply
 from rlhf_jax.stages.rl import Iteration
@@ -50,6 +51,8 @@ def main():
         found[name] = Trained(mesh).all(algorithms)
     alone = found.pop("1,1,1")
     report = {name: compare(alone, trained) for name, trained in found.items()}
+    four = Trained(sharding.mesh(sharding.Config(fsdp=4), jax.devices()[:4])).update()
+    report["fsdp of 4"] = {what: size / alone.costs["ppo update"][what] for what, size in four.items()}
     report["completions"] = len({tuple(row) for row in alone.results["ppo response_BR"].tolist()})
     print(json.dumps(report))
 
@@ -103,9 +106,7 @@ class Trained:
         self.leave(name, state, before, numbers)
 
     def sampled(self, name, algorithm, config, policy, value, data):
-        options = {field: getattr(config, field) for field in ("temperature", "lanes", "widths", "group")}
-        sampling = generate.Sampling(max_tokens=R, eos_id=EOS, pad_id=PAD, **options)
-        iteration = Iteration(algorithm, config, APPLY, sampling, "stop", self.jit)
+        iteration = self.iteration(algorithm, config)
         prompts = (data["prompt_BP"], data["prompt_mask_BP"])
         state = iteration.begin(policy, jax.random.key(1), value=value)
         state = sharding.place(state, self.mesh)
@@ -124,6 +125,26 @@ class Trained:
             state, numbers = run("update", iteration.learn, state, judged.replace(score_B=score_B))
         self.results[f"{name} response_BR"] = np.asarray(drawn.response_BR)
         self.leave(name, state, before, numbers)
+
+    def iteration(self, algorithm, config):
+        options = {field: getattr(config, field) for field in ("temperature", "lanes", "widths", "group")}
+        sampling = generate.Sampling(max_tokens=R, eos_id=EOS, pad_id=PAD, **options)
+        return Iteration(algorithm, config, APPLY, sampling, "stop", self.jit)
+
+    def update(self):
+        """What PPO's update costs; nothing runs."""
+        iteration, (policy, value, data) = self.iteration(ppo, PPO), inputs()
+        state = jax.eval_shape(lambda: iteration.begin(policy, jax.random.key(1), value=value))
+        state, prompts = memory.placed(state, self.mesh), (data["prompt_BP"], data["prompt_mask_BP"])
+        function, (state, scored) = iteration.programs(state, prompts, Sentiment)["update"]
+        self.compiled("update", function, state, memory.placed(scored, self.mesh, rows=True))
+        return self.costs["update"]
+
+
+class Sentiment:
+    """A reward that is computed on the host."""
+
+    on_host = True
 
 
 def compare(alone, other):
