@@ -40,11 +40,10 @@ RULES = (
 class Config:
     """How devices share the work: data x fsdp x tensor is their number. No number of a run depends on it."""
 
-    data: int = number(-1, least=-1, neutral=True)  # parts that rows are spread over, with copies of the rest; -1: rest
-    fsdp: int = number(1, least=1, neutral=True)  # parts that rows and parameters are spread over
-    tensor: int = number(
-        1, least=1, neutral=True
-    )  # parts of the heads and of the feed-forward layer, a divisor of both
+    # Parts that rows are spread over, with a copy of the parameters each; -1: the devices that the others leave.
+    data: int = number(-1, least=-1, neutral=True)
+    fsdp: int = number(1, least=1, neutral=True)  # parts that rows, parameters and optimizer states are spread over
+    tensor: int = number(1, least=1, neutral=True)  # parts of each layer's heads, a divisor of their number
 
     def problems(self):
         """Checks of one field."""
