@@ -45,6 +45,8 @@ def main():
             planned = topology.plan(config, ids, TOPOLOGY.value)
             for header, rows in topology.rows(planned, chip, PRICE.value):
                 reporter.table(header, rows)
+            if line := topology.advice(planned, chip, config):
+                reporter.note(line)
             return
         sizes = memory.rl(config, ids, DEVICES.value)
         header = (f"{config.algorithm}, per device", "GiB")

@@ -114,6 +114,24 @@ def rows(planned, chip, price=0.0):
     return tables
 
 
+def advice(planned, chip, config):
+    """What to change first where the fullest program does not fit a chip, in one line; or nothing."""
+    programs, section = planned["programs"], config.algorithm
+    fullest = max(programs, key=lambda name: programs[name]["peak"])
+    if programs[fullest]["peak"] <= chip.memory * 2**30:
+        return ""
+    if sum(planned["state"].values()) > programs[fullest]["peak"] / 2:
+        first = "--config.mesh.fsdp (more), as parameters and optimizer are most of it"
+    elif fullest == "update" and not config.model.remat:
+        first = "--config.model.remat=true, as the update keeps every layer's activations"
+    elif fullest == "update":
+        first = f"--config.{section}.microbatches (more than {config.rl.microbatches})"
+    else:
+        first = f"--config.{section}.lanes (less than {config.rl.lanes or config.rl.batch})"
+    size = programs[fullest]["peak"] / 2**30
+    return f"does not fit: {fullest} needs {size:.1f} GiB of a chip's {chip.memory:g}; change first {first}"
+
+
 def trips(jaxpr, whiles, depth=0):
     """(FLOPs of the products of a program with each loop body once, and with its trips).
 

@@ -6,8 +6,9 @@ import pytest
 
 from rlhf_jax.algorithms import ppo
 from rlhf_jax.commands import benchmark, topology
+from rlhf_jax.config import Config
 from rlhf_jax.models import decoder
-from tests.support import error
+from tests.support import changed, error
 
 
 def test_a_topology_is_a_chip_and_a_number():
@@ -89,6 +90,23 @@ def test_the_table_of_a_plan():
     _, (_, [program]), (_, summary) = topology.rows(planned, chip, price=3.6)
     assert program[5:7] == (1.0, "products")
     assert [value for _, value in summary] == pytest.approx([0.5, 1.0, 0.004, 0.04])
+
+
+@pytest.mark.parametrize(
+    ("peaks", "state", "changes", "words"),
+    [
+        ({"draw": 1, "update": 16}, 1, {}, ""),
+        ({"draw": 1, "update": 17}, 9, {}, "update needs 17.0 GiB of a chip's 16; change first --config.mesh.fsdp"),
+        ({"draw": 1, "update": 17}, 1, {}, "--config.model.remat=true"),
+        ({"draw": 1, "update": 17}, 1, {"model": {"remat": True}}, "--config.ppo.microbatches (more than 1)"),
+        ({"draw": 20, "update": 17}, 1, {}, "--config.ppo.lanes (less than 512)"),
+    ],
+)
+def test_what_to_change_first(peaks, state, changes, words):
+    programs = {name: {"peak": size * 2**30} for name, size in peaks.items()}
+    planned = {"state": {"parameters": state * 2**30}, "programs": programs}
+    line = topology.advice(planned, topology.CHIPS["v5e"], changed(Config(), **changes))
+    assert words in line and bool(line) == bool(words)
 
 
 def test_without_libtpu_one_line_says_what_to_install(monkeypatch):
