@@ -238,7 +238,7 @@ def test_a_choice_is_one_of_its_words(task, path):
 def test_which_fields_are_choices():
     both = {
         *("task", "algorithm", "text.kind", "model.dtype", "evaluation.result", "guard.action", "doctor"),
-        *("model.norm", "model.feed_forward", "model.biases", "model.scan"),
+        *("model.norm", "model.feed_forward", "model.biases"),
         *(f"{name}.schedule" for name in STAGES),
         *("pretrain.loss_on", "sft.loss_on", "ppo.value_init", "policy_gradient.baseline", "reinforce_pp.baseline"),
         *(f"{name}.{field}" for name in POLICY for field in ("missing_eos", "reduction", "kl")),

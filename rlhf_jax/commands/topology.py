@@ -26,7 +26,7 @@ from rlhf_jax import config as configs
 from rlhf_jax import tasks
 from rlhf_jax.commands import memory
 from rlhf_jax.errors import BAD_INPUT, InputError
-from rlhf_jax.models import cost, decoder
+from rlhf_jax.models import cost
 from rlhf_jax.training import sharding
 
 
@@ -193,8 +193,6 @@ def _compile(config, vocab_size, topology):
         known = "|".join(chip.topologies)
         reason = str(error).splitlines()[0][:200]
         raise InputError(f"--topology: expected one such as {known}, got {topology!r} ({reason})") from None
-    if config.model.scan == "auto" and config.model.layers >= decoder.DEEP:  # this machine is a CPU, that one is not
-        config = dataclasses.replace(config, model=dataclasses.replace(config.model, scan="on"))
     mesh = sharding.mesh(config.mesh, devices)
     section, task = config.rl, tasks.load(config)
     state, base, programs = memory.compiled(config, vocab_size, section, mesh)

@@ -21,7 +21,6 @@ from rlhf_jax.fields import choice, neutral, number, path
 from rlhf_jax.models import rotary
 from rlhf_jax.ops import attention, sharded
 
-DEEP = 16  # layers from which scan = auto is on
 BIASES = {"all": ("qkv", "out", "fc", "proj"), "attention": ("qkv", "out"), "qkv": ("qkv",), "none": ()}
 
 
@@ -63,9 +62,9 @@ class Config:
     dtype: str = choice("float32", "float32", "bfloat16")  # of the activations; parameters are float32
     fused: bool = False  # cuDNN attention for whole sequences; needs dtype bfloat16 and an NVIDIA GPU
     remat: bool = neutral(False)  # recompute layers in the backward pass: less memory (not on a CPU), a third more work
-    # Whether whole sequences are computed by a scan, for which one layer is compiled instead of all: it copies the
-    # weights once a pass. The decode step is never a scan. auto: from 16 layers on, but not on a CPU.
-    scan: str = choice("auto", "auto", "on", "off", neutral=True)
+    # Compute whole sequences by a scan over the layers: a smaller program, which copies the weights once a pass. The
+    # decode step is never a scan.
+    scan: bool = neutral(False)
     # Weights to start from: a model.safetensors, a folder of transformers, or NAME or NAME@REVISION on the hub; empty:
     # random.
     init: str = path()
@@ -96,12 +95,6 @@ class Config:
             yield "init_std", "init is given, and no weight is random"
         if self.fused and self.dtype != "bfloat16":
             yield "fused", "it needs dtype bfloat16"
-
-    @property
-    def scans(self):
-        """Whether whole sequences are computed by a scan over the layers."""
-        deep = self.layers >= DEEP and jax.default_backend() != "cpu"
-        return self.layers > 2 and (self.scan == "on" or (self.scan == "auto" and deep))
 
     @property
     def cached_heads(self):
@@ -290,7 +283,13 @@ class Decoder(nn.Module):
         block = nn.remat(Block) if c.remat and cache is None and not slots else Block
         layers, first = [], 0
         # A cache would be copied at every token, and every layer has dropout noise of its own.
-        if c.scans and cache is None and (deterministic or not c.dropout) and not self.is_initializing():
+        if (
+            c.scan
+            and c.layers > 2
+            and cache is None
+            and (deterministic or not c.dropout)
+            and not self.is_initializing()
+        ):
             first = c.layers - 1  # the last one selects
             x_BTD, layers = self._scanned(x_BTD, attend_BTS, angles_BTJ, first, remat=c.remat and not slots)
         for i in range(first, c.layers):
