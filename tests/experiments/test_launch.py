@@ -156,8 +156,9 @@ def test_no_accelerator_where_one_is_requested_is_one_line(forks, tmp_path):
 # plan.py without what takes time: it reads and checks a config as every command does.
 READS = """
 import runpy
-from rlhf_jax.commands import memory
-memory.rl = lambda *_: {}
+from rlhf_jax.commands import memory, topology
+memory.rl = topology.plan = topology.rows = lambda *_: {}
+topology.advice = lambda *_: ""
 runpy.run_path("experiments/plan.py", run_name="__main__")
 """
 NAMED = {"SEED": "1", "algorithm=NAME": "algorithm=rloo"}
@@ -171,7 +172,7 @@ def shown():
         text = re.sub(r"[`\[\]]|\\\n", " ", page.read_text(encoding="utf-8"))
         for flags in re.findall(r"python experiments/\w+\.py((?:\s+--[\w.]+=\S+)+)", text):
             if "--config=" in flags:
-                yield [flag.rstrip(",;.:") for flag in flags.split() if flag.startswith("--config")]
+                yield [flag.rstrip(",;.:") for flag in flags.split() if flag.startswith(("--config", "--topology"))]
 
 
 @pytest.mark.parametrize("flags", list(shown()), ids=" ".join)
