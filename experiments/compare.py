@@ -2,7 +2,9 @@
 
     python experiments/compare.py runs/demo runs/other/rloo --out=compare.png
 
-A run is the folder of a stage (runs/demo/ppo), or a workdir: all of its algorithms.
+A run is the folder of a stage (runs/demo/ppo), or a workdir: all of its algorithms. Beside the picture are the same
+tables as a page and as Markdown (compare.html, compare.md). Runs that differ in their seed alone are one row together;
+an algorithm with 2 tasks or more of 5 seeds each is an interquartile mean.
 """
 
 from launch import flags, start

@@ -7,6 +7,7 @@ command.begin()  # the imports below take seconds, and Ctrl-C is one line from h
 # ruff: noqa: E402
 import dataclasses
 import difflib
+import gc
 import importlib.machinery
 import importlib.util
 import itertools
@@ -39,6 +40,7 @@ SCRIPTS = {  # by task
     "arithmetic": "rl_arithmetic.py",
 }
 HELP = {"-h", "-?", "-help", "--help", "--helpshort", "--helpfull"}
+RARELY = 200_000, 50, 100  # of gc: tracing makes many objects and few cycles, and collecting takes a tenth of its time
 INDENT = 44  # columns of a field's name and value in the help
 
 
@@ -67,6 +69,7 @@ def start(main, *required, optional=(), arguments=""):
     anything; then at least one is needed, and the call is main(list of them).
     """
     command.begin()
+    gc.set_threshold(*RARELY)
 
     def run(argv):
         logging.set_verbosity(logging.FATAL)  # Orbax logs every file it touches; its errors are raised as well

@@ -2,32 +2,52 @@
 
     python experiments/plan.py --config=configs/ppo_summarize.py:gpt2 --config.ppo.microbatches=64 --devices=8
     python experiments/plan.py --config=configs/pg_tweets.py
+    python experiments/plan.py --config=configs/ppo_summarize.py:gpt2 --config.mesh.fsdp=4 --topology=v5e:4x4
 
 The programs are compiled for this machine, and XLA reports their memory: a minute for GPT-2 on 2 CPU cores. Programs
 for a CPU need more memory than those for a GPU or TPU, which fuse more and compute in bfloat16 without widening it. A
 character tokenizer counts as printable ASCII.
+
+With --topology they are compiled for Cloud TPUs that are not there (pip install rlhf_jax[tpu]), on the mesh of the
+config: memory, work and messages of a chip, and the least seconds that its published peaks allow.
 """
 
 from launch import flags, read_config, start
 
 from rlhf_jax import config as configs
-from rlhf_jax.commands import benchmark, memory
+from rlhf_jax.commands import benchmark, memory, topology
+from rlhf_jax.errors import InputError
 from rlhf_jax.report.console import Reporter
 from rlhf_jax.training import sharding
 
 DEVICES = flags.DEFINE_integer("devices", 1, "Devices that share the batch.", lower_bound=1)
+TOPOLOGY = flags.DEFINE_string("topology", "", "Cloud TPUs to compile for, such as v5e:4x4.")
+PRICE = flags.DEFINE_float("price", 0.0, "Price of a chip and hour, for --topology.", lower_bound=0.0)
 IDS = {"gpt2": 50_258, "char": benchmark.CHARACTERS.vocab_size}  # by kind of tokenizer; gpt2: its own, and PAD
 
 
 def main():
     config, given = read_config()
-    configs.check(config, devices=DEVICES.value, files=False)
+    chip, devices = topology.parse(TOPOLOGY.value) if TOPOLOGY.value else (None, DEVICES.value)
+    if chip and DEVICES.value != 1:
+        raise InputError("--devices: expected none with --topology, which has its number of chips")
+    if PRICE.value and not chip:
+        raise InputError("--price: expected none without --topology")
+    configs.check(config, devices=devices, files=False)
     notes = configs.check_given(config, given)
-    sharding.devices()
+    if not chip:
+        sharding.devices()
     ids = IDS.get(config.text.kind, config.text.vocab_size)
     with Reporter() as reporter:
         for note in notes:
             reporter.note(note)
+        if chip:
+            planned = topology.plan(config, ids, TOPOLOGY.value)
+            for header, rows in topology.rows(planned, chip, PRICE.value):
+                reporter.table(header, rows)
+            if line := topology.advice(planned, chip, config):
+                reporter.note(line)
+            return
         sizes = memory.rl(config, ids, DEVICES.value)
         header = (f"{config.algorithm}, per device", "GiB")
         reporter.table(header, [(name, size / 2**30) for name, size in sizes.items()])

@@ -6,6 +6,7 @@ Limits are relative to the first policy of reinforcement learning, measured on t
 import dataclasses
 
 import jax.numpy as jnp
+import numpy as np
 
 from rlhf_jax.fields import number
 
@@ -22,6 +23,9 @@ class Config:
     entropy: float = number(0.3, least=0, most=1)  # smallest entropy per token, relative to before
     length: float = number(0.5, least=0, most=1)  # smallest number of tokens a sample, relative to before
     kl_exact: float = number(5.0, least=0)  # largest KL from the reference, nats a sequence; 0: no limit
+    # Largest fall of gold, or of the hold-out judge, below its best evaluation while the reward has risen, in standard
+    # errors of the difference, as 2; 0: no limit
+    over_optimization: float = number(0.0, least=0, most=100)
     patience: int = number(10, least=1)  # iterations that the running means average over
     freeze: bool = True  # an alarm ends the learning; False: the alarm is only counted
 
@@ -63,8 +67,28 @@ def track(state, numbers, before, config):
     mean = {name: state["mean"][name] + (numbers[name] - state["mean"][name]) / config.patience for name in WATCHED}
     wrong = [name for name, value in outside(mean, before, config).items() if value]
     tripped = bool(state["tripped"])
-    after = {
+    after = state | {
         "mean": {name: jnp.float32(value) for name, value in mean.items()},
         "tripped": jnp.array(tripped or bool(wrong)),
     }
     return after, [] if tripped else wrong
+
+
+def watch_judge(judge, reward):
+    """What `judged` compares with before the first iteration: the judge's number and the reward of that policy."""
+    return {"judge": {"best": jnp.float32(judge), "reward": jnp.float32(reward), "fell": jnp.array(False)}}
+
+
+def judged(state, judge_N, reward, config):
+    """The state after an evaluation with the judge's scores [N] and the mean reward.
+
+    `fell`: the reward is above that of the judge's best evaluation, and the judge below it by more than the limit, in
+    standard errors of the difference of two means of N. That is over-optimization (Gao et al. 2022): the policy gains
+    by errors of the reward.
+    """
+    judge, best = float(np.mean(judge_N)), state["judge"]
+    error = float(np.std(judge_N, ddof=1)) * (2 / len(judge_N)) ** 0.5
+    fell = reward > float(best["reward"]) and float(best["best"]) - judge > config.over_optimization * error
+    if judge > float(best["best"]):
+        best = {"best": jnp.float32(judge), "reward": jnp.float32(reward), "fell": best["fell"]}
+    return state | {"judge": best | {"fell": jnp.array(fell or bool(best["fell"]))}}

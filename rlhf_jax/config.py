@@ -16,10 +16,11 @@ from rlhf_jax.models import lora as adapters
 from rlhf_jax.report import trackers
 from rlhf_jax.rewards import function
 from rlhf_jax.tasks import TASKS
-from rlhf_jax.training import checkpoint
+from rlhf_jax.training import checkpoint, sharding
 from rlhf_jax.training import guard as guards
 
 LEARNED = "learned"  # the reward that is a reward model
+REWARD_MODELS = ("reward", "judge")  # stages without a policy
 # Fields that say how much is done or kept. Those without effect are noted, not refused: one command line may serve
 # several tasks and algorithms.
 SIZES = {"steps", "batch", "epochs", "minibatches", "microbatches", "lanes", "widths", "eval_every", "save_every"}
@@ -67,7 +68,11 @@ class Evaluation:
     # pass@1, 2, 4, ... are estimated from where answers are right or wrong. 1: no estimate.
     draws: int = fields.number(1, least=1)
     # The result of reinforcement learning: the last policy, or the best evaluated one within the limits of `alarms`.
+    # Where prompts differ, half of the held-out ones choose it, and the final numbers are of the other half.
     result: str = fields.choice("last", "last", "best")
+    # The number of an evaluation that ranks policies, more is better, as gold or judge; empty: gold where it is known,
+    # else the hold-out judge, else the reward
+    best_by: str = ""
 
 
 @dataclasses.dataclass(frozen=True)
@@ -95,6 +100,9 @@ class Reward(preference.Config):
     kind: str = fields.path(LEARNED)
     # another workdir whose finished reward model is used; config and files must agree
     from_: str = fields.path(neutral=True)
+    # Train a second reward model, which only evaluates (stage `judge`). Half of the prompts' pairs train it, and the
+    # other half the reward model.
+    holdout_judge: bool = False
 
 
 def _with_algorithms(kind):
@@ -123,6 +131,7 @@ class Config:
     data: Any = sources.Config()  # of the task: tasks.TASKS[task].Config
     model: decoder.Config = decoder.Config()
     lora: adapters.Config = adapters.Config()
+    mesh: sharding.Config = sharding.Config()
     pretrain: Supervised = Supervised(steps=0)
     sft: Supervised = Supervised()
     reward: Reward = Reward()
@@ -133,6 +142,9 @@ class Config:
     guard: guards.Config = guards.Config()
     # Where metrics go besides metrics.jsonl: tensorboard, wandb, mlflow, or several with commas (report/trackers.py).
     log: str = fields.neutral(trackers.DEFAULT)
+    # What is done with the checks of each finished stage (docs/evaluate.md). warn: shown; stop: shown, and a failed one
+    # ends the run before the next stage; off: not made.
+    doctor: str = fields.choice("warn", "warn", "stop", "off", neutral=True)
     deterministic: bool = False  # on a GPU, the same seed gives the same run; some operations are slower
 
     def problems(self):
@@ -255,7 +267,8 @@ def parse(values: Mapping, kind: type = Config, path: str = "") -> Any:
 def stages(config) -> list[str]:
     """The names of the stages of a run, in their order."""
     before = [name for name in ("pretrain", "sft") if getattr(config, name).steps]
-    return [*before, *(["reward"] if config.learned else []), rl_name(config)]
+    models = REWARD_MODELS if config.reward.holdout_judge else ("reward",)
+    return [*before, *(models if config.learned else ()), rl_name(config)]
 
 
 def rl_name(config) -> str:
@@ -270,7 +283,7 @@ def _names(config, section) -> list[str]:
 
 def section(config, stage) -> str:
     """The name of the stage's own section of the config."""
-    return config.algorithm if stage == rl_name(config) else stage
+    return config.algorithm if stage == rl_name(config) else "reward" if stage in REWARD_MODELS else stage
 
 
 def place(config, workdir, stage) -> Path:
@@ -291,7 +304,10 @@ def sections(config, stage) -> list[str]:
 
 
 def read(workdir) -> Config:
-    """The config of the run in a folder. InputError where there is none, or one of another version."""
+    """The config of the run in a folder. InputError where there is none, or one of another version.
+
+    Its mesh is the default: the devices of this machine need not be those that trained the run.
+    """
     path = Path(workdir).expanduser() / "config.json"
     again = "; the command that trains the run writes it again"
     try:
@@ -303,7 +319,7 @@ def read(workdir) -> Config:
         fields.check(config)
     except InputError as error:
         raise InputError(f"workdir: {path}: {error}{again}") from None
-    return config
+    return dataclasses.replace(config, mesh=sharding.Config())
 
 
 def _completed(values: Any, kind: type = Config) -> Any:
@@ -333,7 +349,8 @@ def check(config, *, devices: int = 1, files: bool = True) -> None:
     TASKS[config.task].make(config)  # its own InputError names what it cannot be made of
     if files:
         _check_files(config)
-    for problem in (_reward, _lengths, _batches, _adapters):
+    config.mesh.shape(devices)  # its own InputError names what the devices cannot be
+    for problem in (_reward, _lengths, _mesh, _batches, _adapters):
         for name, expected in problem(config, devices):
             value = config
             for part in name.split("."):
@@ -415,6 +432,9 @@ def _reward(config, _):
         reward = function.load(config.reward.kind)  # its own InputError names what is wrong
         if reward.takes_rows and config.task == "write":
             yield "reward.kind", "a function of texts alone where task is write, whose rows hold nothing"
+    judged = config.learned and config.reward.holdout_judge
+    if config.alarms.over_optimization and not judged and getattr(config.data, "source", "") != "world":
+        yield "alarms.over_optimization", "0 where there is neither gold (data.source) nor reward.holdout_judge"
     if config.algorithm == "ppo" and config.ppo.value_init == "reward" and not config.learned:
         yield "ppo.value_init", f"zero or auto where reward is {config.reward.kind}, as there is no reward model"
 
@@ -444,17 +464,30 @@ def _adapters(config, _):
         yield "lora.rank", f"at most model.width = {config.model.width}"
 
 
+def _mesh(config, _):
+    for name, heads in (("heads", config.model.heads), ("kv_heads", config.model.cached_heads)):
+        if heads % config.mesh.tensor:
+            yield "mesh.tensor", f"a divisor of model.{name} = {heads}"
+    if config.model.fuses and config.mesh.tensor > 1:
+        yield "mesh.tensor", "1 where model.fused is true"
+
+
 def _batches(config, devices):
+    data, fsdp, _ = config.mesh.shape(devices)
+    shards = data * fsdp
     for stage in stages(config):
         name = section(config, stage)
         part = getattr(config, name)
         minibatches = getattr(part, "minibatches", 1)
-        if part.batch % (minibatches * part.microbatches * devices):
-            parts = f"minibatches x microbatches x devices = {minibatches * part.microbatches} x {devices}"
+        slices = minibatches * part.microbatches
+        if part.batch % (slices * shards):
+            parts = f"minibatches x microbatches x data x fsdp = {slices} x {data} x {fsdp}"
             yield f"{name}.batch", f"a multiple of {parts}"
     lanes, batch = getattr(config.rl, "lanes", 0), config.rl.batch
-    if lanes and (batch % lanes or lanes % devices):
-        yield (
-            f"{config.algorithm}.lanes",
-            f"0, or a divisor of {config.algorithm}.batch = {batch} and a multiple of the devices = {devices}",
-        )
+    if lanes and (batch % lanes or lanes % shards):
+        multiple = f"a multiple of data x fsdp = {data} x {fsdp}"
+        yield f"{config.algorithm}.lanes", f"0, or a divisor of {config.algorithm}.batch = {batch} and {multiple}"
+    group = getattr(config.rl, "group", 1)  # a device reads a prompt once for its completions
+    for name, rows in (("batch", batch), ("lanes", lanes)):
+        if rows % (group * shards):
+            yield f"{config.algorithm}.{name}", f"a multiple of group x data x fsdp = {group} x {data} x {fsdp}"

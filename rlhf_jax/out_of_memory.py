@@ -30,6 +30,8 @@ def named(config, name):
             less[f"{section}.lanes"] = f"less than {part.lanes or part.batch}"
         less |= {} if model.remat else {"model.remat": "true"}
         less |= {} if model.dtype == "bfloat16" else {"model.dtype": "bfloat16"}
+        if (devices := jax.local_device_count()) > config.mesh.fsdp:
+            less["mesh.fsdp"] = f"more than {config.mesh.fsdp}, at most {devices}"
         less["evaluation.batch"] = f"less than {config.evaluation.batch}"
         advice = ", ".join(f"--config.{field} ({value})" for field, value in less.items())
         raise OutOfMemory(

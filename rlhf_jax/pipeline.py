@@ -13,6 +13,7 @@ import jax
 from rlhf_jax import config as configs
 from rlhf_jax import fields, hub, out_of_memory, provenance, rollout, tasks, text
 from rlhf_jax.algorithms import ALGORITHMS
+from rlhf_jax.commands import doctor, report
 from rlhf_jax.errors import InputError
 from rlhf_jax.evaluate import seeds
 from rlhf_jax.models import heads, hf, lora
@@ -21,7 +22,7 @@ from rlhf_jax.report.console import Silent
 from rlhf_jax.rewards import Reward, function, learned, rouge
 from rlhf_jax.stages import Setup
 from rlhf_jax.stages.language_model import language_model
-from rlhf_jax.stages.preference import check_references, dpo, reward_model
+from rlhf_jax.stages.preference import check_references, dpo, half, reward_model
 from rlhf_jax.stages.rl import rl
 from rlhf_jax.text import bpe, char, files
 from rlhf_jax.training import sharding
@@ -30,7 +31,8 @@ from rlhf_jax.training.workdir import Workdir
 from rlhf_jax.viz import recorder
 
 PADDING = 512  # a model must have fewer than this many ids beyond the tokenizer's; Qwen2.5 has 271
-KINDS = {"pretrain": "pretrain", "sft": "sft", "reward": "preferences"}  # of rows by stage
+# of rows by stage
+KINDS = {"pretrain": "pretrain", "sft": "sft", "reward": "preferences", "judge": "preferences"}
 
 
 def run(config, workdir, reporter=None, stop=None, only=None, given=None) -> dict:
@@ -59,7 +61,7 @@ def _results(workdir, only):
     """Lines that say where the results of a run, or of one stage of it, are, and what comes next."""
     folder = workdir / only
     plots = sorted({f"{path.parent.relative_to(folder)}/" for path in folder.rglob("plots/*.png")})
-    files = [name for name in ("summary.json", "samples.jsonl") if (folder / name).exists()]
+    files = [name for name in ("report.html", "summary.json", "samples.jsonl") if (folder / name).exists()]
     yield f"results in {folder}: {', '.join([*files, *plots])}"
     stage = f" --stage={only}" if only else ""
     yield f"next: python experiments/serve.py --workdir={workdir}"
@@ -137,9 +139,15 @@ class Stages:
             apply=rollout.Apply(heads.LanguageModel(sized, ids=ids, base=base), heads.ScalarModel(sized, base)),
             evaluation=config.evaluation,
             guard=config.guard,
+            mesh=self.mesh,
             jit=functools.partial(base.jit, jit=self._jit) if base else self._jit,
             record=config.trace.every > 0,
         )
+
+    @functools.cached_property
+    def mesh(self):
+        """The devices, as the config lays them out."""
+        return sharding.mesh(self.config.mesh)
 
     def _tokenizer(self) -> text.Tokenizer:
         """The config's tokenizer: the workdir's copy if that was made from the same config and files.
@@ -179,7 +187,7 @@ class Stages:
         """The frozen parameters that adapters stand on, on every device; None without adapters."""
 
         def read():
-            return sharding.replicate(self._pretrained(), self.setup.mesh)
+            return sharding.place(self._pretrained(), self.mesh)
 
         return lora.Base(self.config.lora, read) if self.config.lora.rank else None
 
@@ -199,7 +207,7 @@ class Stages:
         return self.parameters(before[-1], "policy", like=self._random())
 
     def _random(self):
-        return jax.jit(self.setup.apply.policy.init)(self.setup.key("policy init"))
+        return sharding.place(jax.jit(self.setup.apply.policy.init)(self.setup.key("policy init")), self.mesh)
 
     def make(self, name, seed=0):
         """The Stage of this name. `seed` is the index of the run where the last stage has several."""
@@ -207,12 +215,13 @@ class Stages:
         if name in ("pretrain", "sft"):
             return language_model(name, setup, getattr(config, name), self._policy(name))
         policy = self._policy(name)
-        if name == "reward":
-            return reward_model(name, setup, config.reward, policy)
+        if name in configs.REWARD_MODELS:
+            return reward_model(name, setup, config.reward, policy, self._only(name))
         scalar, section = setup.apply.scalar, config.rl
         key = jax.random.fold_in(setup.key("rl"), seed)  # not split: a seed samples the same alone and among others
         sides = ("_before", "_after") if config.task == "write" else ("_sft", "")
         reward: Reward
+        judge: Reward | None = None
         if not config.sampled:
             measure = function.load(config.reward.kind) if config.named else None
             return dpo(name, setup, section, policy, measure, key=key, sides=sides)
@@ -220,6 +229,9 @@ class Stages:
             params = self.parameters("reward", "reward", scalar.zero_head(policy))
             sampling = setup.sampling(section.temperature, lanes=section.lanes, widths=section.widths)
             reward = learned.Learned(setup.apply, params, sampling, setup.jit)
+            if "judge" in self.names:
+                other = sharding.place(self.parameters("judge", "reward", scalar.zero_head(policy)), setup.mesh)
+                judge = learned.Learned(setup.apply, other, sampling, setup.jit)
         else:
             params, reward = None, function.load(config.reward.kind, self.reporter.waiting)
         algorithm, value = ALGORITHMS[config.algorithm], None
@@ -233,7 +245,7 @@ class Stages:
             )
         return rl(
             name, setup, section, algorithm, reward, policy,
-            value=value, watch=config.alarms, keep_best=config.evaluation.result == "best", key=key,
+            value=value, watch=config.alarms, keep_best=config.evaluation.result == "best", judge=judge, key=key,
             sides=sides, beside=beside,
         )  # fmt: skip
 
@@ -246,8 +258,20 @@ class Stages:
         self._check_data(name)
         with out_of_memory.named(self.config, name):
             if name == self.names[-1] and self.config.seeds > 1:
-                return self._seeds(name, stop)
-            return self._fit(self.make(name), self.depends(name), self.workdir, stop)
+                summary = self._seeds(name, stop)
+            else:
+                summary = self._fit(self.make(name), self.depends(name), self.workdir, stop)
+        if self.config.doctor != "off":
+            for finding in doctor.of_stage(self.config, self.workdir.path, name):
+                self.reporter.note(finding.line)
+        return summary
+
+    def _stop_before(self, name):
+        """Raises InputError where the doctor finds a stage before this one unfit, and the config says to stop."""
+        for before in self.names[: self.names.index(name)] if self.config.doctor == "stop" else ():
+            for finding in doctor.of_stage(self.config, self.workdir.path, before):
+                if finding.verdict == doctor.FAIL:
+                    raise InputError(f"{finding.line}; --config.doctor=warn goes on to {name}")
 
     def _open(self):
         """Locks the workdir and writes the whole config."""
@@ -261,12 +285,15 @@ class Stages:
         self._begun = True
         self.reporter.note(f"workdir {self.workdir.path}; to train: {', '.join(todo) or 'nothing'}")
         if todo:
-            devices, model = sharding.devices(), self.setup.apply.policy.config
-            shapes = jax.tree.leaves(jax.eval_shape(self._random))
+            devices, policy = sharding.devices(), self.setup.apply.policy
+            shapes = jax.eval_shape(policy.init, self.setup.key("policy init"))
             parameters = "parameters of adapters" if self.config.lora.rank else "parameters"
-            size = f"{sum(leaf.size for leaf in shapes):,} {parameters}, {model.layers} layers of {model.width}"
+            count = sum(leaf.size for leaf in jax.tree.leaves(shapes))
+            size = f"{count:,} {parameters}, {policy.config.layers} layers of {policy.config.width}"
             tokens = f"{self.setup.tokenizer.vocab_size:,} tokens"
             self.reporter.note(f"{len(devices)} x {devices[0].device_kind}; a policy of {size}; {tokens}")
+            if note := sharding.undivided(shapes, self.mesh):
+                self.reporter.note(note)
 
     def all(self, stop=None) -> dict:
         """Trains every stage that is not finished: the run's summary."""
@@ -281,6 +308,7 @@ class Stages:
             self._check_data(name)
         for name in self.names:
             if name in todo:
+                self._stop_before(name)
                 self.one(name, stop)
             else:
                 place = self.place(name)
@@ -292,6 +320,8 @@ class Stages:
         with contextlib.suppress(InputError):
             summary = self.workdir.read_json("summary.json") if not todo else {}
             if f"{self.names[-1]}/steps" in summary:  # of this algorithm, not of another one
+                if not (self.workdir / report.NAMES[0]).exists():  # the run was killed before it
+                    report.write(self.workdir.path)
                 return summary
         return self._conclude()
 
@@ -304,18 +334,33 @@ class Stages:
         kind = self._kind(name)
         if kind not in self._noted:
             self._noted.add(kind)
+            self._about(kind, self.setup.arrays(kind).notes)
             for note in self.setup.arrays(kind).notes:
                 if note not in self._noted:  # prompts can be those of the SFT rows
                     self._noted.add(note)
                     self.reporter.note(note)
-        if name == "reward":
+        if name in configs.REWARD_MODELS:
             check_references(self.setup)
         if name == self.names[-1] and self.config.reward.kind == "rouge":
             for side in self.task.rows(kind)[:2]:
                 rouge.check(side)
         section = configs.section(self.config, name)
         part = getattr(self.config, section)
-        self.setup.batch_at(kind, part.batch, "rl", f"{section}.batch", getattr(part, "group", 1))
+        group = getattr(part, "group", 1)
+        self.setup.batch_at(kind, part.batch, "rl", f"{section}.batch", group, only=self._only(name))
+
+    def _about(self, kind, notes):
+        """Keeps what the report says of the command and of a kind of rows."""
+        there: dict = {}
+        with contextlib.suppress(InputError):
+            there = self.workdir.read_json(report.ABOUT)
+        data = {**there.get("data", {}), kind: list(notes)}
+        self.workdir.write_json(report.ABOUT, {"command": report.command_line(), "data": data})
+
+    def _only(self, name):
+        """The places of the pairs that a reward model is trained on, where two share them; else None: all."""
+        both = name in configs.REWARD_MODELS and self.config.reward.holdout_judge
+        return half(self.setup, judge=name == "judge") if both else None
 
     def _fit(self, stage, depends, workdir, stop):
         config = configs.tree(self.config)
@@ -374,7 +419,11 @@ class Stages:
             numbers |= {key: value for key, value in summary.items() if key.startswith(f"{name}/")}
             numbers[f"{name}/seconds"] = summary["seconds"]
             seconds += summary["seconds"]
-        return write_summary(self.workdir, "summary.json", seconds, numbers, self.config.seed)
+        summary = write_summary(self.workdir, "summary.json", seconds, numbers, self.config.seed)
+        report.write(self.workdir.path)
+        if self.config.doctor != "off":
+            self.reporter.note(f"doctor  {doctor.verdict(doctor.examine(self.workdir.path))}")
+        return summary
 
 
 def _make_tokenizer(config, task, note):

@@ -341,7 +341,7 @@ def load(source: str | os.PathLike, stage: str = "") -> Pretrained:
     """A model by where it is.
 
     - The folder of a run: the policy of its last finished stage, or of `stage`, and the reward model where the run has
-      one. stage="reward" is that model alone. Of a run with several seeds, the first.
+      one. stage="reward" is that model alone, and "judge" the hold-out judge. Of a run with several seeds, the first.
     - A folder that experiments/export_hf.py or transformers wrote, with safetensors of a GPT-2 or GPT-NeoX and their
       tokenizer; or the name of one on the hub: NAME or NAME@REVISION. A ...ForSequenceClassification with one label is
       a reward model. Where the tokenizer has no PAD, its row in the embedding is the mean row.
@@ -385,7 +385,7 @@ def _from_run(folder: Path, stage: str) -> Pretrained:
     finished = [name for name, place in places.items() if (place / "summary.json").exists()]
     if stage and stage not in finished:
         raise InputError(f"stage: expected a finished one ({', '.join(finished) or 'there is none'}), got {stage!r}")
-    policies = [name for name in finished if name != "reward"]
+    policies = [name for name in finished if name not in configs.REWARD_MODELS]
     if not stage and not policies:
         raise InputError(f"{folder}: expected a run with a finished stage that has a policy; there is none yet")
     stage, tokenizer = stage or policies[-1], text.load(folder / "text")
@@ -399,8 +399,8 @@ def _from_run(folder: Path, stage: str) -> Pretrained:
     return _made(
         model,
         tokenizer,
-        params=None if stage == "reward" else read(stage, "policy"),
-        reward=read("reward", "reward") if "reward" in finished else None,
+        params=None if stage in configs.REWARD_MODELS else read(stage, "policy"),
+        reward=read("judge" if stage == "judge" else "reward", "reward") if "reward" in finished else None,
         max_tokens=config.data.response_length,
     )
 
@@ -454,11 +454,18 @@ def _from_transformers(folder: Path) -> Pretrained:
     config = dataclasses.replace(config, vocab_size=max(config.vocab_size, tokenizer.vocab_size))
     arrays = hf.read(folder)
     if SCORE not in map(hf_layout.unwrapped, arrays):
-        return _made(config, tokenizer, params=hf.load(folder, config), reward=None)
+        return _made(config, tokenizer, params=hf.load(folder, config), reward=None, max_tokens=_longest(folder))
     try:
         return _made(config, tokenizer, params=None, reward=hf.scalar_from_hf(arrays, config))
     except InputError as error:
         raise InputError(f"{folder}: {error}") from None
+
+
+def _longest(folder: Path) -> int:
+    """The most tokens of a completion that generation_config.json names; MAX_TOKENS where it names none."""
+    path = folder / "generation_config.json"
+    most = jsonfile.read(path, "the settings of generation").get("max_new_tokens") if path.exists() else None
+    return most if isinstance(most, int) and most > 0 else MAX_TOKENS
 
 
 def _made(config, tokenizer, params, reward, max_tokens=MAX_TOKENS) -> Pretrained:

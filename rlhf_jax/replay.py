@@ -12,6 +12,7 @@ from rlhf_jax import command
 if __name__ == "__main__":
     command.begin()  # the imports below take seconds
 
+import dataclasses
 import functools
 import logging
 import math
@@ -43,15 +44,16 @@ def replay(folder, reporter=None, stage=None):
     record, watch, made = guard.read(folder), Watch(), stage
     stage = stage or _stage(folder, record, watch, reporter)
     state, batch, rollout = guard.read_arrays(folder, stage.state)
+    batch = sharding.shard(batch, sharding.mesh_of(stage.state))
     reported = guard.message(record["names"])
     reporter.note(f"{record['stage']} step {record['step']}: {reported} not finite, as in the run")
     if made:
         update = watch.jit(stage.learn.__wrapped__)  # not compiled, without donation
-        given = Rollout(**rollout) if rollout else sharding.shard(batch, sharding.mesh())
+        given = Rollout(**rollout) if rollout else batch
     elif int(state.applied):  # the policy has moved since it wrote the rollout, which is at hand
         update, given = stage.learn, Rollout(**rollout)
     else:
-        update, given = _update_of(stage), sharding.shard(batch, sharding.mesh())
+        update, given = _update_of(stage), batch
     place = watch.first(update, state, given)  # before the compiled update, which takes the state's buffers
     scalars = {name: value for name, value in update(state, given)[1].items() if name != "record"}
     numbers = {f"{stage.name}/{name}": float(value) for name, value in scalars.items()}
@@ -67,6 +69,7 @@ def _stage(folder, record, watch, reporter):
     if not isinstance(record["config"], dict) or "task" not in record["config"]:
         raise InputError(f"{folder}: of a stage that was made in Python; expected replay.replay(folder, stage=...)")
     config, workdir, seed = configs.parse(_numbers(record["config"])), folder.parents[1], 0
+    config = dataclasses.replace(config, mesh=sharding.Config())  # of this machine
     if record["stage"] == configs.rl_name(config) and config.seeds > 1:  # the workdir is RUN/seeds/INDEX
         workdir, seed = workdir.parents[1], int(workdir.name)
     stages = pipeline.Stages(config, Workdir(workdir), reporter, jit=watch.jit)

@@ -1,5 +1,6 @@
 """Prompts -> Rollout: completions, and everything that stays frozen while the policy learns from them."""
 
+import dataclasses
 from typing import Any, NamedTuple, Protocol
 
 import flax
@@ -7,7 +8,7 @@ import jax
 import jax.numpy as jnp
 
 from rlhf_jax import generate
-from rlhf_jax.ops import kl, logprobs, masked, padding
+from rlhf_jax.ops import kl, logprobs, masked, padding, sharded
 
 
 class Policy(Protocol):
@@ -154,8 +155,17 @@ def keys(state, rows):
 
 
 def draw(apply, policy, prompt_BP, prompt_mask_BP, keys_B, sampling):
-    """Samples a completion of each prompt from the policy, each with its key; `compare` makes it a Rollout."""
-    return generate.generate(apply.policy, policy, prompt_BP, prompt_mask_BP, keys_B, sampling)
+    """Samples a completion of each prompt from the policy, each with its key; `compare` makes it a Rollout.
+
+    Every device completes its own rows, in its share of the lanes, until they have ended. The State has rows only.
+    """
+    share = dataclasses.replace(sampling, lanes=sampling.lanes // sharded.shards())
+
+    def complete(policy, prompt_BP, prompt_mask_BP, keys_B):
+        drawn = generate.generate(apply.policy, policy, prompt_BP, prompt_mask_BP, keys_B, share)
+        return drawn.replace(step=None, keys_B=None, cache=None)
+
+    return sharded.by_rows(complete, apply.policy.cast(policy), prompt_BP, prompt_mask_BP, keys_B)
 
 
 def compare(apply, policy, reference, prompt_BP, prompt_mask_BP, drawn, sampling):
@@ -189,8 +199,7 @@ def judge(apply, state, prompt_BP, prompt_mask_BP, drawn, sampling):
         judged = compared if state.value is None else value(apply, state.value, compared)
         return judged.replace(prompt_BP=None, prompt_mask_BP=None)
 
-    rows = drawn.replace(step=None, keys_B=None, cache=None)
-    judged = _by_slices(read, prompt_BP, prompt_mask_BP, rows, sampling)
+    judged = _by_slices(read, prompt_BP, prompt_mask_BP, drawn, sampling)
     return judged.replace(prompt_BP=prompt_BP, prompt_mask_BP=prompt_mask_BP.astype(bool))
 
 
@@ -257,8 +266,21 @@ def _by_slices(read, prompt_BP, prompt_mask_BP, rows, sampling):
     B, rows = len(prompt_BP), (prompt_BP, prompt_mask_BP, rows)
     if sampling.lanes in (0, B):
         return at_width(rows)
-    order_B = padding.alike(prompt_mask_BP, B // sampling.lanes)
-    # Dealt out in turn, as optim.accumulate does, so that rows laid over devices stay balanced.
-    dealt = jax.tree.map(lambda x: x[order_B].reshape(sampling.lanes, -1, *x.shape[1:]).swapaxes(0, 1), rows)
-    parts, back_B = jax.lax.map(at_width, dealt), jnp.argsort(order_B)
-    return jax.tree.map(lambda x: x.swapaxes(0, 1).reshape(B, *x.shape[2:])[back_B], parts)
+    # Each device sorts its own rows, and deals them out in turn: a slice has as many rows of every device.
+    slices, own = B // sampling.lanes, (sharded.shards(), -1)
+    order = jax.vmap(lambda mask_BP: padding.alike(mask_BP, slices))(
+        prompt_mask_BP.reshape(*own, prompt_mask_BP.shape[1])
+    )
+    back = jnp.argsort(order, axis=1)
+
+    def take(x, index):
+        return jax.vmap(lambda x, index: x[index])(x.reshape(*own, *x.shape[1:]), index).reshape(x.shape)
+
+    def deal(x):
+        x = take(x, order).reshape(sampling.lanes, slices, *x.shape[1:]).swapaxes(0, 1)
+        return sharded.constrain(x, None, sharded.ROWS)
+
+    def collect(x):
+        return take(sharded.rows(x.swapaxes(0, 1).reshape(B, *x.shape[2:])), back)
+
+    return jax.tree.map(collect, jax.lax.map(at_width, jax.tree.map(deal, rows)))

@@ -37,7 +37,7 @@ def test_with_limits_off_nothing_is_outside():
 @pytest.mark.parametrize(("changes", "active"), [
     ({}, False), ({"patience": 3}, False), ({"freeze": True}, False),
     ({"distinct2": 0.1}, True), ({"repeat_rate": 0.9}, True), ({"entropy": 0.1}, True), ({"length": 0.1}, True),
-    ({"kl_exact": 1.0}, True),
+    ({"kl_exact": 1.0}, True), ({"over_optimization": 2.0}, True),
 ])  # fmt: skip
 def test_alarms_are_active_where_there_is_any_limit(changes, active):
     assert dataclasses.replace(alarms.OFF, **changes).active is active
@@ -75,3 +75,34 @@ def test_the_state_is_arrays_of_the_same_types_at_every_step():
     for tree in state, after:
         assert {name: mean.dtype for name, mean in tree["mean"].items()} == dict.fromkeys(alarms.WATCHED, jnp.float32)
         assert tree["tripped"].dtype == bool
+
+
+# Over-optimization: the judge's standard deviation is 1, so two means of 8 differ with a standard error of 1/2
+
+SPREAD = np.array([1, -1] * 4) * np.sqrt(7 / 8)
+
+
+def evaluated(*means, reward=(1, 2, 3, 4)):
+    """Whether the judge has fallen after each evaluation; before them the judge and the reward are 0."""
+    state, found = alarms.begin(BEFORE) | alarms.watch_judge(0.0, 0.0), []
+    for judge, learned in zip(means, reward, strict=False):
+        state = alarms.judged(state, judge + SPREAD, learned, dataclasses.replace(CONFIG, over_optimization=2.0))
+        found.append(bool(state["judge"]["fell"]))
+    return found
+
+
+def test_the_judge_falls_below_its_best_while_the_reward_rises():
+    assert evaluated(2.0, 1.1, 0.9) == [False, False, True]  # by .9, and by 1.1: two standard errors are 1
+    assert evaluated(-0.9, -1.1) == [False, True]  # below the first policy
+    assert evaluated(0.5, -0.4, 0.6) == [False, False, False]
+
+
+def test_a_judge_that_falls_with_the_reward_is_another_thing():
+    """Learning has become unstable, which the reward shows by itself."""
+    assert evaluated(2.0, 0.5, reward=(3, 2)) == [False, False]
+
+
+def test_it_has_fallen_once_and_for_all_and_track_keeps_it():
+    assert evaluated(2.0, 0.0, 3.0) == [False, True, True]
+    state = alarms.begin(BEFORE) | alarms.watch_judge(1.0, 0.0)
+    assert alarms.track(state, FINE, BEFORE, CONFIG)[0]["judge"] == state["judge"]

@@ -153,6 +153,7 @@ def test_the_edge_of_what_is_possible(changes):
         ("data.pair_length", -3, "0, or at least 2, got -3"),
         ("evaluation.prompts", 1, "at least 2, got 1"),
         ("evaluation.batch", 0, f"{COUNT}, got 0"),
+        ("alarms.over_optimization", -1.0, "at least 0 and at most 100, got -1.0"),
         ("evaluation.temperature", -0.1, "at least 0 and at most 100, got -0.1"),
         ("evaluation.temperature", NAN, "at least 0 and at most 100, got nan"),
         *(
@@ -189,11 +190,20 @@ def test_what_is_impossible_is_refused(field, value, expected):
     assert error(check, **{field: value}).startswith(f"{field}: expected {expected}")
 
 
+def test_over_optimization_is_seen_by_gold_or_a_judge():
+    watched = {"alarms.over_optimization": 2.0}
+    configs.check(configs.parse(tree(**WORLD | watched)))
+    files = {"data.source": "files", "data.sft": __file__, "data.preferences": __file__, "text.kind": "char"}
+    expected = "0 where there is neither gold (data.source) nor reward.holdout_judge, got 2.0"
+    assert error(check, **files | watched) == f"alarms.over_optimization: expected {expected}"
+    check(**files | watched | {"reward.holdout_judge": True})
+
+
 @pytest.mark.parametrize(
     ("changes", "devices", "message"),
     [
         ({"sft.batch": 10, "sft.microbatches": 4}, 1, "sft.batch: expected a multiple of {} = 4, got 10"),
-        ({"reward.batch": 10}, 4, "reward.batch: expected a multiple of {} x devices = 1 x 4, got 10"),
+        ({"reward.batch": 10}, 4, "reward.batch: expected a multiple of {} x data x fsdp = 1 x 4 x 1, got 10"),
         (
             {"ppo.batch": 12, "ppo.minibatches": 2, "ppo.microbatches": 4},
             1,
@@ -211,12 +221,60 @@ def test_a_batch_that_cannot_be_divided_is_refused(changes, devices, message):
         (5, 1, "0, or a divisor of batch = 12"),
         (-4, 1, "at least 0"),
         (8, 1, "0, or a divisor of batch = 12"),
-        (2, 4, "0, or a divisor of ppo.batch = 12 and a multiple of the devices = 4"),
+        (2, 4, "0, or a divisor of ppo.batch = 12 and a multiple of data x fsdp = 4 x 1"),
     ],
 )
 def test_lanes_must_share_the_batch(lanes, devices, expected):
     message = error(check, devices, **{"ppo.batch": 12, "ppo.lanes": lanes})
     assert message == f"ppo.lanes: expected {expected}, got {lanes}"
+
+
+@pytest.mark.parametrize(
+    ("changes", "message"),
+    [
+        ({"mesh.data": 0}, "mesh.data: expected -1 (all devices that are left), or at least 1, got 0"),
+        (
+            {"mesh.data": 2, "mesh.fsdp": 3},
+            "mesh.data: expected data x fsdp x tensor to be the number of devices = 8, got 2 in 2 x 3 x 1",
+        ),
+        ({"mesh.tensor": 4, "model.heads": 6}, "mesh.tensor: expected a divisor of model.heads = 6, got 4"),
+        (
+            {"mesh.tensor": 4, "model.heads": 8, "model.kv_heads": 2},
+            "mesh.tensor: expected a divisor of model.kv_heads = 2, got 4",
+        ),
+        (
+            {"mesh.fsdp": 2, "sft.batch": 12},
+            "sft.batch: expected a multiple of minibatches x microbatches x data x fsdp = 1 x 4 x 2, got 12",
+        ),
+        (
+            {"algorithm": "grpo", "grpo.group": 4, "grpo.batch": 16},
+            "grpo.batch: expected a multiple of group x data x fsdp = 4 x 8 x 1, got 16",
+        ),
+        (
+            {"algorithm": "grpo", "grpo.group": 4, "grpo.batch": 64, "grpo.lanes": 16},
+            "grpo.lanes: expected a multiple of group x data x fsdp = 4 x 8 x 1, got 16",
+        ),
+    ],
+)
+def test_a_mesh_that_cannot_share_the_work_is_refused(changes, message):
+    assert error(check, 8, **changes) == message
+
+
+def test_devices_along_tensor_share_rows():
+    check(8, **{"mesh.tensor": 2, "model.heads": 2, "sft.batch": 4, "reward.batch": 4, "ppo.batch": 4})
+    assert "data x fsdp = 1 x 8 x 1" in error(check, 8, **{"sft.batch": 4, "reward.batch": 4, "ppo.batch": 4})
+
+
+def test_a_workdir_goes_on_with_another_mesh():
+    """No number depends on it."""
+    config = configs.Config()
+    other = dataclasses.replace(config, mesh=dataclasses.replace(config.mesh, fsdp=4))
+    assert provenance.depends(config, "ppo") == provenance.depends(other, "ppo")
+
+
+def test_a_run_is_read_on_a_machine_with_other_devices(tmp_path):
+    (tmp_path / "config.json").write_text(json.dumps(tree(**{"mesh.data": 8, "mesh.fsdp": 4})))
+    assert configs.read(tmp_path) == configs.parse(tree())
 
 
 def test_there_are_not_more_widths_than_columns():
@@ -327,6 +385,8 @@ def test_every_field_is_read(field):
         ({"sft.steps": 0}, ["reward", "ppo"]),
         ({"reward": "sentiment"}, ["sft", "ppo"]),
         ({"algorithm": "grpo"}, ["sft", "reward", "grpo"]),
+        ({"reward.holdout_judge": True}, ["sft", "reward", "judge", "ppo"]),
+        ({"reward.holdout_judge": True, "algorithm": "dpo"}, ["sft", "dpo"]),
         ({"algorithm": "dpo"}, ["sft", "dpo"]),  # it needs no reward model
         ({"algorithm": "dpo", "reward": "gold"}, ["sft", "dpo"]),
         ({"reward": "gold", "algorithm": "policy_gradient", "sft.steps": 0}, ["policy_gradient"]),
@@ -336,7 +396,7 @@ def test_the_stages_of_a_run(changes, names):
     config = configs.parse(tree(**WORLD | changes))
     configs.check(config)
     assert configs.stages(config) == names
-    assert [configs.section(config, name) for name in names] == names
+    assert [configs.section(config, name) for name in names] == [name.replace("judge", "reward") for name in names]
 
 
 @pytest.mark.parametrize(

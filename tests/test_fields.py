@@ -218,12 +218,14 @@ def test_every_field_is_a_number_a_text_or_a_switch(task):
 
 @pytest.mark.parametrize(("task", "path"), NUMBERS)
 def test_every_number_has_a_range_that_excludes_what_is_no_sane_number(task, path):
-    """A reward may be negative; every other number is at least 0."""
+    """A reward may be negative, and -1 stands for the devices that are left; every other number is at least 0."""
     assert "range" in NUMBERS[task, path].metadata
     for value in math.nan, math.inf, -math.inf, 1e30:
         assert refusal(changed(task, **{path: value})).startswith(f"{path}: expected ")
     if path == "data.min_reward":
         fields.check(changed(task, **{path: -1.0}))
+    elif path == "mesh.data":
+        assert refusal(changed(task, **{path: -2})).startswith(f"{path}: expected at least -1")
     else:
         assert refusal(changed(task, **{path: -1})).startswith(f"{path}: expected ")
 
@@ -235,7 +237,7 @@ def test_a_choice_is_one_of_its_words(task, path):
 
 def test_which_fields_are_choices():
     both = {
-        *("task", "algorithm", "text.kind", "model.dtype", "evaluation.result", "guard.action"),
+        *("task", "algorithm", "text.kind", "model.dtype", "evaluation.result", "guard.action", "doctor"),
         *("model.norm", "model.feed_forward", "model.biases"),
         *(f"{name}.schedule" for name in STAGES),
         *("pretrain.loss_on", "sft.loss_on", "ppo.value_init", "policy_gradient.baseline", "reinforce_pp.baseline"),
@@ -243,7 +245,7 @@ def test_which_fields_are_choices():
         *(f"{name}.{field}" for name in ("rloo", "grpo", "dr_grpo", "dapo") for field in ("baseline", "scale")),
         *("dpo.loss", "dpo.total", "online_dpo.loss"),
     }
-    assert having("summarize", "choices") == both | {"data.source", "data.cut"}
+    assert having("summarize", "choices") == both | {"data.source", "data.cut", "data.world_labels"}
     assert having("write", "choices") == both | {"data.kind", "data.source", "data.sentiment"}
 
 
@@ -261,6 +263,7 @@ def test_which_fields_are_neutral():
         *(f"{name}.from_" for name in ("pretrain", "sft", "reward")),
         *(
             "model.remat",
+            *("model.scan", "mesh.data", "mesh.fsdp", "mesh.tensor"),
             "data.cache",
             "evaluation.batch",
             "evaluation.samples",
@@ -268,6 +271,7 @@ def test_which_fields_are_neutral():
             "keep.best",
             "trace.every",
             "log",
+            "doctor",
         ),
     }
     assert having("summarize", "neutral") == having("write", "neutral") == both
@@ -374,6 +378,7 @@ MINE = FILES | {"reward.kind": "sentiment", "sft.steps": 0}
 UNUSED = [
     *(("summarize", {}, f"data.{name}") for name in ("sft", "prompts")),
     ("summarize", {"data.preferences": "votes.jsonl"}, "data.world_preferences"),
+    ("summarize", {"data.preferences": "votes.jsonl"}, "data.world_labels"),
     ("summarize", {}, "data.columns.label"),
     ("summarize", {}, "data.split"),
     ("summarize", {}, "data.held_out"),
@@ -390,6 +395,7 @@ UNUSED = [
     ("summarize", MINE, "data.pair_length"),
     ("summarize", MINE, "reward.lr"),
     ("summarize", MINE, "reward.normalize_before"),
+    ("summarize", {"algorithm": "dpo"}, "reward.holdout_judge"),
     ("summarize", MINE, "sft.lr"),
     ("summarize", MINE, "model.dropout"),
     ("summarize", {"reward.kind": "gold"}, "reward.from"),
@@ -452,12 +458,12 @@ ALWAYS = {
     ),
     *("data.source", "data.kind", "data.path", "data.prompt_length", "data.cut", "data.response_length", "data.length"),
     *(f"model.{name}" for name in ("layers", "heads", "head_size", "width", "context", "vocab_size", "rotary_share")),
-    *(f"model.{name}" for name in ("parallel_residual", "tied", "norm_eps", "dtype", "remat", "init")),
+    *(f"model.{name}" for name in ("parallel_residual", "tied", "norm_eps", "dtype", "remat", "scan", "init")),
     *(f"model.{name}" for name in ("kv_heads", "feed_forward", "feed_forward_size", "norm", "qk_norm", "biases")),
-    "lora.rank",
-    *(f"alarms.{name}" for name in ("distinct2", "repeat_rate", "entropy", "length", "kl_exact")),
-    *(f"evaluation.{name}" for name in ("prompts", "batch", "temperature", "samples", "result")),
-    *("keep.last", "keep.best", "guard.action", "trace.every", "log"),
+    *("lora.rank", "mesh.data", "mesh.fsdp", "mesh.tensor"),
+    *(f"alarms.{name}" for name in ("distinct2", "repeat_rate", "entropy", "length", "kl_exact", "over_optimization")),
+    *(f"evaluation.{name}" for name in ("prompts", "batch", "temperature", "samples", "result", "best_by")),
+    *("keep.last", "keep.best", "guard.action", "trace.every", "log", "doctor"),
 }
 
 

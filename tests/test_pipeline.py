@@ -82,6 +82,10 @@ def test_out_of_memory_names_the_fields_that_need_less(raised, requested, config
         "--config.ppo.microbatches (more than 1), --config.ppo.batch (less than 8), --config.ppo.lanes (less than 8), "
         "--config.model.remat (true), --config.evaluation.batch (less than 64)"
     )
+    monkeypatch.setattr(out_of_memory.jax, "local_device_count", lambda: 8)
+    divided = pytest.raises(OutOfMemory, match=r"--config.mesh.fsdp \(more than 1, at most 8\)")
+    with divided, out_of_memory.named(wide, "ppo"):
+        raise raised
     with pytest.raises(ZeroDivisionError), out_of_memory.named(config, "ppo"):
         raise ZeroDivisionError
 
@@ -90,6 +94,22 @@ def test_a_file_that_is_not_read_is_refused_in_python_too(config, tmp_path):
     message = error(pipeline.run, changed(config, data={"sft": __file__}), tmp_path / "run")
     assert message.startswith(f"data.sft: {__file__!r} has no effect, as source is world")
     assert not (tmp_path / "run").exists()
+
+
+@pytest.mark.parametrize("doctor", ["warn", "stop", "off"])
+def test_a_stage_that_fails_the_checks_ends_the_run_where_that_is_wanted(doctor, config, tmp_path, finished):
+    """Before the next stage begins; the checks of a finished stage cost two files."""
+    steps = stages(changed(config, doctor=doctor), tmp_path)
+    finished(opened(steps, "sft").parent, "sft", policy={})
+    (tmp_path / "sft" / "summary.json").write_text('{"sft/eos_rate": 0.1}')
+    (tmp_path / "sft" / "metrics.jsonl").write_text("")
+    if doctor != "stop":
+        return steps._stop_before("reward")
+    steps._stop_before("sft")
+    assert error(steps._stop_before, "reward") == (
+        "doctor  FAIL  sft  eos_rate: 0.1 (healthy: 0.9 or more); do the labels end, and do they fit in "
+        "data.response_length? More steps teach EOS; --config.doctor=warn goes on to reward"
+    )
 
 
 # The workdir

@@ -10,7 +10,7 @@ import jax
 import jax.numpy as jnp
 
 from rlhf_jax.fields import choice, neutral, number
-from rlhf_jax.ops import kl, logprobs, masked, padding
+from rlhf_jax.ops import kl, logprobs, masked, padding, sharded
 from rlhf_jax.rollout import Apply, Rollout
 from rlhf_jax.training import optim
 from rlhf_jax.training.state import TrainState
@@ -214,6 +214,7 @@ def update(algorithm, state, rollout, *, config, apply, tx, guard="off", record=
     metrics["record"] has each minibatch's rows of the rollout, and what the loss computed for their tokens.
     """
     B, R = rollout.mask_BR.shape
+    rollout = sharded.whole(rollout)  # small, and a permutation takes rows from every device
     shuffle_key = jax.random.fold_in(state.step_key, 1)
 
     def of_groups(groups):
@@ -229,7 +230,7 @@ def update(algorithm, state, rollout, *, config, apply, tx, guard="off", record=
         if config.widths > 1:
             first = rows[:: config.group]
             rows = rows[of_groups(padding.alike(rollout.prompt_mask_BP[first], config.microbatches))]
-        batch = jax.tree.map(lambda x: x[rows], rollout)
+        batch = sharded.rows(jax.tree.map(lambda x: x[rows], rollout))
         if config.reduction != "token":
             weight_B = masked.row_weights(batch.mask_BR, config.reduction, length=R if length is None else length)
             batch = batch.replace(weight_B=weight_B)

@@ -2,7 +2,7 @@
 
 A run is the folder of a stage that trained a policy by reward or preference (runs/demo/ppo), or a workdir, which stands
 for all of its stages of that kind. A gain over the first run is a paired difference where both have the same held-out
-prompts in the same order; otherwise it is left out.
+prompts in the same order; otherwise it is left out. Runs that differ in their seed alone are also one row together.
 """
 
 import dataclasses
@@ -11,8 +11,9 @@ from pathlib import Path
 import numpy as np
 
 from rlhf_jax import jsonfile
+from rlhf_jax.commands import report
 from rlhf_jax.errors import InputError
-from rlhf_jax.evaluate import interval
+from rlhf_jax.evaluate import bootstrap, interval, seeds
 from rlhf_jax.report import metrics, plots
 from rlhf_jax.training.workdir import Workdir, flat
 
@@ -45,6 +46,22 @@ class Run:
             if f"{metric}_rl" in row:
                 return np.array([each[f"{metric}_rl"] for each in self.samples])
         return None
+
+    def wins(self, metric) -> np.ndarray | None:
+        """[N]: 1 where the policy beats the one before it on a held-out prompt, .5 for a tie, where the samples say."""
+        name, found = report.gains(self.samples, self.stage, (metric, "score"))
+        return (np.sign([each["gain"] for each in found]) + 1) / 2 if name else None
+
+    @property
+    def setting(self) -> tuple:
+        """The config without the seed: runs of the same setting differ in nothing else."""
+        return (self.stage, *sorted((key, str(value)) for key, value in self.config.items() if key != "seed"))
+
+    @property
+    def task(self) -> str:
+        """What the run was trained on."""
+        parts = (self.config.get(key) for key in ("task", "data.source", "data.kind"))
+        return " ".join(str(part) for part in parts if part)
 
     @property
     def prompts(self) -> list[str]:
@@ -87,7 +104,10 @@ def _stage(folder):
 
 
 def compare(places: list[str], out: str, reporter) -> dict:
-    """Prints the tables, writes the picture to `out` and returns the numbers: {name of the run: {name: number}}."""
+    """Prints the tables, writes the picture to `out` and the same as a page and as Markdown beside it.
+
+    Returns the numbers: {name of the run: {name: number}}.
+    """
     runs = [run for place in places for run in read(place)]
     if len(runs) < 2:
         raise InputError(f"RUN: expected at least 2 finished runs, got {len(runs)}")
@@ -97,13 +117,66 @@ def compare(places: list[str], out: str, reporter) -> dict:
     if metric is None:
         raise InputError(f"RUN: expected runs that all have one of {', '.join(METRICS)}")
     names = [run.name for run in runs]
-    reporter.table(["differs", *names], [[field, *map(_short, values)] for field, values in differing(runs)])
     results = {run.name: numbers(run, runs[0], metric) for run in runs}
     columns = [metric, f"{metric} 95%", f"over {names[0]}", "95%", *NUMBERS, "samples", "seconds"]
-    reporter.table(["run", *columns], [[name, *map(_cell, found.values())] for name, found in results.items()])
+    tables = {
+        "Differences": (["differs", *names], [[field, *map(_short, values)] for field, values in differing(runs)]),
+        "Runs": (["run", *columns], [[name, *map(_cell, found.values())] for name, found in results.items()]),
+    }
+    for title, (header, rows) in (("Over seeds", over_seeds(runs, metric)), ("Over tasks", over_tasks(runs, metric))):
+        if rows:
+            tables[title] = (header, [list(map(_cell, row)) for row in rows])
+    for header, rows in tables.values():
+        reporter.table(header, rows)
     plots.compare({run.name: run.curve(metric) for run in runs}, out, metric=metric)
-    reporter.note(f"curves in {out}")
+    path = Path(out)
+    made = [report.Section(title, tables=[(tuple(header), _texts(rows))]) for title, (header, rows) in tables.items()]
+    made.append(report.Section("Curves", pictures=[("curves", path)] if path.exists() and path.stat().st_size else []))
+    page = report.save(path.parent, (f"{path.stem}.html", f"{path.stem}.md"), f"{len(runs)} runs", made)
+    reporter.note(f"curves in {out}, everything in {page}")
     return results
+
+
+def over_seeds(runs: list[Run], metric: str) -> tuple[list[str], list[list]]:
+    """(header, rows): a row for each setting with several seeds.
+
+    The metric's interval is Student's over seeds, the win rate's is `bootstrap.two_level`, prompts within seeds.
+    """
+    header = ["setting", "seeds", metric, "95% over seeds", "wins over the policy before", "95%, prompts within seeds"]
+    rows = []
+    for group in _grouped(runs, lambda run: run.setting):
+        if len(group) > 1:
+            values_K = np.array([run.summary[metric] for run in group], np.float64)
+            mean, half = float(values_K.mean()), seeds.half_width(values_K)
+            wins = [each for run in group if (each := run.wins(metric)) is not None]
+            same = len(wins) == len(group) and len(set(map(len, wins))) == 1
+            rate, ci95 = bootstrap.two_level(np.stack(wins)) if same else (None, None)
+            names = ", ".join(run.name for run in group)
+            rows.append([names, len(group), mean, (mean - half, mean + half), rate, ci95])
+    return header, rows
+
+
+def over_tasks(runs: list[Run], metric: str) -> tuple[list[str], list[list]]:
+    """(header, rows): the interquartile mean over tasks and seeds of each algorithm with 2 tasks or more.
+
+    Every task counts with as many seeds, of which there must be 5 or more.
+    """
+    rows = []
+    for group in _grouped(runs, lambda run: run.config["algorithm"]):
+        tasks = _grouped(group, lambda run: run.task)
+        K = min(map(len, tasks))
+        if len(tasks) > 1 and K >= 5:
+            value, ci95 = bootstrap.stratified([[run.summary[metric] for run in task[:K]] for task in tasks])
+            rows.append([group[0].config["algorithm"], len(tasks), K, value, ci95])
+    return ["algorithm", "tasks", "seeds", f"{metric}, interquartile mean", "95%"], rows
+
+
+def _grouped(runs, key) -> list[list[Run]]:
+    """The runs with the same key, in order."""
+    found: dict = {}
+    for run in runs:
+        found.setdefault(key(run), []).append(run)
+    return list(found.values())
 
 
 def differing(runs: list[Run]) -> list[tuple[str, list]]:
@@ -142,6 +215,10 @@ def _cell(value):
     if value is None:
         return "-"
     return f"{value[0]:.3f} to {value[1]:.3f}" if isinstance(value, tuple) else value
+
+
+def _texts(rows):
+    return [[cell if isinstance(cell, str) else report.number(cell) for cell in row] for row in rows]
 
 
 def _short(value):

@@ -13,6 +13,7 @@ import numpy as np
 import rlhf_jax
 from rlhf_jax import config as configs
 from rlhf_jax import fields, judges, pretrained, tasks
+from rlhf_jax.algorithms import policy as policy_algorithm
 from rlhf_jax.commands import generate
 from rlhf_jax.data import batches, files, tldr
 from rlhf_jax.errors import InputError
@@ -23,6 +24,7 @@ from rlhf_jax.report.console import Silent
 from rlhf_jax.rewards import function, total
 
 REFERENCE = "reference"  # the other side of a win rate: the labels of the rows
+EXPORTED = "model"  # what the one stage of an exported folder is called
 FOLDER = "evaluation"  # of a workdir: completions, answers of judges, results
 
 
@@ -32,7 +34,9 @@ class Settings:
 
     stage: str = ""  # whose policy; empty: the last finished one
     against: str = ""  # a stage, another run, or `reference`; empty: the stage before reinforcement learning
-    judge: str = ""  # learned, gold, sentiment, rouge, FILE.py:FUNCTION, or a command; empty: gold or learned
+    # learned, judge (the hold-out one), gold, sentiment, rouge, FILE.py:FUNCTION, the folder of a run or of an exported
+    # reward model, or a command; empty: all that the run has
+    judge: str = ""
     rows: int = fields.number(256, least=0)  # most held-out rows; 0: all
     temperature: float = fields.number(-1.0, least=-1, most=100)  # 0: the most likely token; -1: that of the run
     seed: int = fields.number(0, least=0, below=2**32, most=2**32)
@@ -41,37 +45,48 @@ class Settings:
 def evaluate(workdir, settings: Settings, *, data=None, endpoint=None, reporter=None) -> dict:
     """Evaluates a stage of the run in `workdir`: a nested dict, which `show` prints, and workdir/evaluation/STAGE.json.
 
-    data: a file of rows {"prompt"} and optionally {"label"} instead of the run's held-out ones. endpoint: (URL, model)
-    of an OpenAI-compatible judge. Completions and the answers of judges that are programs are kept in
-    workdir/evaluation: the same command goes on where it was interrupted. Raises InputError.
+    workdir may be a folder that experiments/export_hf.py or transformers wrote; then `data` has its rows. data: a file
+    of rows {"prompt"} and optionally {"label"} instead of the run's held-out ones; for an exported reward model, rows
+    {"prompt", "chosen", "rejected"}. endpoint: (URL, model) of an OpenAI-compatible judge. Completions and the answers
+    of judges that are programs are kept in workdir/evaluation: the same command goes on where it was interrupted.
+    Raises InputError.
     """
     fields.check(settings)
     workdir = Path(workdir).expanduser()
-    config = configs.read(workdir)
     model = rlhf_jax.load(workdir, settings.stage)
-    stage = settings.stage or finished(config, workdir)[-1]
+    config, is_run = generate.config_of(workdir, model), pretrained.is_run(workdir)
+    if not is_run and data is None:
+        raise InputError("data: expected a file of rows where the model is no run, got none")
+    stage = settings.stage or (finished(config, workdir)[-1] if is_run else EXPORTED)
     result: dict[str, Any] = {"stage": stage, "seed": settings.seed}
     if model.params is not None:
-        prompts = generate.prompts_of(config, model, _rows(config, settings, data), generate.Settings())
-        rows, starts = [prompt.row for prompt in prompts], [prompt.ids for prompt in prompts]
-        if len(rows) < 2:
-            raise InputError(f"rows: expected at least 2 to evaluate on whose prompts fit, got {len(rows)}")
-        temperature = config.evaluation.temperature if settings.temperature < 0 else settings.temperature
-        run = _Run(workdir, config, model, rows, starts, temperature, settings, reporter or Silent())
+        run = opened(workdir, config, model, settings, data=data, reporter=reporter)
         ours = run.completions(workdir, stage)
-        result |= {"rows": len(rows), "temperature": temperature, "text": run.texts(ours)}
+        result |= {"rows": len(run.rows), "temperature": run.temperature, "text": run.texts(ours)}
         if against := settings.against or run.before(stage):
             result["win_rate"] = {"against": against} | run.win_rates(ours, run.other(against), endpoint)
     if model.reward is not None:
-        result["reward_model"] = _reward_model(config, model, settings)
+        pairs = _pairs(config, model, settings, None if is_run else data)
+        result["reward_model"] = _reward_model(model, *pairs)
     (workdir / FOLDER).mkdir(exist_ok=True)
     metrics.summarize(workdir / FOLDER / f"{stage}.json", result)
     return result
 
 
+def opened(workdir, config, model, settings: Settings, *, data=None, repeat: int = 1, reporter=None) -> "Run":
+    """The run with the rows that its policies complete, each `repeat` times. Raises InputError for fewer than 2."""
+    prompts = generate.prompts_of(config, model, _rows(config, settings, data), generate.Settings())
+    if len(prompts) < 2:
+        raise InputError(f"rows: expected at least 2 to evaluate on whose prompts fit, got {len(prompts)}")
+    prompts = [prompt for prompt in prompts for _ in range(repeat)]
+    rows, starts = [prompt.row for prompt in prompts], [prompt.ids for prompt in prompts]
+    temperature = config.evaluation.temperature if settings.temperature < 0 else settings.temperature
+    return Run(workdir, config, model, rows, starts, temperature, settings, reporter or Silent())
+
+
 def finished(config, workdir) -> list[str]:
     """The finished stages that have a policy, in order."""
-    names = [name for name in configs.stages(config) if name != "reward"]
+    names = [name for name in configs.stages(config) if name not in configs.REWARD_MODELS]
     return [name for name in names if (configs.place(config, workdir, name) / name / "summary.json").exists()]
 
 
@@ -90,7 +105,7 @@ def _rows(config, settings, data):
 
 
 @dataclasses.dataclass(frozen=True, eq=False)
-class _Run:
+class Run:
     """A run, and the rows that its policies complete."""
 
     workdir: Path
@@ -110,7 +125,12 @@ class _Run:
     def completions(self, workdir, stage) -> list[dict]:
         """{"completion", "ids", "ended"} of each row, by the policy of a stage of a run."""
         prompts = [{"prompt": row["prompt"]} for row in self.rows]
-        how = generate.Settings(stage=stage, temperature=self.temperature, logprobs=True, seed=self.settings.seed)
+        how = generate.Settings(
+            stage="" if stage == EXPORTED else stage,
+            temperature=self.temperature,
+            logprobs=True,
+            seed=self.settings.seed,
+        )
         made_of = generate.made_of(workdir, how, prompts)  # other weights get another file
         out = self.workdir / FOLDER / f"{stage}-{_digest(json.dumps(made_of))}.jsonl"
         out.parent.mkdir(exist_ok=True)
@@ -129,6 +149,9 @@ class _Run:
         names += ["sentiment"] if self.config.task == "write" and self.config.learned else []
         names += [] if self.config.learned else [self.config.reward.kind]
         scores = {name: self.by(name) for name in dict.fromkeys(names)}
+        place = configs.place(self.config, self.workdir, "judge")
+        if (place / "judge" / "summary.json").exists():
+            scores["judge"] = self.by_model(place, "judge")
         return scores | ({} if self.model.reward is None else {"learned": self.learned})
 
     def by(self, name) -> Callable:
@@ -139,6 +162,13 @@ class _Run:
     def learned(self, texts):
         """The reward model's score of each text, read at its EOS."""
         return self.model.score_tokens([a + b for a, b in zip(self.starts, self.ends(texts), strict=True)])
+
+    def rewarded(self, completions):
+        """What reinforcement learning maximizes [N] of sampled completions: the learned score, or that of no EOS."""
+        ended_N, section = np.array([each["ended"] for each in completions]), self.config.rl
+        how = {"missing_eos": section.missing_eos, "penalty": section.missing_eos_penalty}
+        score_N = self.learned([each["completion"] for each in completions])
+        return np.asarray(policy_algorithm.final_score(score_N, ended_N, **how), np.float64)
 
     def ends(self, texts):
         """The ids of completions, EOS included; a text that does not fit in the context is cut."""
@@ -179,8 +209,8 @@ class _Run:
 
     def before(self, stage):
         """What a policy is compared with: that of the stage before it, else the references; "" where there are none."""
-        names = finished(self.config, self.workdir)
-        place = names.index(stage)
+        names = [] if stage == EXPORTED else finished(self.config, self.workdir)
+        place = names.index(stage) if names else 0
         return names[place - 1] if place else REFERENCE if self.labelled else ""
 
     def other(self, against) -> list[dict]:
@@ -189,11 +219,13 @@ class _Run:
             if not self.labelled:
                 raise InputError("against: expected rows with a label, to compare with the reference; there are none")
             return [{"completion": row["label"]} for row in self.rows]
-        if against in configs.stages(self.config):
+        if pretrained.is_run(self.workdir) and against in configs.stages(self.config):
             return self.completions(self.workdir, against)
         folder = Path(against).expanduser()
         if not pretrained.is_run(folder):
-            expected = f"{', '.join(configs.stages(self.config))}, {REFERENCE}, or the folder of a run"
+            if (folder / "config.json").exists():
+                return self.completions(folder, EXPORTED)
+            expected = f"{', '.join(configs.stages(self.config))}, {REFERENCE}, or the folder of a run or a model"
             raise InputError(f"against: expected {expected}, got {against!r}")
         names = finished(configs.read(folder), folder)
         if not names:
@@ -213,17 +245,38 @@ class _Run:
         if endpoint:
             url, model = endpoint
             found.append(judges.Endpoint(url, model, self.answers(f"{url} {model}")))
-        if name in self.scores:
-            found.append(scored(name, self.scores[name]))
-        elif name in function.NAMED or name.rpartition(":")[0].endswith(".py"):
-            found.append(scored(name, self.by(name)))
-        elif name == "learned":
-            raise InputError("judge: expected a run with a finished reward model where it is learned; there is none")
+        if name and (score := self.score_of(name)):
+            found.append(scored(name, score))
         elif name:
             found.append(judges.Command(name, self.answers(name)))
         elif not endpoint:
             found += [scored(each, score) for each, score in self.scores.items()]
         return found
+
+    def score_of(self, name) -> Callable | None:
+        """The scores of a judge that gives a text a number, as a function of texts; None for a program."""
+        if name in self.scores:
+            return self.scores[name]
+        if name in function.NAMED or name.rpartition(":")[0].endswith(".py"):
+            return self.by(name)
+        if name == "learned":
+            raise InputError("judge: expected a run with a finished reward model where it is learned; there is none")
+        folder = Path(name).expanduser()
+        return self.by_model(folder) if folder.is_dir() else None
+
+    def by_model(self, folder, stage="reward") -> Callable:
+        """The scores of a reward model of a run, or of an exported one, as a function of texts."""
+        model = rlhf_jax.load(folder, stage if pretrained.is_run(folder) else "")
+        if model.reward is None:
+            raise InputError(f"judge: {folder}: expected a reward model, got a policy")
+        config = generate.config_of(folder, model)
+        room = generate.Settings(max_tokens=min(self.model.max_tokens, model.context - 1))
+        prompts = generate.prompts_of(config, model, self.rows, room)
+        if len(prompts) < len(self.rows):
+            kept = f"{len(prompts)} of {len(self.rows)}"
+            raise InputError(f"judge: {folder}: expected a model whose context holds every prompt, it holds {kept}")
+        starts = [prompt.ids for prompt in prompts]
+        return dataclasses.replace(self, config=config, model=model, starts=starts).learned
 
     def answers(self, name) -> judges.Answers:
         """The kept answers of a judge."""
@@ -252,9 +305,17 @@ def _mean(x_N, name=""):
     return {"value": float(x_N.mean()), "ci95": interval.mean_ci95(x_N)}
 
 
-def _reward_model(config, model, settings):
-    """How far the reward model can be trusted, on held-out preference pairs."""
-    arrays = tasks.load(config).arrays("preferences", model.tokenizer).held_out
+def _pairs(config, model, settings, data):
+    """(prompts, chosen, rejected): lists of ids, of the run's held-out pairs or of the file `data`."""
+    if data is None:
+        arrays = tasks.load(config).arrays("preferences", model.tokenizer).held_out
+    else:
+        try:
+            rows = [dict(row) for row in files.read(data, ("prompt", "chosen", "rejected"))]
+            lengths = {"prompt_length": model.context, "response_length": model.context}
+            arrays, _ = batches.encode_pairs(rows, model.tokenizer, **lengths, cut="left", source=str(data))
+        except InputError as error:
+            raise InputError(f"data: {error}") from None
     most = settings.rows or None
     prompts, chosen, rejected = (
         [ids[mask].tolist() for ids, mask in zip(arrays[ids_name][:most], arrays[mask_name][:most], strict=True)]
@@ -264,6 +325,13 @@ def _reward_model(config, model, settings):
     )  # fmt: skip
     if len(prompts) < 2:
         raise InputError(f"data.preferences: expected at least 2 held-out pairs, got {len(prompts)}")
+    longest = [max(map(len, both)) for both in zip(chosen, rejected, strict=True)]
+    prompts = [ids[max(len(ids) + most - model.context, 0) :] for ids, most in zip(prompts, longest, strict=True)]
+    return prompts, chosen, rejected
+
+
+def _reward_model(model, prompts, chosen, rejected):
+    """How far the reward model can be trusted, on held-out preference pairs."""
 
     def score(starts, ends):
         return model.score_tokens([start + end for start, end in zip(starts, ends, strict=True)])

@@ -30,9 +30,11 @@ def export(workdir, out, stage="", adapter=False):
     beside = text_hf.to_hf(tokenizer) | {"README.md": model_card.card(config, stage, summary)}
     if adapter:
         return _adapter(config, model, stage, place, out, beside)
-    params = pretrained.whole(checkpoint.load(place)["reward" if stage == "reward" else "policy"], config, model, place)
+    params = pretrained.whole(
+        checkpoint.load(place)["reward" if stage in configs.REWARD_MODELS else "policy"], config, model, place
+    )
     ids = {"eos_id": tokenizer.eos_id, "pad_id": tokenizer.pad_id}
-    if stage == "reward":
+    if stage in configs.REWARD_MODELS:
         # Without position ids, transformers counts positions from the left edge, padding included.
         beside["tokenizer_config.json"] |= {"padding_side": "right"}
         hf.save_scalar(out, params, model, **ids, beside=beside)
@@ -43,8 +45,8 @@ def export(workdir, out, stage="", adapter=False):
 
 def _adapter(config, model, stage, place, out, beside):
     """Writes the adapters of a stage's policy."""
-    if not config.lora.rank or stage == "reward":
-        expected = "a run with adapters (lora.rank)" if stage != "reward" else "a stage with a policy"
+    if not config.lora.rank or stage in configs.REWARD_MODELS:
+        expected = "a run with adapters (lora.rank)" if stage not in configs.REWARD_MODELS else "a stage with a policy"
         raise InputError(f"adapter: expected {expected}, got {stage}; without this flag, the whole model is exported")
     adapters = checkpoint.load(place)["policy"]
     peft.save(out, adapters, model, config.lora, base=config.model.init, beside=beside)
@@ -68,7 +70,7 @@ def _stage(workdir, config, requested):
     if requested and requested not in finished:
         expected = ", ".join(finished) or "there is none"
         raise InputError(f"stage: expected a finished one ({expected}), got {requested!r}")
-    policies = [name for name in finished if name != "reward"]
+    policies = [name for name in finished if name not in configs.REWARD_MODELS]
     if not requested and not policies:
         raise InputError(f"workdir: expected a finished stage in {workdir}; there is none yet")
     return requested or policies[-1]

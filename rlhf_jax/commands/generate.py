@@ -9,7 +9,7 @@ from typing import NamedTuple
 
 import rlhf_jax
 from rlhf_jax import config as configs
-from rlhf_jax import fields, jsonfile
+from rlhf_jax import fields, jsonfile, pretrained, provenance
 from rlhf_jax.data import batches, files, sources
 from rlhf_jax.errors import InputError
 from rlhf_jax.pretrained import Sample
@@ -67,7 +67,7 @@ def generate(workdir, rows: list[dict], settings: Settings, *, out=None, reporte
         raise InputError("scores: expected a run whose reward model is finished, there is none")
     if taken := next((column for row in rows for column in COLUMNS if column in row), None):
         raise InputError(f"prompts: expected rows without a column {taken!r}, which is one of the results")
-    prompts = prompts_of(configs.read(workdir), model, rows, settings)
+    prompts = prompts_of(config_of(workdir, model), model, rows, settings)
     done = _open(out, made_of(workdir, settings, rows)) if out else 0
     size = max(settings.batch // n, 1)  # prompts at a time
     results: list[dict] = []
@@ -92,6 +92,15 @@ def generate(workdir, rows: list[dict], settings: Settings, *, out=None, reporte
         reporter.update(first * n + len(made), {})
     reporter.finish(f"written to {out}" if out else "")
     return results
+
+
+def config_of(source, model: pretrained.Pretrained) -> configs.Config:
+    """The config of a run; of a model that transformers or experiments/export_hf.py wrote, one that reads as much."""
+    if pretrained.is_run(Path(source).expanduser()):
+        return configs.read(source)
+    lengths: dict = {"prompt_length": model.context, "response_length": model.max_tokens}  # `prompts_of` leaves room
+    data = sources.Config(source="files", cut="left", **lengths)
+    return configs.Config(task="prompts", data=data, model=model.config)
 
 
 class Prompt(NamedTuple):
@@ -126,13 +135,18 @@ def _result(prompt: Prompt, j: int, sample: Sample, settings: Settings) -> dict:
 
 def made_of(workdir, settings, rows) -> dict:
     """What results depend on: settings, rows and weights."""
-    config = configs.read(workdir)
-    names = configs.stages(config)
-    summaries = [configs.place(config, workdir, name) / name / "summary.json" for name in names]
+    folder = Path(workdir).expanduser()
+    if pretrained.is_run(folder):
+        config = configs.read(folder)
+        names = configs.stages(config)
+        summaries = [configs.place(config, folder, name) / name / "summary.json" for name in names]
+        weights = _sha256(b"".join(path.read_bytes() for path in summaries if path.exists()))
+    else:
+        weights = provenance.digest(folder) or str(workdir)
     return {
         "settings": fields.significant(settings),
         "rows": _sha256(json.dumps(rows, sort_keys=True, default=str).encode()),
-        "run": _sha256(b"".join(path.read_bytes() for path in summaries if path.exists())),
+        "run": weights,
     }
 
 

@@ -5,6 +5,7 @@ a recomputed value with the first one: otherwise rematerialization would save no
 """
 
 import dataclasses
+import functools
 
 import jax
 import jax.numpy as jnp
@@ -15,6 +16,7 @@ from rlhf_jax.errors import InputError
 from rlhf_jax.models import heads, lora
 from rlhf_jax.rewards import function, learned
 from rlhf_jax.stages.rl import Iteration
+from rlhf_jax.training import sharding
 
 APART = {"xla_disable_hlo_passes": "cse_barrier_expander"}
 
@@ -28,16 +30,34 @@ def rl(config, vocab_size, devices=1):
     learned reward. The guard keeps no copy of what an update changes. The batch is spread over the devices;
     communication between them is not counted.
     """
+    state, base, programs = compiled(config, vocab_size, _share(config.rl, devices))
+    peak = {name: _beside(*program) for name, program in programs.items()}
+    if "reward" in peak:  # it runs while the completions are still there
+        *_, drawn = programs["judge"][1]
+        peak["judge"] = max(peak["judge"], _size(drawn) + peak.pop("reward"))
+    best = _size(state.policy) if config.evaluation.result == "best" else 0
+    kept = _size(state) + best + _size(base)
+    return {"state": kept} | {name: kept + size for name, size in peak.items()}
+
+
+def compiled(config, vocab_size, section, mesh=None):
+    """(the state, the base of adapters or None, {name: (function, its arguments)}) of an iteration, all as shapes.
+
+    section: that of the algorithm. mesh: the shapes say where the arrays lie on it, and functions are compiled for it.
+    """
     if not config.sampled:
         raise InputError(
             f"algorithm: expected {' or '.join(POLICY)}, whose iterations are measured, got {config.algorithm}"
         )
-    task, section = tasks.load(config), _share(config.rl, devices)
+    task = tasks.load(config)
     model = dataclasses.replace(config.model, vocab_size=config.model.vocab_size or vocab_size)
-    whole = jax.eval_shape(heads.LanguageModel(model).init, jax.random.key(0))
+    whole = None
+    if config.lora.rank:
+        whole = placed(jax.eval_shape(heads.LanguageModel(model).init, jax.random.key(0)), mesh)
     base = lora.Base(config.lora, lambda: whole) if config.lora.rank else None
     apply = rollout.Apply(heads.LanguageModel(model, base=base), heads.ScalarModel(model, base))
     jit = base.jit if base else jax.jit
+    jit = functools.partial(sharding.jit, mesh=mesh, jit=jit) if mesh else jit
     options = {name: getattr(section, name) for name in ("temperature", "lanes", "widths", "group")}
     sampling = generate.Sampling(task.response_length, eos_id=0, pad_id=1, **options)
     reward = learned.Learned(apply, None, sampling, jit) if config.learned else function.load(config.reward.kind)
@@ -50,15 +70,20 @@ def rl(config, vocab_size, devices=1):
 
     shape = (section.batch, task.prompt_length)
     prompts = (jax.ShapeDtypeStruct(shape, jnp.int32), jax.ShapeDtypeStruct(shape, bool))
-    state = jax.eval_shape(begin, jax.random.key(0))
+    state = placed(jax.eval_shape(begin, jax.random.key(0)), mesh)
     programs = iteration.programs(state, prompts, reward)
-    peak = {name: _beside(*program) for name, program in programs.items()}
-    if "reward" in peak:  # it runs while the completions are still there
-        *_, drawn = programs["judge"][1]
-        peak["judge"] = max(peak["judge"], _size(drawn) + peak.pop("reward"))
-    best = _size(state.policy) if config.evaluation.result == "best" else 0
-    kept = _size(state) + best + (_size(whole) if base else 0)
-    return {"state": kept} | {name: kept + size for name, size in peak.items()}
+    for name, (program, (first, *rows)) in programs.items():
+        programs[name] = program, (placed(first, mesh), *placed(rows, mesh, rows=True))
+    return state, whole, programs
+
+
+def placed(shapes, mesh, rows=False):
+    """The shapes, laid over the mesh as parameters or as rows; as they are without a mesh."""
+    if mesh is None:
+        return shapes
+    where = sharding.rows(mesh) if rows else sharding.shardings(shapes, mesh)
+    where = jax.tree.map(lambda _: where, shapes) if rows else where
+    return jax.tree.map(lambda x, where: jax.ShapeDtypeStruct(x.shape, x.dtype, sharding=where), shapes, where)
 
 
 def _share(section, devices):

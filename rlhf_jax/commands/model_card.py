@@ -12,10 +12,11 @@ WHAT = {
     "pretrain": "a language model, pretrained",
     "sft": "a policy after supervised fine-tuning",
     "reward": "a reward model, trained on preference pairs",
+    "judge": "a reward model that judges another one, trained on other preference pairs",
     "rl": "a policy after reinforcement learning",
 }
 # Config fields left out: those that do not change a run's results, and those in the card's section `Data`.
-QUIET = ("eval_every", "save_every", "microbatches", "remat", "top_k", "top_p", "init", "path")
+QUIET = ("eval_every", "save_every", "microbatches", "remat", "scan", "top_k", "top_p", "init", "path")
 
 READS = {"versions": dict, "machine": dict, "seconds": int | float}  # fields of the summary.json, and their types
 
@@ -41,7 +42,7 @@ PROMPTS = {"write": bpe.EOS, "summarize": format_query("...", "...", "..."), "pr
 
 def card(config, stage, summary):
     """The text of the card of a run's finished stage; summary is what its summary.json holds."""
-    use = REWARD if stage == "reward" else POLICY
+    use = REWARD if stage in configs.REWARD_MODELS else POLICY
     measured = [(f"`{name}`", _number(value)) for name, value in summary.items() if name.startswith(f"{stage}/")]
     versions = ", ".join(f"{name} {version}" for name, version in summary["versions"].items())
     machine = summary["machine"]
@@ -102,7 +103,7 @@ def _what(config, stage):
 
 def _header(config, stage):
     """The metadata that the hub reads."""
-    tag = "text-classification" if stage == "reward" else "text-generation"
+    tag = "text-classification" if stage in configs.REWARD_MODELS else "text-generation"
     lines = ["---", "library_name: transformers", f"pipeline_tag: {tag}", f"tags: [rlhf_jax, {stage}]"]
     if _on_hub(config.model.init):
         lines.append(f"base_model: {config.model.init.partition('@')[0]}")
@@ -111,7 +112,7 @@ def _header(config, stage):
 
 def _reading(config, stage):
     tokens = "PAD and EOS are different tokens. "
-    if stage == "reward":
+    if stage in configs.REWARD_MODELS:
         return tokens + "Scores are read at EOS, the last token; pad on the right. References score 0 on average."
     begins = f"the prompt, padded on the left; {_completion(config)} begins with a space"
     return f"{tokens}A text begins with {'EOS alone' if config.task == 'write' else begins}, and ends with EOS."

@@ -3,6 +3,7 @@
 import dataclasses
 import functools
 import itertools
+import random
 from pathlib import Path
 
 from rlhf_jax.data import batches, cache, chats, comparisons, files, hub
@@ -52,6 +53,9 @@ class Config:
     world_preferences: int = number(8_000, least=1)  # rows to generate
     world_prompts: int = number(8_000, least=1)  # rows to generate
     world_held_out: int = number(512, least=1)  # rows to generate, of each kind
+    # What decides a generated pair: gold (the truth, with noise), or, to see what a bad reward model does, random or
+    # longer (the text with more words)
+    world_labels: str = choice("gold", "gold", "random", "longer")
     cache: str = path(neutral=True)  # folder for generated and converted data; empty: the user's cache folder
     prompt_length: int = number(512, least=1)  # P, tokens
     # A longer prompt loses its beginning (left), its end (right) or the end of its post (newline: a TL;DR query); or
@@ -76,10 +80,11 @@ class Config:
                 yield name, why
             if self.preferences:
                 yield "world_preferences", "preferences is given"
+                yield "world_labels", "preferences is given"
                 yield "columns.label", why
         else:
-            for name in ("world_seed", "world_sft", "world_preferences", "world_prompts", "world_held_out"):
-                yield name, why
+            for name in ("seed", "sft", "preferences", "prompts", "held_out", "labels"):
+                yield f"world_{name}", why
         if self.source != "hub":
             yield "split", why
             yield "held_out_split", why
@@ -108,6 +113,8 @@ def load(kind, config, seed):
             made = [load_split(split=split) for split in world.SPLITS[1 if own else 0 :]]
         except InputError as error:
             raise InputError(str(error).replace("data_dir:", "data.cache:")) from None
+        if kind == "preferences" and not own and config.world_labels != "gold":
+            made = [list(labelled(rows, config.world_labels, config.world_seed)) for rows in made]
         if not own:
             return tuple(made), []
     extra = kind == "prompts"
@@ -129,6 +136,15 @@ def load(kind, config, seed):
     except InputError as error:
         raise InputError(f"data.{kind}: {error}") from None
     return sides, files.notes(f"data.{kind}", skipped or [], found)
+
+
+def labelled(rows, how, seed):
+    """Yields pairs whose sides are decided anew: `random`, or the `longer` text is the better one."""
+    rng = random.Random(f"{seed}/{how}")
+    for row in rows:
+        more = len(row["rejected"].split()) - len(row["chosen"].split())
+        swap = rng.random() < 0.5 if how == "random" else more > 0
+        yield row | ({"chosen": row["rejected"], "rejected": row["chosen"]} if swap else {})
 
 
 def _read(kind, config, split, *, skipped, found, extra):

@@ -19,7 +19,7 @@ import jax.numpy as jnp
 from rlhf_jax.errors import InputError
 from rlhf_jax.fields import choice, neutral, number, path
 from rlhf_jax.models import rotary
-from rlhf_jax.ops import attention
+from rlhf_jax.ops import attention, sharded
 
 BIASES = {"all": ("qkv", "out", "fc", "proj"), "attention": ("qkv", "out"), "qkv": ("qkv",), "none": ()}
 
@@ -62,6 +62,9 @@ class Config:
     dtype: str = choice("float32", "float32", "bfloat16")  # of the activations; parameters are float32
     fused: bool = False  # cuDNN attention for whole sequences; needs dtype bfloat16 and an NVIDIA GPU
     remat: bool = neutral(False)  # recompute layers in the backward pass: less memory (not on a CPU), a third more work
+    # Compute whole sequences by a scan over the layers: a smaller program, which copies the weights once a pass. The
+    # decode step is never a scan.
+    scan: bool = neutral(False)
     # Weights to start from: a model.safetensors, a folder of transformers, or NAME or NAME@REVISION on the hub; empty:
     # random.
     init: str = path()
@@ -181,6 +184,7 @@ class Attention(nn.Module):
             angles_q = None if angles_BTJ is None else self.select(angles_BTJ)
         # Heads move next to the batch: products as `bthk,bshk->bhts` are three times slower on a CPU.
         q_BHTK, k_BASK, v_BASK = (jnp.moveaxis(part.reshape(*part.shape[:2], -1, c.head_size), 1, 2) for part in parts)
+        q_BHTK, k_BASK, v_BASK = (sharded.constrain(x, sharded.ROWS, "tensor") for x in (q_BHTK, k_BASK, v_BASK))
         if c.qk_norm:
             q_BHTK, k_BASK = _rms(c, "q_norm")(q_BHTK), _rms(c, "k_norm")(k_BASK)
         if angles_BTJ is not None:  # cached keys are already rotated: their positions never change
@@ -212,7 +216,7 @@ class MLP(nn.Module):
             h_BTF = jax.nn.silu(gate_BTF) * up_BTF
         else:
             h_BTF = jax.nn.gelu(_dense(c, "fc", c.hidden_size)(x_BTD), approximate=not c.exact_gelu)
-        return _dense(c, "proj", c.width, residual=True)(h_BTF)
+        return _dense(c, "proj", c.width, residual=True)(sharded.constrain(h_BTF, sharded.ROWS, None, "tensor"))
 
 
 class Block(nn.Module):
@@ -277,13 +281,25 @@ class Decoder(nn.Module):
         x_BTD = nn.Dropout(c.dropout, deterministic=deterministic, name="dropout")(x_BTD)
         # remat keeps only a layer's input for the backward pass, which computes the layer a second time.
         block = nn.remat(Block) if c.remat and cache is None and not slots else Block
-        layers = []
-        for i in range(c.layers):
+        layers, first = [], 0
+        # A cache would be copied at every token, and every layer has dropout noise of its own.
+        if (
+            c.scan
+            and c.layers > 2
+            and cache is None
+            and (deterministic or not c.dropout)
+            and not self.is_initializing()
+        ):
+            first = c.layers - 1  # the last one selects
+            x_BTD, layers = self._scanned(x_BTD, attend_BTS, angles_BTJ, first, remat=c.remat and not slots)
+        for i in range(first, c.layers):
             past = None if cache is None else (cache.keys[i], cache.values[i], cache.used)
             selected = select if i == c.layers - 1 else None
-            x_BTD, kv = block(c, deterministic, selected, name=f"h_{i}")(x_BTD, attend_BTS, angles_BTJ, past)
+            x_BTD, kv = block(c, deterministic, selected, name=f"h_{i}")(
+                sharded.rows(x_BTD), attend_BTS, angles_BTJ, past
+            )
             layers.append(kv)
-        x_BTD = _norm(c, "ln_f")(x_BTD)
+        x_BTD = sharded.rows(_norm(c, "ln_f")(x_BTD))
         keys, values = zip(*layers, strict=True)
         if cache is not None:
             valid_BS = jax.lax.dynamic_update_slice_in_dim(cache.valid_BS, mask_BT, cache.used, axis=1)
@@ -293,6 +309,25 @@ class Decoder(nn.Module):
         keys, values = (tuple(_widen(x_BATK, slots, axis=2) for x_BATK in each) for each in (keys, values))
         position_BS = None if position_BS is None else _widen(position_BS, slots, axis=1)
         return x_BTD, KVCache(keys, values, _widen(mask_BT, slots, axis=1), jnp.int32(T), position_BS)
+
+    def _scanned(self, x_BTD, attend_BTS, angles_BTJ, count, *, remat):
+        """(the stream after the first `count` layers, (keys, values) of each), computed by a scan over these layers."""
+        of_layer: list[dict] = [
+            {
+                kind: self.get_variable(kind, f"h_{i}")
+                for kind in ("params", "lora")
+                if self.has_variable(kind, f"h_{i}")
+            }
+            for i in range(count)
+        ]
+        block = Block(self.config, True, parent=None)
+
+        def layer(x_BTD, variables):
+            return block.apply(variables, sharded.rows(x_BTD), attend_BTS, angles_BTJ, None)
+
+        layer = jax.checkpoint(layer, prevent_cse=False) if remat else layer
+        x_BTD, (keys, values) = jax.lax.scan(layer, x_BTD, jax.tree.map(lambda *x: jnp.stack(x), *of_layer))
+        return x_BTD, list(zip(keys, values, strict=True))
 
 
 def _check(positions_BT, context):
@@ -313,9 +348,17 @@ def _widen(x, size, axis):
     return jnp.pad(x, [(0, size - length if i == axis else 0) for i, length in enumerate(x.shape)])
 
 
+class Embed(nn.Embed):
+    """A table whose rows are looked up. Devices gather it first: XLA would do so with every array that is looked up."""
+
+    def __call__(self, inputs):
+        table = self.embedding.astype(self.dtype)
+        return jnp.take(sharded.constrain(table, "tensor"), inputs, axis=0)
+
+
 def _embed(config, entries, name):
     init = nn.initializers.normal(config.init_std)
-    return nn.Embed(entries, config.width, name=name, dtype=config.dtype, embedding_init=init)
+    return Embed(entries, config.width, name=name, dtype=config.dtype, embedding_init=init)
 
 
 def _norm(config, name):

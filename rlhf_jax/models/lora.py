@@ -130,6 +130,10 @@ class _Compiled:
     def __call__(self, *args):
         return self._compiled(self._base.stored, *args)
 
+    def trace(self, *args):
+        """As that of jax.jit's functions."""
+        return self._compiled.trace(self._base.stored, *args)
+
     def lower(self, *args):
         """As that of jax.jit's functions."""
         return self._compiled.lower(self._base.stored, *args)

@@ -8,6 +8,8 @@ import math
 import jax
 import jax.numpy as jnp
 
+from rlhf_jax.ops import sharded
+
 
 def before(x_BT, count):
     """The `count` entries of x one position before the last `count` tokens: x_BT[:, -count-1:-1].
@@ -48,20 +50,28 @@ def entropy(logits_TV, *, temperature=1.0):
 
 
 def chunked(function, hidden, *arrays, chunk):
-    """function(hidden_XD, *arrays), computed for `chunk` tokens at a time; X stands for any number of token axes.
+    """function(hidden_XD, *arrays), computed for `chunk` tokens a device at a time; X stands for any number of axes.
 
     `function` computes logits over the vocabulary and from them a few numbers per token. The backward pass recomputes
     a chunk's logits, so neither pass holds a [B, T, V] array. Every array begins with the token axes X and may have
     more; the results have only X.
     """
     axes = hidden.shape[:-1]
-    tokens = math.prod(axes)
+    devices = sharded.shards() if axes and axes[0] % sharded.shards() == 0 else 1
+    tokens = math.prod(axes) // devices  # of a device
     if tokens <= chunk:
         return function(hidden, *arrays)
 
     def fold(x):
-        x = x.reshape(tokens, *x.shape[len(axes) :])
-        return jnp.pad(x, [(0, -tokens % chunk)] + [(0, 0)] * (x.ndim - 1)).reshape(-1, chunk, *x.shape[1:])
+        """Each device's tokens as chunks: [chunks, devices x chunk, ...]."""
+        x = x.reshape(devices, tokens, *x.shape[len(axes) :])
+        x = jnp.pad(x, [(0, 0), (0, -tokens % chunk)] + [(0, 0)] * (x.ndim - 2))
+        x = x.reshape(devices, -1, chunk, *x.shape[2:]).swapaxes(0, 1)
+        return sharded.constrain(x.reshape(-1, devices * chunk, *x.shape[3:]), None, sharded.ROWS)
+
+    def unfold(x):
+        x = x.reshape(-1, devices, chunk).swapaxes(0, 1).reshape(devices, -1)
+        return sharded.rows(x[:, :tokens].reshape(axes))
 
     out = jax.lax.map(lambda part: jax.checkpoint(function)(*part), jax.tree.map(fold, (hidden, *arrays)))
-    return jax.tree.map(lambda x: x.reshape(-1)[:tokens].reshape(axes), out)
+    return jax.tree.map(unfold, out)

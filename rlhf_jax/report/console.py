@@ -30,6 +30,7 @@ SHOWN = (
     "eval_score",
     "gold",
     "eval_gold",
+    "eval_judge",
     "reward",
     "eval_reward",
     "distinct2",

@@ -93,6 +93,7 @@ REWARD = (
 RL = {
     "score": Panel("Learned score", "reward model's score", _both("score")),
     "reward": Panel("Reward", "mean of a rollout", _both("reward", AMBER)),
+    "judge": Panel("Hold-out judge", "score of a second reward model", _both("judge", AMBER)),
     "gold": Panel("Gold score", "true reward (at most 1)", _both("gold", AMBER)),
     "kl": Panel("KL from the reference", "nats per response",
                 (Curve("kl", "k1"), Curve("kl_k3", "k3", PURPLE), Curve("kl_exact", "exact", GREEN))),
@@ -151,7 +152,7 @@ def pipeline(rows, path, title):
 
     rows is {stage: its rows of metrics}, the last stage the one of reinforcement learning.
     """
-    panels = LOSS | {"reward": ACCURACY}
+    panels = LOSS | {"reward": ACCURACY, "judge": dataclasses.replace(ACCURACY, title="Hold-out judge accuracy")}
     *before, last = rows
     plotters = [plotter for stage in before for plotter in _panels([panels[stage]], bare(rows[stage], stage))]
     found = bare(rows[last], last)
@@ -159,6 +160,30 @@ def pipeline(rows, path, title):
     cost = ("kl",) if len(before) == 2 and "reward" in rows else ("kl", "distinct2", "repeat_rate")
     plotters += gain + _panels([RL[name] for name in cost], found, "iteration")
     return _save(plotters, path, columns=2, title=title)
+
+
+@_styled
+def sweep(points, metric, path, title):
+    """The metric of each run over the values of each field, {field: [(value, metric)]}; the line has means."""
+    return _save(
+        [partial(_field, name=name, pairs=pairs, metric=metric) for name, pairs in points.items()], path, title=title
+    )
+
+
+def _field(axes, name, pairs, metric):
+    values = list(
+        dict.fromkeys(value for value, _ in sorted(pairs, key=lambda pair: (str(type(pair[0])), pair[0] or 0)))
+    )
+    numeric = all(type(value) in (int, float) for value in values)
+    places = {value: value if numeric else i for i, value in enumerate(values)}
+    axes.plot([places[value] for value, _ in pairs], [number for _, number in pairs], "o", color=BLACK, markersize=3)
+    means = [np.mean([number for other, number in pairs if other == value]) for value in values]
+    axes.plot([places[value] for value in values], means, color=BLUE, linewidth=2)
+    if numeric and min(values) > 0 and max(values) > 20 * min(values):
+        axes.set_xscale("log")
+    if not numeric:
+        axes.set_xticks(range(len(values)), [str(value)[:LONGEST] for value in values])
+    axes.set(title=name, ylabel=metric)
 
 
 @_styled
@@ -202,6 +227,17 @@ def compare(curves, path, *, metric):
     return _save(
         [partial(_curves, curves=curves, x=x, label=label, metric=metric) for x, label in axes_of.items()], path
     )
+
+
+@_styled
+def over_optimization(points, fits, path):
+    """Gold and the learned reward over sqrt(KL), with the curve of each fit: {kind: arrays} and {kind: Fit}.
+
+    Small points are those of a prompt or a run, large ones are means where several have the same KL.
+    """
+    titles = {"best_of_n": "Best of n", "rl": "Reinforcement learning"}
+    panels = [partial(_gains, points=points[kind], fit=fits[kind], title=titles[kind]) for kind in points]
+    return _save(panels, path, title="Gain over the fine-tuned policy")
 
 
 def bare(rows, stage):
@@ -432,6 +468,28 @@ def _curves(axes, curves, x, label, metric):
         (line,) = axes.plot(x_N, y_N, ".-", color=f"C{i}", linewidth=1.5, markersize=4)
         ends.append((y_N[-1], f"{name} {_number(y_N[-1])}", line.get_color()))
     axes.set(title=f"Held-out {metric}", xlabel=label, ylabel=metric)
+    _label_ends(axes, ends)
+
+
+def _gains(axes, points, fit, title):
+    ends = []
+    for name, color in ("proxy", BLUE), ("gold", AMBER):
+        gain_N = getattr(points, name)
+        kl_M, place_N = np.unique(points.kl, return_inverse=True)
+        mean_M = np.bincount(place_N, gain_N) / np.bincount(place_N)
+        if len(kl_M) < len(gain_N):
+            axes.plot(np.sqrt(kl_M), mean_M, "o", color=color, markersize=4, label=name)
+        else:
+            axes.plot(np.sqrt(points.kl), gain_N, ".", color=color, markersize=4, alpha=0.6, label=name)
+        label = "learned reward" if name == "proxy" else name
+        ends.append((mean_M[-1], f"{label} {_number(mean_M[-1])}", color))
+    d_N = np.linspace(fit.most / 100, fit.most, 200)
+    axes.plot(d_N, fit(d_N), color=AMBER, linewidth=1.5)
+    said = "peak of the fit outside the data"
+    if fit.peak is not None:
+        axes.axvline(fit.peak, color=GREY, linewidth=1, linestyle=DASHED)
+        said = f"peak of the fit at {_number(fit.peak)} ({_number(fit.peak_ci95[0])} to {_number(fit.peak_ci95[1])})"
+    axes.set(title=title, ylabel="gain", xlabel=f"square root of the KL (nats)\n{said}")
     _label_ends(axes, ends)
 
 

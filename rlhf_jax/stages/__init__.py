@@ -25,6 +25,7 @@ PURPOSES = (
     *("policy init", "reward head", "evaluation", "pretrain", "sft", "reward", "rl"),
     *("pretrain order", "sft order", "reward order", "rl order"),  # of the rows that a stage trains on
     "ptx order",  # of the texts beside the completions
+    *("judge", "judge head", "judge order"),
 )
 
 
@@ -109,8 +110,13 @@ class Setup:
     evaluation: Any  # config.Evaluation
     guard: guards.Config = guards.Config()
     mesh: Any = dataclasses.field(default_factory=sharding.mesh)
-    jit: Callable = jax.jit  # replay.py gives another one, to check every operation
+    jit: Callable = (
+        jax.jit
+    )  # replay.py gives another one, to check every operation; functions are compiled for the mesh
     record: bool = False  # compiled updates return their arrays too, for a trace
+
+    def __post_init__(self):
+        object.__setattr__(self, "jit", functools.partial(sharding.jit, mesh=self.mesh, jit=self.jit))
 
     @functools.cache  # noqa: B019 (a setup lives as long as its run)
     def arrays(self, kind: str) -> Encoded:
@@ -132,13 +138,15 @@ class Setup:
         return jax.random.fold_in(jax.random.key(self.seed), PURPOSES.index(purpose))
 
     def batch_at(
-        self, kind: str, batch: int, stage: str, field: str, group: int = 1, more: dict | None = None
+        self, kind: str, batch: int, stage: str, field: str, group: int = 1, more: dict | None = None, only=None
     ) -> Callable[[int], dict]:
         """A stage's batches on the devices, in its own order; each row `group` times, next to each other.
 
-        `more` has other arrays of the same rows. An error names the config's `field`.
+        `more` has other arrays of the same rows. only: the places of the rows to use; None: all. An error names the
+        config's `field`.
         """
         arrays = self.arrays(kind).train | (more or {})
+        arrays = arrays if only is None else {name: array[only] for name, array in arrays.items()}
         if batch > (rows := len(arrays["index_N"]) * group):
             named = "the number of training rows" if group == 1 else f"the number of training rows x group = {group}"
             raise InputError(f"{field}: expected at most {rows}, {named}, got {batch}")
@@ -173,7 +181,7 @@ class Setup:
         """
         count = rows or len(arrays["index_N"])
         size = min(self.evaluation.batch, count)
-        size += -size % self.mesh.size
+        size += -size % sharding.shards(self.mesh)
         parts = []
         for start in range(0, count, size):
             batch = batches.take(arrays, np.arange(start, start + size) % count)

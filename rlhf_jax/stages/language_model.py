@@ -4,9 +4,9 @@ import functools
 
 import numpy as np
 
+from rlhf_jax import rollout
 from rlhf_jax.algorithms import supervised
 from rlhf_jax.evaluate import perplexity
-from rlhf_jax.generate import generate
 from rlhf_jax.report import plots
 from rlhf_jax.stages import Evaluation, Setup, Stage, Step, Summary, row_keys
 from rlhf_jax.training import optim, sharding
@@ -28,7 +28,7 @@ def language_model(name: str, setup: Setup, config: supervised.Config, policy) -
     @setup.jit
     def sample(policy, batch):
         prompts = (batch["prompt_BP"], batch["prompt_mask_BP"])
-        drawn = generate(apply.policy, policy, *prompts, row_keys(setup.key("evaluation"), batch), sampling)
+        drawn = rollout.draw(apply, policy, *prompts, row_keys(setup.key("evaluation"), batch), sampling)
         return {"response": drawn.response_BR, "mask": drawn.mask_BR, "eos_rate": drawn.done_B}
 
     def step(state, batch, record=False):
@@ -61,7 +61,7 @@ def language_model(name: str, setup: Setup, config: supervised.Config, policy) -
     return Stage(
         name=name,
         config=config,
-        state=sharding.replicate(supervised.init(policy, setup.key(name), tx=tx), setup.mesh),
+        state=sharding.place(supervised.init(policy, setup.key(name), tx=tx), setup.mesh),
         batch_at=setup.batch_at(name, config.batch, name, f"{name}.batch"),
         step=step,
         learn=learn,

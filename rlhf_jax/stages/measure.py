@@ -25,12 +25,22 @@ class Measured:
     tokens: dict[str, np.ndarray] = dataclasses.field(default_factory=dict)  # [N, R] each: ids, mask, log-probs
 
 
-def measurement(setup, config, reward):
+def questions_of(setup, part=None):
+    """(arrays, rows) of the held-out prompts of a policy; part: (i, n), the i-th of n shares of them; None: all."""
+    arrays, rows = setup.questions("prompts")
+    if part is None:
+        return arrays, rows
+    share = slice(part[0], len(rows), part[1])
+    return {name: array[share] for name, array in arrays.items()}, rows[share]
+
+
+def measurement(setup, config, reward, holdout=None, part=None):
     """A function (state, key) -> Measured; reward: None where there is none, and only `task.judge` says how good it is.
 
-    KL is measured at the training temperature, everything else at the evaluation temperature.
+    holdout: a second reward model, as a Learned, whose scores are "judge". part: as of `questions_of`. KL is measured
+    at the training temperature, everything else at the evaluation temperature.
     """
-    arrays, questions = setup.questions("prompts")
+    arrays, questions = questions_of(setup, part)
     evaluation = setup.evaluation
 
     @functools.partial(setup.jit, static_argnums=4)
@@ -58,6 +68,8 @@ def measurement(setup, config, reward):
             }
             if reward and not reward.on_host:
                 rows[reward.metric] = rewards.total(reward(state.reward, rewards.Completions((), drawn, setup.decode)))
+            if holdout:
+                rows["judge"] = rewards.total(holdout(holdout.params, rewards.Completions((), drawn, setup.decode)))
             return rows
 
         return setup.over(arrays, one, len(questions))
@@ -80,9 +92,9 @@ def measurement(setup, config, reward):
     return measure
 
 
-def passes(setup, config):
+def passes(setup, config, part=None):
     """A function state -> {"pass_1", "pass_2", "pass_4", ...}: pass@k of the held-out questions; {} without answers."""
-    arrays, questions = setup.questions("prompts")
+    arrays, questions = questions_of(setup, part)
     draws, sampling = setup.evaluation.draws, setup.sampling(config.temperature)
 
     @setup.jit
@@ -125,20 +137,25 @@ def diversity_of(texts):
 
 
 def compare(first, last, sides, metric):
-    """The summary's numbers before and after, the gains, and the win rate (on gold where it is known)."""
+    """The summary's numbers before and after, the gains, and the win rate by what `known` says."""
     before, after = sides
     numbers: dict[str, Any] = {}
     for name, value in last.numbers.items():
         numbers |= {name: value, f"{name}{after}": value, f"{name}{before}": first.numbers[name]}
-    for name in dict.fromkeys(name for name in (metric, "gold") if name in last.rows):
+    for name in dict.fromkeys(name for name in (metric, "judge", "gold") if name in last.rows):
         gain, ci95 = interval.paired_gain(last.rows[name], first.rows[name])
         spread = float(np.std(first.rows[name]))
         numbers |= {f"{name}_gain": gain, f"{name}_ci95": ci95, f"{name}{before}_sd": spread}
-    best = "gold" if "gold" in last.rows else metric
+    best = known(last.rows, metric)
     if best is None:
         return numbers
     rate, ci95 = win_rate.win_rate(last.rows[best], first.rows[best])
     return numbers | {"win_rate": rate, "win_rate_ci95": ci95}
+
+
+def known(names, metric):
+    """What a policy is judged by: gold where it is known, else the hold-out judge, else the reward, `metric`."""
+    return next((name for name in ("gold", "judge") if name in names), metric)
 
 
 def metric_of(measured, reward):
@@ -150,7 +167,7 @@ def metric_of(measured, reward):
 def table(first, last, numbers, metric):
     """Rows of the final table: (name, before, after, change, its 95% interval)."""
     rows = []
-    order = ("gold", metric, "kl", "kl_exact", "distinct2", "repeat_rate", "entropy", "eos_rate", "length")
+    order = ("gold", "judge", metric, "kl", "kl_exact", "distinct2", "repeat_rate", "entropy", "eos_rate", "length")
     for name in dict.fromkeys(name for name in order if name in last.numbers):
         change = last.numbers[name] - first.numbers[name]
         ci95 = interval.paired_gain(last.rows[name], first.rows[name])[1] if name in last.rows else None
@@ -166,7 +183,9 @@ def samples(measured, state, config, metric):
     `total` is what the algorithm maximizes: the score after the rule for a missing EOS, minus the KL penalty with the
     current coefficient.
     """
-    rows = {name: measured.rows[name] for name in dict.fromkeys((metric, "kl", "gold")) if name in measured.rows}
+    rows = {
+        name: measured.rows[name] for name in dict.fromkeys((metric, "kl", "judge", "gold")) if name in measured.rows
+    }
     score_N = np.asarray(policy_algorithm.final_score(
         rows[metric], measured.rows["eos_rate"], missing_eos=config.missing_eos, penalty=config.missing_eos_penalty
     ))  # fmt: skip

@@ -7,6 +7,7 @@ import numpy as np
 from rlhf_jax import rewards
 from rlhf_jax.algorithms import dpo as dpo_algorithm
 from rlhf_jax.algorithms import preference, supervised
+from rlhf_jax.data import batches
 from rlhf_jax.errors import InputError
 from rlhf_jax.evaluate import accuracy
 from rlhf_jax.report import plots
@@ -16,8 +17,18 @@ from rlhf_jax.training import optim, sharding
 LEAST_STD = 1e-6  # of the references' scores: with less spread they cannot be normalized
 
 
-def reward_model(name: str, setup: Setup, config: preference.Config, policy) -> Stage:
-    """The stage that trains a new head on `policy` with (prompt, chosen, rejected). References: held-out SFT rows."""
+def half(setup: Setup, judge: bool) -> np.ndarray:
+    """The places of the training pairs of the hold-out judge, or of the reward model: no prompt is in both."""
+    rows, index_N = setup.task.rows("preferences").train, setup.arrays("preferences").train["index_N"]
+    sides = batches.split([{"prompt": rows[i]["prompt"], "at": at} for at, i in enumerate(index_N)], 0.5, setup.seed)
+    return np.array([row["at"] for row in sides[judge]])
+
+
+def reward_model(name: str, setup: Setup, config: preference.Config, policy, only=None) -> Stage:
+    """The stage that trains a new head on `policy` with (prompt, chosen, rejected). References: held-out SFT rows.
+
+    name: "reward", or "judge" for a second model of the same kind. only: the places of its training pairs; None: all.
+    """
     apply = setup.apply
     held_out, rows = setup.arrays("preferences").held_out, setup.task.rows("preferences").held_out
     references = setup.arrays("sft").held_out
@@ -79,15 +90,15 @@ def reward_model(name: str, setup: Setup, config: preference.Config, policy) -> 
 
         return Summary({"accuracy_ci95": ci95}, samples, plot)
 
-    state = preference.init(apply.scalar.init(setup.key("reward head"), policy), setup.key("reward"), tx=tx)
-    state = sharding.replicate(state, setup.mesh)
+    state = preference.init(apply.scalar.init(setup.key(f"{name} head"), policy), setup.key(name), tx=tx)
+    state = sharding.place(state, setup.mesh)
     if config.normalize_before:
         state, _ = normalize(state)
     return Stage(
         name=name,
         config=config,
         state=state,
-        batch_at=setup.batch_at("preferences", config.batch, "reward", f"{name}.batch"),
+        batch_at=setup.batch_at("preferences", config.batch, name, "reward.batch", only=only),
         step=step,
         learn=learn,
         evaluate=evaluate,
@@ -178,7 +189,7 @@ def dpo(
         return Summary(numbers, samples, plot, measure.table(before, last, numbers, metric))
 
     state = dpo_algorithm.init(policy, setup.key("rl") if key is None else key, tx=tx)
-    state = sharding.replicate(state, setup.mesh)
+    state = sharding.place(state, setup.mesh)
     before = measured(state)
     return Stage(
         name=name,

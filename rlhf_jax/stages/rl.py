@@ -18,6 +18,7 @@ import numpy as np
 from rlhf_jax import alarms, rewards, rollout
 from rlhf_jax.algorithms import policy as policy_algorithm
 from rlhf_jax.algorithms import supervised
+from rlhf_jax.errors import InputError
 from rlhf_jax.evaluate import best_of_n, rouge, win_rate
 from rlhf_jax.report import metrics, plots
 from rlhf_jax.stages import Evaluation, Setup, Stage, Step, Summary, Times, measure
@@ -54,8 +55,7 @@ class Iteration:
 
         def sample(state, prompt_BP, prompt_mask_BP):
             keys_B = rollout.keys(state, self.config.batch)
-            drawn = rollout.draw(self.apply, state.policy, prompt_BP, prompt_mask_BP, keys_B, self.sampling)
-            return drawn.replace(step=None, keys_B=None, cache=None)  # the update does not need these
+            return rollout.draw(self.apply, state.policy, prompt_BP, prompt_mask_BP, keys_B, self.sampling)
 
         return self.jit(sample)
 
@@ -131,23 +131,30 @@ def rl(
     value=None,
     watch: alarms.Config = alarms.OFF,
     keep_best: bool = False,
+    judge: rewards.Reward | None = None,
     key=None,
     sides: tuple[str, str] = ("_sft", ""),
     beside: tuple[dict, ...] = (),
 ) -> Stage:
     """Reinforcement learning of `policy` on the task's prompts.
 
-    watch: limits on the policy. keep_best: the result is the best evaluated policy within the limits, measured on fresh
-    samples, instead of the last policy. sides: suffixes of the numbers before and after. beside: more columns of the
+    watch: limits on the policy. keep_best: the result is the best evaluated policy within the limits instead of the
+    last policy, measured on prompts that did not choose it, or on fresh samples where all prompts are the same. judge:
+    a reward model that only evaluates. sides: suffixes of the numbers before and after. beside: more columns of the
     samples, one dict a question.
     """
     how = {"lanes": config.lanes, "widths": config.widths, "group": config.group}
     sampling = setup.sampling(config.temperature, **how)
     iteration = Iteration(algorithm, config, setup.apply, sampling, setup.guard.action, setup.jit, setup.record)
-    measured = measure.measurement(setup, config, reward)
+    halves = keep_best and not setup.task.same_prompt
+    shares: tuple[Any, Any] = ((0, 2), (1, 2)) if halves else (None, None)
+    if halves and len(setup.questions("prompts")[1]) < 4:
+        raise InputError("evaluation.prompts: expected at least 4 held-out prompts where evaluation.result is best")
+    measured = measure.measurement(setup, config, reward, judge, shares[0])
+    final = measure.measurement(setup, config, reward, judge, shares[1]) if halves else measured
     key = setup.key("rl") if key is None else key
     state = iteration.begin(policy, key, value=value, reward=reward.params)
-    state = sharding.replicate(state, setup.mesh)  # else the first measurement would be compiled twice
+    state = sharding.place(state, setup.mesh)  # else the first measurement would be compiled twice
     before = measured(state)
     batch_at = setup.batch_at("prompts", config.batch, "rl", f"{name}.batch", config.group)
     mix_at = None
@@ -158,11 +165,18 @@ def rl(
     usual = {}
     if watch.active:
         usual = _usual(iteration, state, batch_at, setup, -(-setup.evaluation.prompts // config.batch))
-        state = state.replace(alarms=sharding.replicate(alarms.begin(usual), setup.mesh))
+        watched = alarms.begin(usual)
+        if watch.over_optimization:
+            watched |= alarms.watch_judge(before.numbers[_judge(before, reward)], before.numbers[reward.metric])
+        state = state.replace(alarms=sharding.place(watched, setup.mesh))
+    chooses = _chooses(setup, before, reward)
     if keep_best:
-        best = {"policy": state.policy, "score": jnp.float32(before.numbers[reward.metric]), "step": jnp.int32(0)}
-        state = state.replace(best=sharding.replicate(jax.tree.map(jnp.copy, best), setup.mesh))
-    parts = _Parts(name, setup, config, reward, iteration, measured, before, watch, usual, keep_best, sides, beside)
+        best = {"policy": state.policy, "score": jnp.float32(before.numbers[chooses]), "step": jnp.int32(0)}
+        state = state.replace(best=sharding.place(jax.tree.map(jnp.copy, best), setup.mesh))
+    parts = _Parts(
+        name, setup, config, reward, iteration, measured, final, shares, before, chooses, watch, usual, keep_best,
+        sides, beside,
+    )  # fmt: skip
     return Stage(
         name=name,
         config=config,
@@ -171,13 +185,13 @@ def rl(
         step=parts.step,
         learn=iteration.learn,
         evaluate=parts.evaluate,
-        best=("gold" if "gold" in before.numbers else reward.metric, max),
+        best=(chooses, max),
         eligible=parts.inside,
         first=parts.evaluation(state, before),
         result=("policy", "value") if algorithm.NEEDS_VALUE else ("policy",),
         summarize=parts.summarize,
-        headlines=("score", "reward", "gold", "win_rate", "kl_exact", "eos_rate"),
-        keep=parts.keep if keep_best else None,
+        headlines=("score", "reward", "judge", "gold", "win_rate", "kl_exact", "eos_rate"),
+        keep=parts.keep if keep_best or watch.over_optimization else None,
         complete=parts.complete if keep_best else None,
         frozen=("reference", "reward"),
         guard=setup.guard,
@@ -194,7 +208,10 @@ class _Parts:
     reward: rewards.Reward
     iteration: Iteration
     measured: Callable  # (state, key) -> measure.Measured
+    final: Callable  # the same on the prompts of the final numbers
+    shares: tuple  # of the held-out prompts that these two have, as `measure.questions_of` takes them
     before: measure.Measured  # of the first policy
+    chooses: str  # the number that ranks policies
     watch: alarms.Config
     usual: dict[str, float]  # mean numbers of the first policy's rollouts; empty without alarms
     keep_best: bool
@@ -208,13 +225,17 @@ class _Parts:
 
     @functools.cached_property
     def questions(self):
-        """The rows of the held-out prompts."""
-        return self.setup.questions("prompts")[1]
+        """The rows of the held-out prompts that policies are evaluated on while they learn."""
+        return measure.questions_of(self.setup, self.shares[0])[1]
 
     def step(self, state, batch, record=False):
         """One iteration, and the metrics of its rollout."""
+        fallen: tuple[str, ...] = ()
+        if self.watch.over_optimization and bool(state.alarms["judge"]["fell"]) and not bool(state.alarms["tripped"]):
+            state = state.replace(alarms=state.alarms | {"tripped": jnp.array(True)})
+            fallen = (f"alarm at step {int(state.step)}: over_optimization (the reward rose, {self.judge} fell)",)
         if self.watch.active and self.watch.freeze and bool(state.alarms["tripped"]):
-            return Step(state.replace(step=state.step + 1), {"alarms": 1})
+            return Step(state.replace(step=state.step + 1), {"alarms": 1}, notes=fallen)
         prompts = (batch["prompt_BP"], batch["prompt_mask_BP"])
         rows = [self.rows[i] for i in np.asarray(batch["index_B"])]
         # An iteration does not need these. With them it would be compiled again whenever their placement changes.
@@ -254,7 +275,7 @@ class _Parts:
         now = {key: float(value) for key, value in (numbers | watched).items() if key in alarms.WATCHED}
         tracked, tripped = alarms.track(state.alarms, now, self.usual, self.watch)
         place = f"alarm at step {int(state.step)}"
-        notes = tuple(f"{place}: {each} (running mean of the last rollouts)" for each in tripped)
+        notes = fallen + tuple(f"{place}: {each} (running mean of the last rollouts)" for each in tripped)
         numbers |= {"alarms": int(tracked["tripped"])}
         return Step(state.replace(alarms=tracked), numbers, scored, notes, recorded if record else None, times)
 
@@ -277,7 +298,7 @@ class _Parts:
         """The first policy's completions, {name: [N, R]}, with the log-probs of the policy that is evaluated."""
         first = {f"{name}_NR": array[:PROBES] for name, array in self.before.tokens.items()}
         del first["logp_NR"]
-        prompts, count = self.setup.questions("prompts")[0], len(first["mask_NR"])
+        prompts, count = measure.questions_of(self.setup, self.shares[0])[0], len(first["mask_NR"])
         rows = {name: array[:count] for name, array in prompts.items()} | first
         return first | {"logp_NR": self.setup.over(rows, functools.partial(self._logprobs, state.policy))}
 
@@ -295,6 +316,11 @@ class _Parts:
 
         return self.setup.jit(logprobs)
 
+    @property
+    def judge(self):
+        """The evaluated number that the reward is watched by."""
+        return _judge(self.before, self.reward)
+
     def inside(self, numbers):
         """Whether a policy with these numbers is within the limits."""
         return not self.watch.active or not any(alarms.outside(numbers, self.before.numbers, self.watch).values())
@@ -302,7 +328,12 @@ class _Parts:
     def keep(self, state, evaluation):
         """The state, with a copy of its policy if that is the best so far and within the limits."""
         numbers = evaluation.details.numbers
-        score = numbers[self.reward.metric]
+        if self.watch.over_optimization:
+            judge_N, reward = evaluation.details.rows[self.judge], numbers[self.reward.metric]
+            state = state.replace(alarms=alarms.judged(state.alarms, judge_N, reward, self.watch))
+        if not self.keep_best:
+            return state
+        score = numbers[self.chooses]
         if not (score > float(state.best["score"]) and self.inside(numbers)):
             return state
         found = {"policy": state.policy, "score": jnp.float32(score), "step": state.step}
@@ -316,11 +347,12 @@ class _Parts:
     def summarize(self, state, evaluation):
         """Compares the policies before and after on the same prompts with the same noise."""
         first, last, metric, task = self.before, evaluation.details, self.reward.metric, self.setup.task
+        questions = measure.questions_of(self.setup, self.shares[1])[1]
         if self.keep_best:  # its evaluations selected the policy, so fresh samples measure it
             fresh = jax.random.fold_in(self.setup.key("evaluation"), 1)
-            first, last = self.measured(state.replace(policy=state.reference), fresh), self.measured(state, fresh)
+            first, last = self.final(state.replace(policy=state.reference), fresh), self.final(state, fresh)
         numbers = measure.compare(first, last, self.sides, metric)
-        passes = measure.passes(self.setup, self.config)
+        passes = measure.passes(self.setup, self.config, self.shares[1])
         for suffix, policy in zip(self.sides, (state.reference, state.policy), strict=True):
             found = passes(state.replace(policy=policy))
             numbers |= {f"{key}{suffix}": value for key, value in found.items()}
@@ -329,12 +361,12 @@ class _Parts:
             numbers["best_of_n_at_kl"] = best_of_n.at_kl(first.rows[metric], numbers["kl_exact"])
         if self.keep_best:
             numbers["best_step"] = float(state.best["step"])
-        if "label" in self.questions[0]:
-            labels = [row["label"] for row in self.questions]
+        if "label" in questions[0]:
+            labels = [row["label"] for row in questions]
             for suffix, texts in zip(self.sides, (first.texts, last.texts), strict=True):
                 numbers |= {f"{key}{suffix}": value for key, value in rouge.rouge(labels, texts)}
         before, after = (measure.samples(each, state, self.config, metric) for each in (first, last))
-        samples = measure.side_by_side(self.name, self.questions, before, after, self.beside, metric, task)
+        samples = measure.side_by_side(self.name, questions, before, after, self.beside, metric, task)
         plot = functools.partial(self.plot, first=first, last=last, curve=curve)
         return Summary(numbers, samples, plot, measure.table(first, last, numbers, metric))
 
@@ -342,13 +374,29 @@ class _Parts:
         """Writes the plots; returns numbers of the updates for the summary."""
         title = self.setup.title(run, self.name)
         plots.rl(rows, folder, self.name, best_of_n=curve, title=title)
-        known = "gold" if "gold" in last.rows else self.reward.metric
+        known = measure.known(last.rows, self.reward.metric)
         before_N, after_N = first.rows[known], last.rows[known]
         learner = self.name.upper() if len(self.name) < 4 else self.name.replace("_", " ")  # PPO
         labels = {"name": known if known == "reward" else f"{known} score", "learner": learner}
         rate = win_rate.win_rate(after_N, before_N)
         plots.before_after(before_N, after_N, folder / "before_after.png", win_rate=rate, title=title, **labels)
         return _of_updates(self.name, rows, self.config)
+
+
+def _chooses(setup, before, reward):
+    """The evaluated number that ranks policies."""
+    name = setup.evaluation.best_by or measure.known(before.numbers, reward.metric)
+    if name not in before.numbers:
+        raise InputError(f"evaluation.best_by: expected one of {', '.join(sorted(before.numbers))}, got {name!r}")
+    return name
+
+
+def _judge(before, reward):
+    """The evaluated number that is not the reward: gold or the hold-out judge."""
+    name = measure.known(before.numbers, reward.metric)
+    if name == reward.metric:
+        raise InputError("alarms.over_optimization: expected 0 where there is neither gold nor reward.holdout_judge")
+    return name
 
 
 def _by_name(recorded):

@@ -10,6 +10,8 @@ import numpy as np
 import optax
 
 from rlhf_jax.fields import choice, number
+from rlhf_jax.ops import sharded
+from rlhf_jax.training import sharding
 
 SCHEDULES = ("linear", "cosine", "constant")
 
@@ -142,8 +144,8 @@ def step(update, state, grads, numbers, *, tx, guard):
     params, optimizer = {}, {}
     for name, params_old in update.params.items():
         changes, optimizer_new = tx.update(grads[name], update.optimizer[name], params_old, take=take)
-        params[name] = select(take, optax.apply_updates(params_old, changes), params_old)
-        optimizer[name] = select(take, optimizer_new, update.optimizer[name])
+        params[name] = sharding.keep(select(take, optax.apply_updates(params_old, changes), params_old))
+        optimizer[name] = sharding.keep(select(take, optimizer_new, update.optimizer[name]))
     taken = update.taken + (finite | (update.taken < state.applied))
     return Update(params, optimizer, jnp.asarray(finite), taken), norms
 
@@ -189,7 +191,7 @@ def all_finite(tree):
 def apart(grads, aux, record):
     """((gradients, scalars), arrays by row) of a loss whose aux has the arrays under "rows"; {} unless recorded."""
     scalars = {name: value for name, value in aux.items() if name != "rows"}
-    return (grads, scalars), aux["rows"] if record else {}
+    return (sharding.keep(grads), scalars), aux["rows"] if record else {}
 
 
 def accumulate(grad_fn, batch, weights, microbatches, *, has_rows=False, group=1):
@@ -208,7 +210,8 @@ def accumulate(grad_fn, batch, weights, microbatches, *, has_rows=False, group=1
 
     def deal(x):
         """Groups of rows are dealt out in turn, so every slice is spread evenly over the devices."""
-        return x.reshape(-1, microbatches, group, *x.shape[1:]).swapaxes(0, 1).reshape(microbatches, -1, *x.shape[1:])
+        x = x.reshape(-1, microbatches, group, *x.shape[1:]).swapaxes(0, 1).reshape(microbatches, -1, *x.shape[1:])
+        return sharded.constrain(x, None, sharded.ROWS)
 
     def collect(x):
         """The rows of all slices in the order of the batch."""

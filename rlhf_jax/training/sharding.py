@@ -1,12 +1,65 @@
-"""One code path for one device or many: a batch's rows are spread over a mesh of all devices, parameters are copied."""
+"""One code path for one device or many: rows and parameters are laid over a mesh of all devices.
 
+A mesh has three axes. Rows of a batch are spread over data x fsdp. Parameters, gradients and optimizer states are
+divided by fsdp (Zhao et al. 2023, arXiv 2304.11277) and, in the products of a layer, by tensor (Shoeybi et al. 2019,
+arXiv 1909.08053), as RULES say for every family of models; along data they are copies. ops/sharded.py has what a
+program says of its own arrays, and XLA chooses what it leaves open (GSPMD: Xu et al. 2021, arXiv 2105.04663).
+"""
+
+import dataclasses
+import functools
+import math
 import os
+import re
 
 import jax
 import numpy as np
 from jax.sharding import AxisType, NamedSharding, PartitionSpec
 
 from rlhf_jax.errors import InputError
+from rlhf_jax.fields import number
+from rlhf_jax.ops import sharded
+
+AXES = ("data", "fsdp", "tensor")
+# By the end of a parameter's path, in any tree: policy, value/trunk, optimizer/policy/.../mu. The first match counts.
+RULES = (
+    (r"(wte|unembed)/embedding", ("tensor", "fsdp")),
+    (r"wpe/embedding", (None, "fsdp")),
+    (r"(qkv|fc)/kernel", ("fsdp", "tensor")),
+    (r"(qkv|fc)/bias", ("tensor",)),
+    (r"(out|proj)/kernel", ("tensor", "fsdp")),
+    (r"(qkv|fc)/a", ("fsdp",)),  # adapters: the rank is left whole
+    (r"(qkv|fc)/b", (None, "tensor")),
+    (r"(out|proj)/a", ("tensor",)),
+    (r"(out|proj)/b", (None, "fsdp")),
+    (r".*", ()),
+)
+
+
+@dataclasses.dataclass(frozen=True)
+class Config:
+    """How devices share the work: data x fsdp x tensor is their number. No number of a run depends on it."""
+
+    # Parts that rows are spread over, with a copy of the parameters each; -1: the devices that the others leave.
+    data: int = number(-1, least=-1, neutral=True)
+    fsdp: int = number(1, least=1, neutral=True)  # parts that rows, parameters and optimizer states are spread over
+    tensor: int = number(1, least=1, neutral=True)  # parts of each layer's heads, a divisor of their number
+
+    def problems(self):
+        """Checks of one field."""
+        if self.data == 0:
+            yield "data", "-1 (all devices that are left), or at least 1"
+
+    def shape(self, devices):
+        """(data, fsdp, tensor) of so many devices; InputError where the mesh does not multiply to them."""
+        rest = self.fsdp * self.tensor
+        data = devices // rest if self.data == -1 else self.data
+        if data * rest != devices:
+            field, value = ("fsdp", self.fsdp) if self.data == -1 else ("data", self.data)
+            parts = f"{'data' if self.data == -1 else self.data} x {self.fsdp} x {self.tensor}"
+            expected = f"data x fsdp x tensor to be the number of devices = {devices}"
+            raise InputError(f"mesh.{field}: expected {expected}, got {value} in {parts}")
+        return data, self.fsdp, self.tensor
 
 
 def devices():
@@ -19,21 +72,96 @@ def devices():
         raise InputError(f"JAX_PLATFORMS: expected {expected}, got {requested!r} {f'({why})' * bool(why)}") from None
 
 
-def mesh():
-    """All devices on one axis, "data". Axes are Auto: XLA chooses every placement that the program leaves open."""
-    return jax.make_mesh((jax.device_count(),), ("data",), axis_types=(AxisType.Auto,))
+def mesh(config=Config(), devices=None):
+    """The mesh of all devices, or of the given ones. Its axes are Auto: XLA chooses what the program leaves open."""
+    shape = config.shape(len(devices or jax.devices()))
+    return jax.make_mesh(shape, AXES, axis_types=(AxisType.Auto,) * len(AXES), devices=devices)
 
 
-def replicate(tree, mesh):
-    """The pytree on every device."""
-    return jax.device_put(tree, NamedSharding(mesh, PartitionSpec()))
+def mesh_of(tree):
+    """The mesh that the arrays of a tree lie on; where they lie on none, that of all devices."""
+    placed = (getattr(leaf, "sharding", None) for leaf in jax.tree.leaves(tree))
+    return next((where.mesh for where in placed if isinstance(where, NamedSharding)), None) or mesh()
+
+
+def shards(mesh):
+    """The number of parts that rows are spread over."""
+    return math.prod(mesh.shape[name] for name in sharded.ROWS)
+
+
+def jit(function, mesh, jit=jax.jit, **options):
+    """jit(function, **options), compiled for the mesh. Its arguments must be placed on it already."""
+    if mesh.size == 1:
+        return jit(function, **options)
+
+    @functools.wraps(function)
+    def on_mesh(*args):
+        with jax.sharding.use_abstract_mesh(mesh.abstract_mesh):
+            return function(*args)
+
+    return jit(on_mesh, **options)
+
+
+def shardings(tree, mesh):
+    """The NamedSharding of each array of a tree of parameters, optimizer states and whatever is beside them."""
+    return jax.tree.map(lambda spec: NamedSharding(mesh, spec), _specs(tree, _sizes(mesh)), is_leaf=_is_spec)
+
+
+def place(tree, mesh):
+    """The tree on the devices, as RULES say."""
+    return jax.device_put(tree, shardings(tree, mesh))
+
+
+def keep(tree):
+    """Within a compiled function: the tree of parameters as RULES say, so that an update does not change its layout."""
+    sizes = sharded.sizes()
+    return jax.tree.map(jax.lax.with_sharding_constraint, tree, _specs(tree, sizes)) if sizes else tree
+
+
+def undivided(tree, mesh):
+    """A line about the parameters that RULES would divide, and that an axis of the mesh does not divide; or nothing."""
+    sizes, found = _sizes(mesh), []
+    for path, leaf in jax.tree_util.tree_leaves_with_path(tree):
+        wanted = {axis for axis in _rule(path) if axis in sizes}
+        if missing := wanted - set(sharded.spec(leaf.shape, _rule(path), sizes)):
+            found.append(f"{_name(path)} {list(leaf.shape)} by {' and '.join(sorted(missing))}")
+    if not found:
+        return ""
+    more = f" and {len(found) - 3} more" if len(found) > 3 else ""
+    return f"mesh: left whole, as it does not divide them: {', '.join(found[:3])}{more}"
 
 
 def shard(batch, mesh):
-    """Spreads the rows (the first axis) of every array over the devices; these must divide the number of rows."""
-    return jax.device_put(batch, NamedSharding(mesh, PartitionSpec("data")))
+    """Spreads the rows (the first axis) of every array over data x fsdp, which must divide the number of rows."""
+    return jax.device_put(batch, rows(mesh))
+
+
+def rows(mesh):
+    """The NamedSharding of arrays whose rows are spread over data x fsdp."""
+    return NamedSharding(mesh, sharded.spec((shards(mesh),), (sharded.ROWS,), _sizes(mesh)))
 
 
 def gather(tree):
     """The pytree as NumPy arrays on the host."""
     return jax.tree.map(np.asarray, tree)
+
+
+def _sizes(mesh):
+    return {name: size for name, size in mesh.shape.items() if size > 1}
+
+
+def _specs(tree, sizes):
+    return jax.tree_util.tree_map_with_path(lambda path, x: sharded.spec(np.shape(x), _rule(path), sizes), tree)
+
+
+def _is_spec(x):
+    return isinstance(x, PartitionSpec)
+
+
+def _rule(path):
+    name = _name(path)
+    return next(axes for rule, axes in RULES if re.search(rf"(^|/){rule}$", name))
+
+
+def _name(path):
+    return jax.tree_util.keystr(path, simple=True, separator="/")

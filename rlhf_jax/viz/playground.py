@@ -76,7 +76,7 @@ class Run:
         self._pairs: OrderedDict[str, dict] = OrderedDict()  # what can be voted on
         places = {name: configs.place(self.config, folder, name) / name for name in configs.stages(self.config)}
         finished = [name for name, place in places.items() if (place / "summary.json").exists()]
-        self.stages = [name for name in finished if name != "reward"]  # that have a policy
+        self.stages = [name for name in finished if name not in configs.REWARD_MODELS]  # that have a policy
         self.sides = tuple(self.stages[-2:])
         self.has_reward_model = "reward" in finished
 

@@ -74,7 +74,7 @@ class Recorder:
         """What a stage learns with, as the verifier knows it."""
         if stage.name == configs.rl_name(self._config):
             return self._config.algorithm
-        return "preference" if stage.name == "reward" else "supervised"
+        return "preference" if stage.name in ("reward", "judge") else "supervised"
 
     def _strings(self, arrays):
         ids = [array for name, array in arrays.items() if _is_ids(name) and array.dtype.kind in "iu"]  # no scores

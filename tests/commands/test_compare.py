@@ -11,14 +11,16 @@ from tests.support import Recorder, error
 GOLD = {"rloo": [0.5, 0.75, 1.0, 0.75], "grpo": [0.75, 0.75, 1.0, 1.0]}
 
 
-def leave(folder, stage, lr, prompts="abcd", **summary):
+def leave(folder, stage, lr, prompts="abcd", seed=1, task="summarize", **summary):
     """Writes what a stage of two iterations of 8 completions leaves."""
     (folder / stage).mkdir(parents=True)
-    config = {"algorithm": stage, "section": stage, stage: {"lr": lr, "batch": 8}, "seed": 1, "sha256": {"x": stage}}
+    config = {"algorithm": stage, "section": stage, stage: {"lr": lr, "batch": 8}, "seed": seed, "sha256": {"x": stage}}
+    config["task"] = task
     numbers = {"gold": float(np.mean(GOLD[stage])), "kl_exact": 1.5, "steps": 2} | summary
     rows = [{"step": step, "time": 10.0 * step, f"{stage}/eval_gold": step / 4} for step in (0, 2)]
     samples = [
-        {"prompt": p, "sft": {"gold": 0.0}, stage: {"gold": x}} for p, x in zip(prompts, GOLD[stage], strict=True)
+        {"prompt": p, "sft": {"completion": "", "gold": 0.0}, stage: {"completion": "", "gold": x}}
+        for p, x in zip(prompts, GOLD[stage], strict=True)
     ]
     files = {
         "config": config,
@@ -78,3 +80,35 @@ def test_what_cannot_be_compared_is_one_line(tmp_path, reporter):
     assert "expected a finished stage of reinforcement learning or DPO, found none" in refusal(
         place, str(tmp_path / "empty")
     )
+
+
+def test_runs_that_differ_in_their_seed_are_one_row(tmp_path, reporter):
+    """Gold .75, .85 and .65; the samples of every run beat 0, so each of the twelve is a win."""
+    for seed, gold in enumerate((0.75, 0.85, 0.65)):
+        leave(tmp_path / f"seed{seed}", "rloo", 0.1, seed=seed, gold=gold)
+    places = [str(tmp_path / f"seed{seed}") for seed in range(3)]
+    places.append(leave(tmp_path / "other", "rloo", 0.2))
+    compare.compare(places, str(tmp_path / "out.png"), reporter)
+    (row,) = compare.over_seeds([run for place in places for run in compare.read(place)], "gold")[1]
+    assert row[:3] == ["seed0/rloo, seed1/rloo, seed2/rloo", 3, pytest.approx(0.75)]
+    assert row[3] == pytest.approx((0.75 - 4.3027 * 0.1 / 3**0.5, 0.75 + 4.3027 * 0.1 / 3**0.5), abs=1e-4)
+    assert row[4:] == [1, (1, 1)]
+    header, rows = reporter.tables[2]
+    assert header[:2] == ["setting", "seeds"] and rows[0][1] == 3
+    page = (tmp_path / "out.html").read_text()
+    assert "seed0/rloo, seed1/rloo, seed2/rloo" in page and "<h2>Over tasks</h2>" not in page
+    assert (tmp_path / "out.md").exists()
+
+
+def test_an_algorithm_over_tasks_is_an_interquartile_mean(tmp_path, reporter):
+    """Two tasks with five seeds: .1 to .5 and .6 to 1. The middle half of ten is .3 to .8 with both ends in part."""
+    places = []
+    for task, first in ("summarize", 0.1), ("arithmetic", 0.6):
+        for seed in range(5):
+            gold = first + seed / 10
+            places.append(leave(tmp_path / f"{task}{seed}", "rloo", 0.1, seed=seed, task=task, gold=gold))
+    runs = [run for place in places for run in compare.read(place)]
+    (row,) = compare.over_tasks(runs, "gold")[1]
+    assert row[:4] == ["rloo", 2, 5, pytest.approx((0.3 * 0.5 + 0.4 + 0.5 + 0.6 + 0.7 + 0.8 * 0.5) / 5)]
+    assert row[4][0] < row[3] < row[4][1]
+    assert compare.over_tasks(runs[:9], "gold")[1] == []

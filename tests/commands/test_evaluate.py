@@ -1,8 +1,10 @@
 """Evaluating a finished run: each number is the one that the library gives, and nothing is computed twice."""
 
+import dataclasses
 import json
 import sys
 
+import jax
 import numpy as np
 import pytest
 
@@ -12,27 +14,11 @@ from rlhf_jax import tasks
 from rlhf_jax.commands import evaluate as command
 from rlhf_jax.commands.evaluate import Settings, evaluate
 from rlhf_jax.evaluate import calibration, win_rate
+from rlhf_jax.models import heads, hf
 from rlhf_jax.pretrained import Pretrained
+from rlhf_jax.text import hf as text_hf
+from tests.commands.conftest import LABELS, PAIRS, SFT
 from tests.support import Recorder, error, write_rows
-
-LABELS = ["sad", "a bus", "Sam ran", "bees", "a hat", "red"]
-SFT = [{"prompt": f"{label} at sea", "label": label} for label in LABELS * 2]
-PAIRS = [{"prompt": row["prompt"], "chosen": row["label"], "rejected": "hm"} for row in SFT]
-
-
-@pytest.fixture(scope="module")
-def folder(tmp_path_factory, workdir):
-    """The finished run, with rows of its own in files; half of their prompts are held out."""
-    folder = tmp_path_factory.mktemp("runs") / "demo"
-    folder.mkdir()
-    for name in ("text", "sft", "reward", "ppo"):
-        (folder / name).symlink_to(workdir / name)
-    config = json.loads((workdir / "config.json").read_text())
-    config["data"] |= {"source": "files", "held_out": 0.5, "prompt_length": 16, "cut": "left"}
-    for kind, rows in (("sft", SFT), ("preferences", PAIRS)):
-        config["data"][kind] = str(write_rows(folder / f"{kind}.jsonl", rows))
-    (folder / "config.json").write_text(json.dumps(config))
-    return folder
 
 
 @pytest.fixture(scope="module")
@@ -155,6 +141,66 @@ def test_another_run_and_other_rows(folder, tmp_path):
     assert "label_loss" not in result["text"]
 
 
+@pytest.fixture(scope="module")
+def square(folder, finished, tmp_path_factory):
+    """Another run, whose sizes transformers can have."""
+    square = tmp_path_factory.mktemp("square")
+    config = json.loads((folder / "config.json").read_text())
+    config["model"] |= {"head_size": 8, "init_std": 0.5}
+    (square / "config.json").write_text(json.dumps(config))
+    (square / "text").symlink_to(folder / "text")
+    made = configs.parse(config).model
+    params = jax.jit(heads.LanguageModel(made).init)(jax.random.key(0))
+    finished(square, "reward", reward=heads.ScalarModel(made).init(jax.random.key(1), params))
+    finished(square, "ppo", policy=params)
+    return square
+
+
+@pytest.fixture(scope="module")
+def exported(square, tmp_path_factory):
+    """Folders with the policy and the reward model of `square` as transformers has them."""
+    out, model = tmp_path_factory.mktemp("exported"), rlhf_jax.load(square)
+    parts = {"eos_id": model.tokenizer.eos_id, "pad_id": model.tokenizer.pad_id}
+    parts |= {"beside": text_hf.to_hf(model.tokenizer)}
+    hf.save(out / "policy", model.params, model.config, generation={"max_new_tokens": 9}, **parts)
+    hf.save_scalar(out / "reward", model.reward, model.config, **parts)
+    return out
+
+
+def test_an_exported_model_is_evaluated_like_the_run(square, exported, tmp_path):
+    """On the run's rows: the same prompts and the same noise give the same completions."""
+    run = evaluate(square, Settings(against="reference"))
+    labels = {row["prompt"]: row["label"] for row in SFT}
+    rows = [{"prompt": row["prompt"], "label": labels[row["prompt"]]} for row in completions(square, "ppo")]
+    judge, data = str(exported / "reward"), write_rows(tmp_path / "rows.jsonl", rows)
+    settings = Settings(judge=judge, temperature=run["temperature"])
+    found = evaluate(exported / "policy", settings, data=data)
+    assert found["rows"] == run["rows"] and "reward_model" not in found
+    for name in "length", "rouge1", "copied", "distinct2":
+        assert found["text"][name] == run["text"][name], name
+    assert found["text"]["label_loss"]["value"] == pytest.approx(run["text"]["label_loss"]["value"], abs=1e-5)
+    assert found["win_rate"]["against"] == "reference"
+    assert found["win_rate"][judge]["value"] == run["win_rate"]["learned"]["value"]
+    itself = dataclasses.replace(settings, against=str(exported / "policy"))
+    assert evaluate(exported / "policy", itself, data=data)["win_rate"][judge]["ties"] == 1
+
+
+def test_an_exported_reward_model_is_measured_on_a_file_of_pairs(square, exported, tmp_path):
+    run = evaluate(square, Settings(stage="reward"))["reward_model"]
+    held_out = tasks.load(configs.read(square)).rows("preferences").held_out
+    pairs = write_rows(tmp_path / "pairs.jsonl", held_out)
+    found = evaluate(exported / "reward", Settings(), data=pairs)["reward_model"]
+    assert found["accuracy"] == run["accuracy"] and found["pairs"] == run["pairs"]
+    assert "data: expected a file of rows" in error(evaluate, exported / "reward", Settings())
+    rows = write_rows(tmp_path / "rows.jsonl", SFT)
+    assert "expected a column 'chosen'" in error(evaluate, exported / "reward", Settings(), data=rows)
+
+
+def test_a_policy_is_no_judge(folder, exported):
+    message = error(evaluate, folder, Settings(judge=str(exported / "policy")))
+    assert message == f"judge: {exported}/policy: expected a reward model, got a policy"
+
+
 def test_a_reward_model_alone(folder, result):
     assert evaluate(folder, Settings(stage="reward"))["reward_model"] == result["reward_model"]
 
@@ -169,7 +215,11 @@ def test_it_is_shown(result):
     ("settings", "rows", "expected"),
     [
         ({"against": "reference"}, [{"prompt": "a"}, {"prompt": "b"}], "against: expected rows with a label"),
-        ({"against": "nowhere"}, None, "against: expected sft, reward, ppo, reference, or the folder of a run"),
+        (
+            {"against": "nowhere"},
+            None,
+            "against: expected sft, reward, ppo, reference, or the folder of a run or a model",
+        ),
         ({"stage": "tweets"}, None, "stage: expected sft or reward or ppo"),
         ({"rows": 1}, None, "rows: expected at least 2"),
         ({"judge": "gold"}, None, "gold"),

@@ -241,3 +241,16 @@ def test_votes_replace_the_worlds_training_pairs(tmp_path):
     assert "preferences" not in given and given["world_preferences"] == "preferences is given"
     assert "world_preferences" not in dict(world.unused())
     assert Summarize(votes, 1).files() == {"data.preferences": votes.preferences}  # a changed file is another run
+
+
+def test_pairs_can_be_labelled_by_chance_or_by_length():
+    """Half of the random ones are swapped, and the longer text is never rejected."""
+    rows = [
+        {"prompt": f"{i}", "chosen": "one two", "rejected": "one two three" if i % 2 else "one"} for i in range(400)
+    ]
+    longer = list(sources.labelled(rows, "longer", seed=0))
+    assert all(len(row["chosen"].split()) > len(row["rejected"].split()) for row in longer)
+    chance = list(sources.labelled(rows, "random", seed=0))
+    assert 0.4 < sum(a != b for a, b in zip(chance, rows, strict=True)) / 400 < 0.6
+    assert chance == list(sources.labelled(rows, "random", seed=0)) != list(sources.labelled(rows, "random", seed=1))
+    assert [row["prompt"] for row in chance] == [row["prompt"] for row in rows]

@@ -9,8 +9,8 @@ from rlhf_jax import config as configs
 from rlhf_jax import fields
 
 ROOT = Path(__file__).parents[2]
-PPO, RL, TWEETS, EXPORT, BENCHMARK = (
-    f"experiments/{name}.py" for name in ("ppo_summarize", "rl", "pg_tweets", "export_hf", "benchmark")
+PPO, RL, TWEETS, EXPORT, BENCHMARK, PLAN, SWEEP = (
+    f"experiments/{name}.py" for name in ("ppo_summarize", "rl", "pg_tweets", "export_hf", "benchmark", "plan", "sweep")
 )
 CONFIG = "--config=configs/ppo_summarize.py"
 
@@ -118,6 +118,17 @@ def test_a_flag_that_cannot_be_is_one_line(flags, words, forks, tmp_path):
             ["experiments/reuse_rollouts.py", "--config=configs/pg_tweets.py", "--workdir=x", "--config.algorithm=ppo"],
             "algorithm: expected policy_gradient, whose rollouts are used, got ppo",
         ),
+        ([PLAN, CONFIG, "--price=1"], "plan.py: --price: expected none without --topology"),
+        ([PLAN, CONFIG, "--topology=v9:2x2"], "plan.py: --topology: expected one such as v5e:2x2|2x4|"),
+        (
+            [PLAN, CONFIG, "--topology=v5e:2x2", "--config.mesh.data=3"],
+            "mesh.data: expected data x fsdp x tensor to be ",
+        ),
+        (
+            [SWEEP, CONFIG, "--workdir=x", "--sweep=ppo.kl_coeff=1"],
+            "--sweep: ppo.kl_coeff: no such field; did you mean",
+        ),
+        ([SWEEP, CONFIG, "--workdir=x"], "--sweep: expected FIELD=VALUES or a file, got none"),
     ],
 )
 def test_a_flag_that_a_command_does_not_read_is_refused(line, words, forks):
@@ -145,8 +156,9 @@ def test_no_accelerator_where_one_is_requested_is_one_line(forks, tmp_path):
 # plan.py without what takes time: it reads and checks a config as every command does.
 READS = """
 import runpy
-from rlhf_jax.commands import memory
-memory.rl = lambda *_: {}
+from rlhf_jax.commands import memory, topology
+memory.rl = topology.plan = topology.rows = lambda *_: {}
+topology.advice = lambda *_: ""
 runpy.run_path("experiments/plan.py", run_name="__main__")
 """
 NAMED = {"SEED": "1", "algorithm=NAME": "algorithm=rloo"}
@@ -160,7 +172,7 @@ def shown():
         text = re.sub(r"[`\[\]]|\\\n", " ", page.read_text(encoding="utf-8"))
         for flags in re.findall(r"python experiments/\w+\.py((?:\s+--[\w.]+=\S+)+)", text):
             if "--config=" in flags:
-                yield [flag.rstrip(",;.:") for flag in flags.split() if flag.startswith("--config")]
+                yield [flag.rstrip(",;.:") for flag in flags.split() if flag.startswith(("--config", "--topology"))]
 
 
 @pytest.mark.parametrize("flags", list(shown()), ids=" ".join)

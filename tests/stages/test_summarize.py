@@ -13,6 +13,7 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
+import rlhf_jax
 from rlhf_jax import checkpoint, pipeline
 from rlhf_jax import config as configs
 from rlhf_jax.algorithms import ppo
@@ -22,6 +23,7 @@ from rlhf_jax.data.tldr import format_query
 from rlhf_jax.models import decoder
 from rlhf_jax.report import metrics
 from rlhf_jax.rewards import gold
+from rlhf_jax.stages.preference import half
 from rlhf_jax.text import bpe
 from rlhf_jax.training import guard, loop, optim
 from rlhf_jax.training.fit import fit
@@ -94,7 +96,8 @@ def test_every_stage_leaves_its_record(whole):
         assert saved >= {4, 6} and len(saved) <= 3  # the last two, and the best
         assert [path.name for path in (whole.workdir / stage / "result").iterdir()] == ["6"]
     assert {path.name for path in whole.workdir.iterdir()} == {
-        "lock", "config.json", "summary.json", "samples.jsonl", "plots", "text", "trace", *STAGES,
+        "lock", "config.json", "summary.json", "samples.jsonl", "plots", "text", "trace", "about.json", "report.html",
+        "report.md", *STAGES,
     }  # fmt: skip
     assert (whole.workdir / "samples.jsonl").read_bytes() == (whole.workdir / "ppo" / "samples.jsonl").read_bytes()
 
@@ -192,6 +195,16 @@ def test_what_was_reported(whole):
     assert [row[0] for row in table if not row[4]] == ["distinct2", "repeat_rate", "entropy"]
 
 
+def test_each_stage_is_checked_when_it_is_finished(whole):
+    """One line for each check, with a value of the run's own record."""
+    lines = [note for note in whole.reporter.notes if note.startswith("doctor  ")]
+    assert list(dict.fromkeys(line.split()[2] for line in lines)) == list(STAGES)
+    (eos,) = (line for line in lines if "  sft  eos_rate: " in line)
+    assert eos.startswith(f"doctor  FAIL  sft  eos_rate: {whole.summary['sft/eos_rate']:.3g} (healthy: 0.9 or more); ")
+    for name in "exact KL of the first rollout", "k1 KL of the first rollout":
+        assert [line for line in lines if line.startswith(f"doctor  pass  ppo  {name}")]
+
+
 def test_the_total_of_a_sample_is_what_ppo_maximizes(whole):
     """Invariant 7: with the KL coefficient of the moment, which the controller moves, and the score after the rule for
     a missing EOS."""
@@ -205,6 +218,75 @@ def test_the_total_of_a_sample_is_what_ppo_maximizes(whole):
     for side in "sft", "ppo":
         for row in (row[side] for row in samples(whole.workdir, "ppo")):
             assert row["total"] + coefficients[-1] * row["kl"] in (pytest.approx(row["score"]), pytest.approx(-1))
+
+
+@pytest.fixture(scope="module")
+def judged(whole, tmp_path_factory):
+    """A run with a hold-out judge, which keeps the best policy and watches over-optimization by gold."""
+    short = {"steps": 2, "eval_every": 1}
+    steps = branch(
+        whole.steps, tmp_path_factory.mktemp("judged"), "sft",
+        reward={"holdout_judge": True, "steps": 1, "eval_every": 0},
+        ppo=short, alarms={"over_optimization": 1e-6}, evaluation={"result": "best"}, trace={"every": 0},
+    )  # fmt: skip
+    opened(steps, "sft")  # its record has the evaluation of this config
+    return steps, steps.all()
+
+
+def test_a_hold_out_judge_is_a_second_reward_model_of_other_pairs(judged):
+    steps, summary = judged
+    assert steps.names == ["sft", "reward", "judge", "ppo"]
+    reward, judge = (trained(steps, name, "reward") for name in ("reward", "judge"))
+    assert differ(reward, judge)
+    rows, index_N = steps.setup.task.rows("preferences").train, steps.setup.arrays("preferences").train["index_N"]
+    sides = [{rows[index_N[at]]["prompt"] for at in half(steps.setup, judge=side)} for side in (False, True)]
+    assert sides[0] and sides[1] and sides[0].isdisjoint(sides[1])
+    assert sides[0] | sides[1] == {rows[i]["prompt"] for i in index_N}
+    for name, side in ("reward", False), ("judge", True):
+        batch = steps.make(name).batch_at(0)
+        assert {rows[i]["prompt"] for i in np.asarray(batch["index_B"])} <= sides[side]
+    assert {"judge/accuracy", "ppo/judge", "ppo/judge_sft", "ppo/judge_ci95"} <= summary.keys()
+
+
+def test_the_judges_score_is_that_of_its_model(judged):
+    steps, _ = judged
+    model = rlhf_jax.load(steps.workdir.path, "judge")
+    rows = samples(steps.workdir, "ppo")
+    for side in "sft", "ppo":
+        scores = model.scores([row["prompt"] for row in rows], [row[side]["completion"] for row in rows])
+        eos = np.array([steps.setup.tokenizer.encode(" " + row[side]["completion"]) for row in rows], object)
+        whole_N = np.array([len(ids) < 19 for ids in eos])  # a text that was cut has no EOS
+        found_N = np.array([row[side]["judge"] for row in rows])
+        np.testing.assert_allclose(found_N[whole_N], scores[whole_N], atol=1e-4)
+
+
+def test_the_prompts_that_choose_a_policy_do_not_measure_it(judged):
+    """Twelve held-out prompts: every second one chooses by gold, the others are in the samples and the summary."""
+    steps, summary = judged
+    prompts = [row["prompt"] for row in steps.setup.questions("prompts")[1]]
+    rows = samples(steps.workdir, "ppo")
+    assert [row["prompt"] for row in rows] == prompts[1::2]
+    assert summary["ppo/gold"] == pytest.approx(np.mean([row["ppo"]["gold"] for row in rows]))
+    evaluated = [row for row in logged(steps.workdir, "ppo") if "ppo/eval_gold" in row][:-1]
+    best = max(range(len(evaluated)), key=lambda i: evaluated[i]["ppo/eval_gold"])
+    assert summary["ppo/best_step"] == evaluated[best]["step"]
+
+
+def test_over_optimization_ends_the_learning(judged):
+    """Where an evaluation before the last has a higher reward and lower gold than the best one before it."""
+    steps, _ = judged
+    rows = {row["step"]: row for row in logged(steps.workdir, "ppo") if "ppo/eval_gold" in row}
+    first, second = rows[0], rows[1]
+    fell = second["ppo/eval_score"] > first["ppo/eval_score"] and second["ppo/eval_gold"] < first["ppo/eval_gold"]
+    notes = [note for note in steps.reporter.notes if "over_optimization" in note]
+    assert notes == ["alarm at step 1: over_optimization (the reward rose, gold fell)"] * fell
+
+
+def test_a_number_that_no_evaluation_has_ranks_nothing(whole, tmp_path):
+    steps = branch(whole.steps, tmp_path, "sft", "reward", evaluation={"best_by": "joy"})
+    for name in "sft", "reward":
+        opened(steps, name)
+    assert error(steps.make, "ppo").startswith("evaluation.best_by: expected one of distinct2, entropy, eos_rate, gold")
 
 
 def test_a_finished_run_is_left_alone(whole, config):

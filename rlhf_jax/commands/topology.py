@@ -1,0 +1,252 @@
+"""What an iteration of RL costs on Cloud TPUs that are not there; nothing is allocated or run.
+
+The real programs are compiled by libtpu (the extra [tpu]) for the topology and the config's mesh: in a child process,
+as libtpu takes signals and prints. XLA reports the memory and the work of a chip, and its program has the collectives.
+
+XLA counts the body of a loop once. Products are counted from our own program, with and without the loops' trips; the
+ratio corrects XLA's FLOPs, its bytes, and the collectives within loops. Seconds are a roofline: the longest of what the
+products, the memory and the links need at their published peaks, so a real program takes longer. The memory traffic of
+sampling is that of models/cost.py: every weight and the cache, at every token.
+"""
+
+import dataclasses
+import json
+import math
+import os
+import re
+import subprocess
+import sys
+import time
+from typing import Any
+
+import jax
+from jax.experimental import topologies
+
+from rlhf_jax import config as configs
+from rlhf_jax import tasks
+from rlhf_jax.commands import memory
+from rlhf_jax.errors import BAD_INPUT, InputError
+from rlhf_jax.models import cost
+from rlhf_jax.training import sharding
+
+
+@dataclasses.dataclass(frozen=True)
+class Chip:
+    """Published peaks of a chip (cloud.google.com/tpu/docs, system architecture)."""
+
+    flops: float  # a second, in bfloat16
+    memory: float  # GiB
+    bandwidth: float  # of the memory, bytes a second
+    links: float  # of the chip's links to others, bytes a second and direction
+    topologies: tuple[str, ...]  # examples
+
+
+_2D = ("2x2", "2x4", "4x4", "4x8", "8x8", "8x16", "16x16")
+CHIPS = {
+    "v5e": Chip(197e12, 16, 819e9, 200e9, _2D),
+    "v6e": Chip(918e12, 32, 1_638e9, 400e9, _2D),
+    "v5p": Chip(459e12, 95, 2_765e9, 600e9, ("2x2x1", "2x2x2", "2x4x4", "4x4x4", "4x4x8", "8x8x8")),
+}
+# libtpu asks no metadata server, and other processes may have it loaded.
+ENVIRONMENT = {"TPU_SKIP_MDS_QUERY": "1", "ALLOW_MULTIPLE_LIBTPU_LOAD": "1", "JAX_PLATFORMS": "cpu"}
+COLLECTIVES = ("all-reduce", "all-gather", "reduce-scatter", "all-to-all", "collective-permute")
+BYTES = {"pred": 1, "s8": 1, "u8": 1, "bf16": 2, "f16": 2, "f32": 4, "s32": 4, "u32": 4, "f64": 8, "s64": 8, "u64": 8}
+
+
+def parse(topology):
+    """(Chip, number of chips) of a topology such as v5e:4x4. InputError lists what there is."""
+    kind, _, shape = topology.partition(":")
+    if kind not in CHIPS or not re.fullmatch(r"[1-9]\d*(x[1-9]\d*){1,2}", shape):
+        known = ", ".join(f"{kind}:{'|'.join(chip.topologies)}" for kind, chip in CHIPS.items())
+        raise InputError(f"--topology: expected one such as {known}; got {topology!r}")
+    return CHIPS[kind], math.prod(map(int, shape.split("x")))
+
+
+def plan(config, vocab_size, topology):
+    """{"state": bytes by kind, "programs": {name: counts of a chip}, "chips"}; vocab_size as in memory.rl."""
+    parse(topology)
+    request = {"config": configs.tree(config), "vocab_size": vocab_size, "topology": topology}
+    done = subprocess.run(
+        [sys.executable, "-m", "rlhf_jax.commands.topology"],
+        input=json.dumps(request),
+        env=os.environ | ENVIRONMENT,
+        capture_output=True,
+        text=True,
+    )
+    if done.returncode == 0:
+        return json.loads(done.stdout.splitlines()[-1])
+    lines = done.stderr.strip().splitlines() or [f"exit code {done.returncode}"]
+    raise InputError(lines[-1].removeprefix("InputError: "))
+
+
+def seconds(counts, chip):
+    """{"products", "memory", "links": seconds} of a program at the chip's peaks; the longest is the estimate."""
+    return {
+        "products": counts["flops"] / chip.flops,
+        "memory": counts["traffic"] / chip.bandwidth,
+        "links": counts["collectives"] / chip.links,
+    }
+
+
+def rows(planned, chip, price=0.0):
+    """The tables of a plan: [(header, rows)]. price: of a chip and hour."""
+    gib = [(f"{name}, per chip", size / 2**30) for name, size in planned["state"].items()]
+    tables: list[Any] = [(("memory", "GiB"), gib)]
+    programs, total = [], 0.0
+    for name, counts in planned["programs"].items():
+        parts = seconds(counts, chip)
+        longest = max(parts, key=lambda part: parts[part])
+        total += parts[longest]
+        numbers = (counts["peak"] / 2**30, counts["flops"] / 1e12, counts["traffic"] / 1e9, counts["collectives"] / 1e6)
+        programs.append((name, *numbers, parts[longest], longest, counts["compile_seconds"]))
+    header = ("program, per chip", "peak GiB", "TFLOP", "GB read", "MB sent", "seconds", "limited by", "compiled in s")
+    tables.append((header, programs))
+    fullest = max(counts["peak"] for counts in planned["programs"].values()) / 2**30
+    chips = planned["chips"]
+    summary = [
+        ("memory of the fullest program, of the chip's GiB", fullest / chip.memory),
+        ("seconds of an iteration, at least", total),
+    ]
+    if price:
+        summary.append(("price of an iteration, at least", total / 3600 * chips * price))
+        summary.append(("price of all iterations, at least", planned["steps"] * total / 3600 * chips * price))
+    tables.append(((f"{chips} chips", ""), summary))
+    return tables
+
+
+def advice(planned, chip, config):
+    """What to change first where the fullest program does not fit a chip, in one line; or nothing."""
+    programs, section = planned["programs"], config.algorithm
+    fullest = max(programs, key=lambda name: programs[name]["peak"])
+    if programs[fullest]["peak"] <= chip.memory * 2**30:
+        return ""
+    if sum(planned["state"].values()) > programs[fullest]["peak"] / 2:
+        first = "--config.mesh.fsdp (more), as parameters and optimizer are most of it"
+    elif fullest == "update" and not config.model.remat:
+        first = "--config.model.remat=true, as the update keeps every layer's activations"
+    elif fullest == "update":
+        first = f"--config.{section}.microbatches (more than {config.rl.microbatches})"
+    else:
+        first = f"--config.{section}.lanes (less than {config.rl.lanes or config.rl.batch})"
+    size = programs[fullest]["peak"] / 2**30
+    return f"does not fit: {fullest} needs {size:.1f} GiB of a chip's {chip.memory:g}; change first {first}"
+
+
+def trips(jaxpr, whiles, depth=0):
+    """(FLOPs of the products of a program with each loop body once, and with its trips).
+
+    whiles: trips of a while loop within so many others. Of the branches of a conditional the costliest counts.
+    """
+    once = total = 0.0
+    for equation in jaxpr.eqns:
+        name, params = equation.primitive.name, equation.params
+        if name == "dot_general":
+            (contracted, _), _ = params["dimension_numbers"]
+            sizes = [equation.invars[0].aval.shape[axis] for axis in contracted]
+            flops = 2.0 * math.prod(equation.outvars[0].aval.shape) * math.prod(sizes)
+            once, total = once + flops, total + flops
+            continue
+        if name == "cond":
+            found = [trips(branch.jaxpr, whiles, depth) for branch in params["branches"]]
+            first, second = max(found, key=lambda pair: pair[1])
+            once, total = once + first, total + second
+            continue
+        times = {"scan": params.get("length", 1), "while": whiles[min(depth, len(whiles) - 1)]}.get(name, 1)
+        for value in params.values():
+            for inner in value if isinstance(value, tuple | list) else (value,):
+                inner = getattr(inner, "jaxpr", inner)
+                if hasattr(inner, "eqns"):
+                    first, second = trips(inner, whiles, depth + (name == "while"))
+                    once, total = once + first, total + times * second
+    return once, total
+
+
+def sent(program):
+    """(bytes of the results of collectives outside of loops, and within them once) of a compiled program's text."""
+    outside = inside = 0.0
+    at_top = False
+    names = "|".join(COLLECTIVES)
+    for line in program.splitlines():
+        if line.startswith(("ENTRY", "%")) or (line and not line.startswith((" ", "}"))):
+            at_top = line.startswith("ENTRY")
+        # An asynchronous one has its operands in the type of its start: the end has its result alone.
+        found = re.search(rf"= (.*?) (?:{names})(-start|-done)?\(", line)
+        if not found or found[2] == "-start":
+            continue
+        size = 0.0
+        for kind, shape in re.findall(r"(\w+)\[([\d,]*)\]", found[1]):
+            size += math.prod(map(int, filter(None, shape.split(",")))) * BYTES.get(kind, 4)
+        outside, inside = (outside + size, inside) if at_top else (outside, inside + size)
+    return outside, inside
+
+
+def _compile(config, vocab_size, topology):
+    """What `plan` returns, computed in this process."""
+    try:
+        import libtpu  # noqa: F401
+    except ImportError:
+        raise InputError("--topology: expected libtpu, which is not installed; pip install rlhf_jax[tpu]") from None
+    chip, chips = parse(topology)
+    try:
+        devices = topologies.get_topology_desc(platform="tpu", topology_name=topology).devices
+    except Exception as error:  # libtpu's own, of any kind
+        known = "|".join(chip.topologies)
+        reason = str(error).splitlines()[0][:200]
+        raise InputError(f"--topology: expected one such as {known}, got {topology!r} ({reason})") from None
+    mesh = sharding.mesh(config.mesh, devices)
+    section, task = config.rl, tasks.load(config)
+    state, base, programs = memory.compiled(config, vocab_size, section, mesh)
+    N, R, lanes, group = section.batch, task.response_length, section.lanes, section.group
+    whiles: tuple[float, ...] = (R - 1,)
+    if 0 < lanes < N:  # prompts are read a quarter of the lanes at a time, and every lane decodes R tokens
+        entered = max(lanes // 4, group)
+        whiles = (N / entered, R * entered / lanes)
+    parameters = (state.policy, state.reference, state.value, state.reward, base)
+    kinds = {"parameters": _share(parameters), "optimizer": _share(state.optimizer)}
+    found: dict[str, Any] = {}
+    for name, (function, args) in programs.items():
+        began = time.monotonic()
+        traced = function.trace(*args)
+        program = traced.lower().compile()
+        once, total = trips(traced.jaxpr.jaxpr, whiles)
+        memory_of, counted = program.memory_analysis(), program.cost_analysis()
+        outside, inside = sent(program.as_text())
+        peak = memory_of.argument_size_in_bytes + memory_of.temp_size_in_bytes
+        peak += memory_of.output_size_in_bytes - memory_of.alias_size_in_bytes
+        ratio = total / max(once, 1)
+        traffic = counted.get("bytes accessed", 0) * ratio
+        if name == "draw":
+            rows = (lanes or N) // sharding.shards(mesh)
+            model = dataclasses.replace(config.model, vocab_size=config.model.vocab_size or vocab_size)
+            read = cost.step_bytes(model, rows, task.prompt_length + R // 2) / config.mesh.tensor
+            traffic = max(traffic, read * R * N / (lanes or N))
+        found[name] = {
+            "peak": peak,
+            "flops": counted["flops"] * ratio,
+            "flops_once": counted["flops"],
+            "traffic": traffic,
+            "collectives": outside + inside * ratio,
+            "compile_seconds": time.monotonic() - began,
+        }
+    return {"state": kinds, "programs": found, "chips": chips, "steps": section.steps}
+
+
+def _share(tree):
+    """Bytes of a tree on one device."""
+    leaves = jax.tree.leaves(tree)
+    return sum(math.prod(leaf.sharding.shard_shape(leaf.shape)) * leaf.dtype.itemsize for leaf in leaves)
+
+
+def main():
+    """The child: reads a request from stdin, and writes the plan as JSON to stdout."""
+    request = json.loads(sys.stdin.read())
+    found = _compile(configs.parse(request["config"]), request["vocab_size"], request["topology"])
+    sys.stdout.write(json.dumps(found) + "\n")
+
+
+if __name__ == "__main__":
+    try:
+        main()
+    except InputError as error:
+        sys.stderr.write(f"\nInputError: {error}\n")
+        sys.exit(BAD_INPUT)

@@ -1,0 +1,114 @@
+"""Plans for TPUs, as far as they go without libtpu: what is counted, and what is refused."""
+
+import jax
+import jax.numpy as jnp
+import pytest
+
+from rlhf_jax.algorithms import ppo
+from rlhf_jax.commands import benchmark, topology
+from rlhf_jax.config import Config
+from rlhf_jax.models import decoder
+from tests.support import changed, error
+
+
+def test_a_topology_is_a_chip_and_a_number():
+    chip, count = topology.parse("v5e:4x4")
+    assert (chip.memory, count) == (16, 16)
+    assert topology.parse("v5p:2x2x2")[1] == 8
+
+
+@pytest.mark.parametrize("name", ["v5e", "v5e:", "v5e:0x4", "v9:2x2", "v5e:2", "local"])
+def test_an_unknown_topology_lists_the_known_ones(name):
+    message = error(topology.parse, name)
+    assert message.startswith("--topology: expected one such as v5e:2x2|2x4|") and message.endswith(f"got {name!r}")
+
+
+def test_trips_by_hand():
+    """A product of 2 x 3 x 4 is 48 FLOPs: in a scan of 5, in a while within a while, and in the costlier branch."""
+    a, b = jnp.ones((2, 3)), jnp.ones((3, 4))
+
+    def product(x):
+        return x + jnp.sum(a @ b)
+
+    def inner(x):
+        return jax.lax.while_loop(lambda x: x < 3, product, x)
+
+    programs = {
+        (48, 5 * 48): lambda x: jax.lax.scan(lambda x, _: (product(x), None), x, length=5)[0],
+        (96, 7 * (48 + 9 * 48)): lambda x: jax.lax.while_loop(lambda x: x < 3, lambda x: product(inner(x)), x),
+        (96, 96): lambda x: jax.lax.cond(x > 0, product, lambda x: product(product(x)), x),
+    }
+    for expected, program in programs.items():
+        assert topology.trips(jax.make_jaxpr(program)(1.0).jaxpr, (7, 9)) == expected
+
+
+def test_the_products_of_an_iteration_are_those_of_the_cost_model():
+    """All epochs, slices, chunks and tokens are counted. Our attention computes the masked half of the scores too."""
+    model = decoder.Config(layers=3, heads=4, head_size=64, width=256, vocab_size=997, context=32, scan=True)
+    config = ppo.Config(batch=8, epochs=3, minibatches=2, microbatches=2)
+    shape = benchmark.Shape("counted", model, prompt=24, response=8, algorithm=config)
+    programs = benchmark.Timed(shape, chunk=16).programs()
+    found = {
+        name: topology.trips(function.trace(*args).jaxpr.jaxpr, (shape.response - 1,))[1]
+        for name, (function, args) in programs.items()
+    }
+    expected = benchmark.flops(shape)
+    assert 1 <= found["draw"] / (expected["prefill"] + expected["decode"]) < 1.15
+    assert 1 <= (found["judge"] + found["reward"]) / expected["score"] < 1.15
+    assert 1 <= found["update"] / expected["update"] < 1.15
+
+
+PROGRAM = """HloModule jit_learn
+%body (p: f32[8,4]) -> f32[8,4] {
+  %ag = bf16[8,4]{1,0} all-gather(bf16[2,4]{1,0} %p), dimensions={0}
+  %ar.start = f32[16]{0} all-reduce-start(f32[16]{0} %x), to_apply=%sum
+  ROOT %ar.done = f32[16]{0} all-reduce-done(f32[16]{0} %ar.start)
+}
+ENTRY %main (p: f32[8,4]) -> f32[8,4] {
+  %two = (f32[3]{0}, s32[]) all-reduce(f32[3]{0} %a, s32[] %b), to_apply=%sum
+  ROOT %w = f32[8,4]{1,0} while(f32[8,4]{1,0} %p), condition=%c, body=%body
+}
+"""
+
+
+def test_what_is_sent_by_hand():
+    assert topology.sent(PROGRAM) == (3 * 4 + 4, 8 * 4 * 2 + 16 * 4)
+
+
+def test_the_table_of_a_plan():
+    """The longest of three parts, at the peaks; a price for all chips and iterations."""
+    counts = {
+        "peak": 8 * 2**30,
+        "flops": 197e12,
+        "traffic": 819e9 / 2,
+        "collectives": 200e9 / 4,
+        "compile_seconds": 1.0,
+    }
+    planned = {"state": {"parameters": 2**30}, "programs": {"update": counts}, "chips": 4, "steps": 10}
+    chip = topology.CHIPS["v5e"]
+    assert topology.seconds(counts, chip) == {"products": 1.0, "memory": 0.5, "links": 0.25}
+    _, (_, [program]), (_, summary) = topology.rows(planned, chip, price=3.6)
+    assert program[5:7] == (1.0, "products")
+    assert [value for _, value in summary] == pytest.approx([0.5, 1.0, 0.004, 0.04])
+
+
+@pytest.mark.parametrize(
+    ("peaks", "state", "changes", "words"),
+    [
+        ({"draw": 1, "update": 16}, 1, {}, ""),
+        ({"draw": 1, "update": 17}, 9, {}, "update needs 17.0 GiB of a chip's 16; change first --config.mesh.fsdp"),
+        ({"draw": 1, "update": 17}, 1, {}, "--config.model.remat=true"),
+        ({"draw": 1, "update": 17}, 1, {"model": {"remat": True}}, "--config.ppo.microbatches (more than 1)"),
+        ({"draw": 20, "update": 17}, 1, {}, "--config.ppo.lanes (less than 512)"),
+    ],
+)
+def test_what_to_change_first(peaks, state, changes, words):
+    programs = {name: {"peak": size * 2**30} for name, size in peaks.items()}
+    planned = {"state": {"parameters": state * 2**30}, "programs": programs}
+    line = topology.advice(planned, topology.CHIPS["v5e"], changed(Config(), **changes))
+    assert words in line and bool(line) == bool(words)
+
+
+def test_without_libtpu_one_line_says_what_to_install(monkeypatch):
+    monkeypatch.setitem(__import__("sys").modules, "libtpu", None)
+    assert "pip install rlhf_jax[tpu]" in error(topology._compile, None, 0, "v5e:2x2")
