@@ -86,7 +86,7 @@ def test_the_readmes_own_reward_is_that_of_its_page(demo):
 # Commands
 
 SHELL = [line for page in PAGES for block in blocks(page, "bash") for line in block.replace("\\\n", " ").splitlines()]
-COMMAND = re.compile(r"(?:python experiments/(\w+)\.py|rlhf-jax ([a-z]\w+))([^`|\n]*)")
+COMMAND = re.compile(r"(?:python experiments/([a-z]\w+)\.py|rlhf-jax ([a-z]\w+))([^`|\n]*)")
 INLINE = re.findall(r"`([^`]+)`", re.sub(r"```.*?```", "", EVERYTHING, flags=re.DOTALL))
 COMMANDS = [
     (script or name, rest) for line in [*SHELL, *INLINE]
