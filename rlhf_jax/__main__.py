@@ -4,12 +4,15 @@ rlhf-jax                    # the names, and what each does
 rlhf-jax ppo_summarize --config=ppo_summarize:tiny --workdir=runs/demo
 """
 
+from rlhf_jax import command
+
+if __name__ == "__main__":
+    command.begin()
+
 import ast
 import runpy
 import sys
 from pathlib import Path
-
-from rlhf_jax import command
 
 EXPERIMENTS = Path(__file__).parent / "experiments"  # a link to experiments/, which installations follow
 

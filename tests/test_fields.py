@@ -263,7 +263,7 @@ def test_which_fields_are_neutral():
         *(f"{name}.from_" for name in ("pretrain", "sft", "reward")),
         *(
             "model.remat",
-            *("model.scan", "mesh.data", "mesh.fsdp", "mesh.tensor"),
+            *("mesh.data", "mesh.fsdp", "mesh.tensor"),
             "data.cache",
             "evaluation.batch",
             "evaluation.samples",
@@ -458,7 +458,7 @@ ALWAYS = {
     ),
     *("data.source", "data.kind", "data.path", "data.prompt_length", "data.cut", "data.response_length", "data.length"),
     *(f"model.{name}" for name in ("layers", "heads", "head_size", "width", "context", "vocab_size", "rotary_share")),
-    *(f"model.{name}" for name in ("parallel_residual", "tied", "norm_eps", "dtype", "remat", "scan", "init")),
+    *(f"model.{name}" for name in ("parallel_residual", "tied", "norm_eps", "dtype", "remat", "init")),
     *(f"model.{name}" for name in ("kv_heads", "feed_forward", "feed_forward_size", "norm", "qk_norm", "biases")),
     *("lora.rank", "mesh.data", "mesh.fsdp", "mesh.tensor"),
     *(f"alarms.{name}" for name in ("distinct2", "repeat_rate", "entropy", "length", "kl_exact", "over_optimization")),

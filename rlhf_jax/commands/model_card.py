@@ -16,7 +16,7 @@ WHAT = {
     "rl": "a policy after reinforcement learning",
 }
 # Config fields left out: those that do not change a run's results, and those in the card's section `Data`.
-QUIET = ("eval_every", "save_every", "microbatches", "remat", "scan", "top_k", "top_p", "init", "path")
+QUIET = ("eval_every", "save_every", "microbatches", "remat", "top_k", "top_p", "init", "path")
 
 READS = {"versions": dict, "machine": dict, "seconds": int | float}  # fields of the summary.json, and their types
 

@@ -9,6 +9,11 @@ products, the memory and the links need at their published peaks, so a real prog
 sampling is that of models/cost.py: every weight and the cache, at every token.
 """
 
+from rlhf_jax import command
+
+if __name__ == "__main__":
+    command.begin()  # the imports below take seconds
+
 import dataclasses
 import json
 import math

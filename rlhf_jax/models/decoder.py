@@ -62,9 +62,6 @@ class Config:
     dtype: str = choice("float32", "float32", "bfloat16")  # of the activations; parameters are float32
     fused: bool = False  # cuDNN attention for whole sequences; needs dtype bfloat16 and an NVIDIA GPU
     remat: bool = neutral(False)  # recompute layers in the backward pass: less memory (not on a CPU), a third more work
-    # Compute whole sequences by a scan over the layers: a smaller program, which copies the weights once a pass. The
-    # decode step is never a scan.
-    scan: bool = neutral(False)
     # Weights to start from: a model.safetensors, a folder of transformers, or NAME or NAME@REVISION on the hub; empty:
     # random.
     init: str = path()
@@ -281,18 +278,8 @@ class Decoder(nn.Module):
         x_BTD = nn.Dropout(c.dropout, deterministic=deterministic, name="dropout")(x_BTD)
         # remat keeps only a layer's input for the backward pass, which computes the layer a second time.
         block = nn.remat(Block) if c.remat and cache is None and not slots else Block
-        layers, first = [], 0
-        # A cache would be copied at every token, and every layer has dropout noise of its own.
-        if (
-            c.scan
-            and c.layers > 2
-            and cache is None
-            and (deterministic or not c.dropout)
-            and not self.is_initializing()
-        ):
-            first = c.layers - 1  # the last one selects
-            x_BTD, layers = self._scanned(x_BTD, attend_BTS, angles_BTJ, first, remat=c.remat and not slots)
-        for i in range(first, c.layers):
+        layers = []
+        for i in range(c.layers):
             past = None if cache is None else (cache.keys[i], cache.values[i], cache.used)
             selected = select if i == c.layers - 1 else None
             x_BTD, kv = block(c, deterministic, selected, name=f"h_{i}")(
@@ -309,25 +296,6 @@ class Decoder(nn.Module):
         keys, values = (tuple(_widen(x_BATK, slots, axis=2) for x_BATK in each) for each in (keys, values))
         position_BS = None if position_BS is None else _widen(position_BS, slots, axis=1)
         return x_BTD, KVCache(keys, values, _widen(mask_BT, slots, axis=1), jnp.int32(T), position_BS)
-
-    def _scanned(self, x_BTD, attend_BTS, angles_BTJ, count, *, remat):
-        """(the stream after the first `count` layers, (keys, values) of each), computed by a scan over these layers."""
-        of_layer: list[dict] = [
-            {
-                kind: self.get_variable(kind, f"h_{i}")
-                for kind in ("params", "lora")
-                if self.has_variable(kind, f"h_{i}")
-            }
-            for i in range(count)
-        ]
-        block = Block(self.config, True, parent=None)
-
-        def layer(x_BTD, variables):
-            return block.apply(variables, sharded.rows(x_BTD), attend_BTS, angles_BTJ, None)
-
-        layer = jax.checkpoint(layer, prevent_cse=False) if remat else layer
-        x_BTD, (keys, values) = jax.lax.scan(layer, x_BTD, jax.tree.map(lambda *x: jnp.stack(x), *of_layer))
-        return x_BTD, list(zip(keys, values, strict=True))
 
 
 def _check(positions_BT, context):

@@ -24,7 +24,7 @@ def before(x_BT, count):
 def predicted(real_BT):
     """Which of the tokens after the first [B, T - 1] are real and stand after a real one, which predicts them."""
     real_BT = real_BT.astype(bool)
-    return real_BT[:, 1:] & real_BT[:, :-1]
+    return real_BT[:, 1:] & before(real_BT, real_BT.shape[1] - 1)
 
 
 def scale(logits, temperature):

@@ -332,6 +332,11 @@ def test_weights_to_start_from_are_named(made, tmp_path):
 
 def test_every_stage_has_words():
     rows = configs.Supervised(steps=1)
-    every = [configs.write(pretrain=rows), *(configs.Config(sft=rows, algorithm=algorithm) for algorithm in POLICY)]
+    judged = configs.Config(sft=rows, reward=configs.Reward(holdout_judge=True))
+    every = [
+        configs.write(pretrain=rows),
+        judged,
+        *(configs.Config(sft=rows, algorithm=algorithm) for algorithm in POLICY),
+    ]
     names = {name for config in every for name in configs.stages(config)}
     assert names == model_card.WHAT.keys() | POLICY.keys()

@@ -44,7 +44,7 @@ def test_trips_by_hand():
 
 def test_the_products_of_an_iteration_are_those_of_the_cost_model():
     """All epochs, slices, chunks and tokens are counted. Our attention computes the masked half of the scores too."""
-    model = decoder.Config(layers=3, heads=4, head_size=64, width=256, vocab_size=997, context=32, scan=True)
+    model = decoder.Config(layers=3, heads=4, head_size=64, width=256, vocab_size=997, context=32)
     config = ppo.Config(batch=8, epochs=3, minibatches=2, microbatches=2)
     shape = benchmark.Shape("counted", model, prompt=24, response=8, algorithm=config)
     programs = benchmark.Timed(shape, chunk=16).programs()

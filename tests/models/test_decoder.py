@@ -8,12 +8,11 @@ import pytest
 
 from rlhf_jax import fields, generate
 from rlhf_jax.errors import InputError
-from rlhf_jax.models import decoder, families, lora
+from rlhf_jax.models import decoder, families
 from rlhf_jax.models.families import neox
 from rlhf_jax.models.families.llama import LLAMA
 from rlhf_jax.models.heads import LanguageModel
 from rlhf_jax.ops import attention
-from tests.support import assert_trees_close
 
 PAD = 0
 
@@ -21,7 +20,6 @@ PAD = 0
 # A layer with all that GPT-2 lacks: two heads read one of keys and values, and a token sees three before it.
 LLAMA: dict = LLAMA | dict(layers=1, kv_heads=1, head_size=6, feed_forward_size=20, qk_norm=True, window=4, context=40)
 LLAMA |= dict(rotary_factor=8.0, rotary_context=20)
-SCANNED: dict = dict(heads=2, head_size=6, width=12, context=40, vocab_size=29)
 
 
 @pytest.fixture(scope="module", params=["gpt2", "neox", "llama"])
@@ -272,40 +270,6 @@ def test_layers_that_are_computed_again_have_the_same_gradients(dropout, model, 
     jax.tree.map(
         lambda x, y: np.testing.assert_allclose(x, y, rtol=0, atol=1e-5 * abs(y).max()), our_grads, their_grads
     )
-
-
-def test_scanned_layers_are_the_same(sequences):
-    """Log-probs, a cache that goes on, adapters, and all gradients."""
-    config = decoder.Config(**SCANNED | LLAMA | {"layers": 4, "remat": True})
-    params = LanguageModel(config).init(jax.random.key(0))
-    params = jax.tree.map(lambda x: x + 0.2 * jax.random.normal(jax.random.key(x.size), x.shape), params)
-    adapters = lora.init(jax.random.key(1), params, lora.Config(rank=2, alpha=2))
-    adapters = jax.tree.map(lambda x: x + 0.2 * jax.random.normal(jax.random.key(x.size + 1), x.shape), adapters)
-    found = []
-    for scan in False, True:
-        model = LanguageModel(dataclasses.replace(config, scan=scan))
-        adapted = dataclasses.replace(model, base=lora.Base(lora.Config(rank=2, alpha=2), lambda: params))
-
-        def loss(params, adapters, model=model, adapted=adapted):
-            tokens_BT, mask_BT = sequences
-            logp_BT = model.logprobs(params, tokens_BT, mask_BT, 4)
-            _, cache = model.prefill(params, tokens_BT, mask_BT, 9)
-            hidden_BD, _ = model.decode(params, tokens_BT[:, 0], mask_BT[:, 0], cache)
-            logp_adapted_BT = adapted.logprobs(adapters, tokens_BT, mask_BT, 4)
-            return jnp.sum(logp_BT) + jnp.sum(hidden_BD) + jnp.sum(logp_adapted_BT), (logp_BT, hidden_BD)
-
-        found.append(jax.jit(jax.value_and_grad(loss, (0, 1), has_aux=True))(params, adapters))
-    scale = max(float(jnp.abs(x).max()) for x in jax.tree.leaves(found[0]))
-    assert_trees_close(*found, rtol=1e-5, atol=1e-6 * scale)
-
-
-def test_a_scan_has_the_products_of_one_layer(sequences):
-    def products(layers, scan):
-        model = LanguageModel(decoder.Config(**SCANNED | {"layers": layers, "scan": scan}))
-        params = jax.eval_shape(model.init, jax.random.key(0))
-        return jax.jit(model.hidden).lower(params, *sequences).as_text().count("dot_general")
-
-    assert products(4, True) == products(8, True) < products(4, False) < products(8, False)
 
 
 def test_layers_that_are_computed_again_take_less_memory():

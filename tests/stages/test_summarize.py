@@ -198,7 +198,9 @@ def test_what_was_reported(whole):
 def test_each_stage_is_checked_when_it_is_finished(whole):
     """One line for each check, with a value of the run's own record."""
     lines = [note for note in whole.reporter.notes if note.startswith("doctor  ")]
-    assert list(dict.fromkeys(line.split()[2] for line in lines)) == list(STAGES)
+    *checks, verdict = lines
+    assert list(dict.fromkeys(line.split()[2] for line in checks)) == list(STAGES)
+    assert verdict.startswith("doctor  sft first: ")
     (eos,) = (line for line in lines if "  sft  eos_rate: " in line)
     assert eos.startswith(f"doctor  FAIL  sft  eos_rate: {whole.summary['sft/eos_rate']:.3g} (healthy: 0.9 or more); ")
     for name in "exact KL of the first rollout", "k1 KL of the first rollout":
