@@ -144,6 +144,14 @@ def stages(config, workdir, reporter=None):
     return Stages(config, Workdir(workdir), reporter or Recorder())
 
 
+def linked(workdir, folder):
+    """Makes a folder that has the stages of a finished run, and returns its config, which may be written changed."""
+    folder.mkdir()
+    for name in ("text", "sft", "reward", "ppo"):
+        (folder / name).symlink_to(workdir / name)
+    return json.loads((workdir / "config.json").read_text())
+
+
 def opened(steps, name):
     """The folder of a stage, made as its training makes it."""
     steps._open()

@@ -182,19 +182,22 @@ def _record(folder, config, runs):
 
 def _sharing(made, index, folder):
     """The config of a run, with `from` at the stages that another run has finished with the same config."""
-    config = made[index]
-    for name in configs.stages(config)[:-1]:
+    config, workdir = made[index], Workdir(place(folder, index))
+    stages = configs.stages(config)[:-1]
+    for name in dict.fromkeys(configs.section(config, stage) for stage in stages):
         section = getattr(config, name)
-        if section.from_ or Workdir(place(folder, index)).started(name):
+        own = [stage for stage in stages if configs.section(config, stage) == name]  # a hold-out judge is of `reward`
+        if section.from_ or any(workdir.started(stage) for stage in own):
             continue
-        depends = provenance.depends(config, name)
+        depends = [provenance.depends(config, stage) for stage in own]
         for i, other in enumerate(made):
             there = Workdir(place(folder, i))
-            if i == index or name not in configs.stages(other) or provenance.depends(other, name) != depends:
+            if i == index or not set(own) <= set(configs.stages(other)):
                 continue
-            if there.finished(name, section.steps):
-                section = dataclasses.replace(section, from_=str(there.path))
-                config = dataclasses.replace(config, **{name: section})
+            if [provenance.depends(other, stage) for stage in own] != depends:
+                continue
+            if all(there.finished(stage, section.steps) for stage in own):
+                config = dataclasses.replace(config, **{name: dataclasses.replace(section, from_=str(there.path))})
                 break
     return config
 

@@ -110,9 +110,7 @@ class Setup:
     evaluation: Any  # config.Evaluation
     guard: guards.Config = guards.Config()
     mesh: Any = dataclasses.field(default_factory=sharding.mesh)
-    jit: Callable = (
-        jax.jit
-    )  # replay.py gives another one, to check every operation; functions are compiled for the mesh
+    jit: Callable = jax.jit  # for the mesh; replay.py gives another one, to check every operation
     record: bool = False  # compiled updates return their arrays too, for a trace
 
     def __post_init__(self):

@@ -4,7 +4,7 @@ import json
 
 import pytest
 
-from tests.support import write_rows
+from tests.support import linked, write_rows
 
 LABELS = ["sad", "a bus", "Sam ran", "bees", "a hat", "red"]
 SFT = [{"prompt": f"{label} at sea", "label": label} for label in LABELS * 2]
@@ -15,10 +15,7 @@ PAIRS = [{"prompt": row["prompt"], "chosen": row["label"], "rejected": "hm"} for
 def folder(tmp_path_factory, workdir):
     """The finished run, with rows of its own in files; half of their prompts are held out."""
     folder = tmp_path_factory.mktemp("runs") / "demo"
-    folder.mkdir()
-    for name in ("text", "sft", "reward", "ppo"):
-        (folder / name).symlink_to(workdir / name)
-    config = json.loads((workdir / "config.json").read_text())
+    config = linked(workdir, folder)
     config["data"] |= {"source": "files", "held_out": 0.5, "prompt_length": 16, "cut": "left"}
     for kind, rows in (("sft", SFT), ("preferences", PAIRS)):
         config["data"][kind] = str(write_rows(folder / f"{kind}.jsonl", rows))

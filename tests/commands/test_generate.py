@@ -18,10 +18,7 @@ ROWS = [{"prompt": prompt, "number": i} for i, prompt in enumerate(PROMPTS)]
 def folder(tmp_path_factory, workdir):
     """The finished run, whose prompts have at most 8 tokens and lose the first ones."""
     folder = tmp_path_factory.mktemp("runs") / "demo"
-    folder.mkdir()
-    for name in ("text", "sft", "reward", "ppo"):
-        (folder / name).symlink_to(workdir / name)
-    config = json.loads((workdir / "config.json").read_text())
+    config = support.linked(workdir, folder)
     config["data"] |= {"prompt_length": 8, "cut": "left"}
     (folder / "config.json").write_text(json.dumps(config))
     return folder

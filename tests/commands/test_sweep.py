@@ -8,7 +8,7 @@ import pytest
 from rlhf_jax import config as configs
 from rlhf_jax.commands import sweep
 from rlhf_jax.training.loop import Stopped
-from tests.support import Recorder, error, on_disk
+from tests.support import Recorder, changed, error, on_disk
 
 CONFIG = configs.Config()
 
@@ -22,7 +22,8 @@ class Trains:
     def __call__(self, config, workdir, reporter):
         for name in configs.stages(config):
             path = workdir / name / "summary.json"
-            if getattr(config.ppo if name == "ppo" else getattr(config, name), "from_", ""):
+            section = getattr(config, configs.section(config, name))
+            if getattr(section, "from_", ""):
                 self.taken.append(name)
                 continue
             if path.exists():
@@ -35,13 +36,13 @@ class Trains:
             self.trained.append(f"{workdir.name} {name}")
             gold = 1 - abs(config.ppo.kl_coef - 0.05) + 0.001 * config.seed
             numbers = {"gold": gold, "score": 10 * config.ppo.kl_coef, "kl_exact": 1.0, "steps": config.ppo.steps}
-            numbers |= {} if name == "ppo" else {"steps": getattr(config, name).steps}
+            numbers |= {"steps": section.steps}
             path.write_text(json.dumps({"seconds": 1.0} | {f"{name}/{key}": value for key, value in numbers.items()}))
 
 
-def ran(folder, text, train=None, **how):
+def ran(folder, text, train=None, config=CONFIG, **how):
     train, reporter = train or Trains(), Recorder()
-    sweep.sweep(CONFIG, folder, sweep.assignments(text, how.pop("samples", 1)), reporter, train=train, **how)
+    sweep.sweep(config, folder, sweep.assignments(text, how.pop("samples", 1)), reporter, train=train, **how)
     return train, reporter
 
 
@@ -115,6 +116,13 @@ def test_the_table_has_intervals_over_seeds_and_the_best_is_a_config(tmp_path):
     best = runpy.run_path(str(tmp_path / "kl" / "best.py"))["get_config"]()
     assert configs.parse(best.to_dict()) == sweep.changed(CONFIG, {"ppo.kl_coef": 0.05})
     assert (tmp_path / "kl" / "plots" / "sweep.png").exists() and len(reporter.tables) == 1
+
+
+def test_a_hold_out_judge_is_shared_with_its_reward_model(tmp_path):
+    config = changed(CONFIG, reward={"holdout_judge": True})
+    train, _ = ran(tmp_path, "ppo.kl_coef=.02,.05", config=config)
+    assert train.trained == ["000 sft", "000 reward", "000 judge", "000 ppo", "001 ppo"]
+    assert train.taken == ["sft", "reward", "judge"]
 
 
 def test_finished_stages_are_shared(tmp_path):
