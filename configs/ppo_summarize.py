@@ -27,7 +27,7 @@ Memory of PPO on one device in GiB. XLA reports it for programs compiled for a C
     gpt2           3.7     7.1     6.7     28.7         9.9
     gpt2-medium   10.6    19.1    14.5        -        25.3
     pythia-160m    4.3     7.7     7.9        -        10.8
-    smollm2        4.0     4.4     4.8        -         6.0
+    smollm2        4.0     4.4     4.8      8.6         6.0
     qwen2.5-0.5b  14.7    18.0    26.0        -        27.1
     qwen3-0.6b    17.8    26.5    29.9        -        33.6
     llama-3.2-1b  36.8    44.6    53.9        -        65.2

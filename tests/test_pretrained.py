@@ -389,3 +389,12 @@ def test_other_settings_of_a_stream_compile_nothing(model, compilations):
 def test_a_stream_refuses_what_cannot_be_sampled(model):
     assert error(model.stream, [3], top_p=0.0) == "top_p: expected more than 0 and at most 1 (all), got 0.0"
     assert error(model.stream, [3] * 32).startswith("prompts[0]: expected at most 31 tokens, ")
+
+
+# rl: a stage
+
+
+def test_rows_of_prompts_have_no_other_texts_to_mix_in(model):
+    rows = [{"prompt": f"Sam {i}"} for i in range(20)]
+    message = error(model.rl, rows, lambda texts: [0.0 for _ in texts], batch=8, ptx_coef=0.1)
+    assert message == "ptx_coef: expected 0, as rows of prompts have no other texts, got 0.1"
