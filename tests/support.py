@@ -59,8 +59,6 @@ FUSION_EMITTERS = jax.version.__version_info__ < (0, 11)
 
 # jax.jit(compiler_options=OPTIMIZED): for tests that compare the bits of two programs, whatever the flags of the tests
 OPTIMIZED = {"xla_backend_optimization_level": 1}
-if FUSION_EMITTERS:
-    OPTIMIZED["xla_cpu_use_fusion_emitters"] = True
 
 
 # Numbers
