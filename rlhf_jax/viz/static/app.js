@@ -231,12 +231,13 @@ async function start(manifest, reader, title) {
   for (const element of app.updates.keys()) seen.unobserve(element);
   app.updates.clear();
   const rollouts = app.iters.length > 0;
-  for (const part of document.querySelectorAll("header label, #panel")) part.hidden = !rollouts;
+  let unread = null;
+  cursorIsThere(rollouts);
   if (rollouts) {
     $("iter").max = app.iters.length - 1;
     // The second recorded iteration, as the policy is still learning there, and its last epoch.
     app.cursor = { iter: named() >= 0 ? named() : Math.min(1, app.iters.length - 1), rollout: 0, token: 0, epoch: 99 };
-    await app.load();
+    unread = await loadNearest();
     app.clamp();
     Object.assign(app.cursor, telling(app));
   } else await withoutRollouts();
@@ -258,9 +259,32 @@ async function start(manifest, reader, title) {
   files();
   if (rollouts) {
     wireRollouts();
-    await readHash();
+    if (unread) app.show({ cursor: true, file: true });
+    else await readHash();
+    if (unread) fail(unread);
   }
   document.documentElement.dataset.ready = "true";
+}
+
+function cursorIsThere(yes) {
+  for (const part of document.querySelectorAll("header label, #panel")) part.hidden = !yes;
+}
+
+// Opens the iteration of the cursor, or the nearest one whose file can be read: then returns the error of the first.
+async function loadNearest() {
+  const wanted = app.cursor.iter, order = [...app.iters.keys()].sort((a, b) => Math.abs(a - wanted) - Math.abs(b - wanted));
+  let unread = null;
+  for (const iter of order) {
+    app.cursor.iter = iter;
+    try {
+      await app.load();
+      return unread;
+    } catch (error) {
+      if (!(error instanceof TraceError)) throw error;
+      unread ??= error;
+    }
+  }
+  throw unread;
 }
 
 // The bar of a run without rollouts: DPO's last step is proved here; fine-tuning and reward model, by the command.
@@ -342,6 +366,7 @@ function fail(error) {
 function files_only() {
   if (!app.manifest) {
     app.manifest = { files: {} };
+    cursorIsThere(false);
     files();
   }
 }

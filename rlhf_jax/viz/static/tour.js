@@ -58,8 +58,10 @@ const STOPS = [
   },
   {
     view: "clip",
-    place: (app) => (app.pass(0) && app.knobs.clipping ? most(app, (i) => (app.pass().clipped[i] ? Math.abs(app.chain.white[i]) : 0)) : null),
-    text: (app, i) => `Why is “${word(app)}” clipped? Its advantage is ${fmt(app.chain.white[i])} and its ratio ${fmt(app.pass().ratio[i])}: it has already moved as its advantage wants, and further than ε = ${fmt(app.knobs.eps)}. The ring is on the flat part. An ε above ${fmt(Math.abs(app.pass().ratio[i] - 1))} would let it go on: drag the slider.`,
+    place: (app) => (app.pass(0) && app.knobs.clipping ? most(app, (i) => (app.pass().clipped[i] ? Math.abs(app.chain.white[i]) : 0)) ?? telling(app) : null),
+    text: (app, i) => (app.pass().clipped[i]
+      ? `Why is “${word(app)}” clipped? Its advantage is ${fmt(app.chain.white[i])} and its ratio ${fmt(app.pass().ratio[i])}: it has already moved as its advantage wants, and further than ε = ${fmt(app.knobs.eps)}. The ring is on the flat part. An ε above ${fmt(Math.abs(app.pass().ratio[i] - 1))} would let it go on: drag the slider.`
+      : `No token of these rollouts is clipped in this iteration. The one that moved the most, “${word(app)}”, has the ratio ${fmt(app.pass().ratio[i])}. Other iterations may have gone further: try the slider at the top.`),
   },
   {
     view: "algorithms",

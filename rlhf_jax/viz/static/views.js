@@ -476,7 +476,7 @@ const UNCLIPPED = {
 
 // Online DPO: the loss is that of a pair, and all of its tokens share it.
 function pairView(el, app) {
-  const epoch = passSelect(app), formula = eq(), { beta, loss } = app.chain.pairs, sign = (t) => app.chain.white[app.index(t)];
+  const epoch = passSelect(app), formula = eq(), { beta, loss, smoothing } = app.chain.pairs, sign = (t) => app.chain.white[app.index(t)];
   const gain = (t) => app.pass().now[app.index(t)] - app.chain.logp_ref[app.index(t)];
   const table = tokenTable(app, "What each token adds to the log-ratio of its completion", [
     { head: "better (+1) or worse (−1)", value: sign, cls: (t) => bySign(sign(t)), width: 56 },
@@ -491,9 +491,9 @@ function pairView(el, app) {
     table.update();
     const sum = (row) => [...Array(c.R).keys()].reduce((x, t) => x + (c.mask[row * c.R + t] ? ps.now[row * c.R + t] - c.logp_ref[row * c.R + t] : 0), 0);
     const [better, worse] = sign(0) > 0 ? [b, b ^ 1] : [b ^ 1, b];
-    const h = sum(better) - sum(worse), of = { sigmoid: "−log σ(β h)", ipo: "(h − 1 / (2 β))²", hinge: "max(0, 1 − β h)" }[loss] ?? loss;
+    const h = sum(better) - sum(worse), of = loss === "sigmoid" && !smoothing ? `−log σ(β h) = −log σ(${fmt(beta)} × ${par(h, nats)})` : loss === "ipo" ? "(h − 1 / (2 β))²" : loss === "hinge" ? "max(1 − β h, 0)" : `${loss}(β h)`;
     formula.textContent = sign(0) === 0 ? "The two completions have the same score: the pair has no loss."
-      : `h = Σ log-ratio of the better − Σ of the worse = ${nats(sum(better))} − ${par(sum(worse), nats)} = ${nats(h)}\nloss = ${of}, β = ${fmt(beta)}: ${fmt(ps.loss[i])}`;
+      : `h = Σ log-ratio of the better − Σ of the worse = ${nats(sum(better))} − ${par(sum(worse), nats)} = ${nats(h)}\nloss = ${of} = ${fmt(ps.loss[i])}     (β = ${fmt(beta)})`;
   };
 }
 
