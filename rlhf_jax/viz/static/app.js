@@ -120,6 +120,9 @@ const seen = new IntersectionObserver((entries) => {
   }
 });
 
+// On a narrow screen the token's panel would cover the playground.
+new IntersectionObserver(([{ isIntersecting }]) => document.body.classList.toggle("playing", isIntersecting), { rootMargin: "-50% 0px" }).observe($("playground"));
+
 // The bar
 
 function bar() {

@@ -53,6 +53,11 @@ function ticks(lo, hi, n = 5) {
   return out;
 }
 
+function atLeastTwo(lo, hi, n) {
+  const few = ticks(lo, hi, n);
+  return few.length > 1 ? few : ticks(lo, hi, 2 * n);
+}
+
 // The least and the largest finite number of some arrays, widened by a share.
 export function extent(arrays, share = 0.05, ...also) {
   let lo = Infinity, hi = -Infinity;
@@ -91,12 +96,11 @@ export function chart(label, height, draw) {
 // Axes of a chart: ticks with numbers, titles; returns the scales.
 export function axes(svg, width, height, [x0, x1], [y0, y1], { xt = "", yt = "", left = 46, bottom = 36, top = 22, right = 18, xn, yn = 5, yticks, xf = tick, yf = tick } = {}) {
   const x = scale(x0, x1, left, width - right), y = scale(y0, y1, height - bottom, top);
-  for (const v of yticks ?? ticks(y0, y1, yn)) {
+  for (const v of yticks ?? atLeastTwo(y0, y1, yn)) {
     svg.append(s("line", { class: v === 0 ? "zero" : "axis", x1: left, x2: width - right, y1: y(v), y2: y(v) }));
     svg.append(s("text", { x: left - 6, y: y(v) + 4, "text-anchor": "end", text: yf(v) }));
   }
-  const n = xn ?? Math.max(2, Math.floor(width / 90)), few = ticks(x0, x1, n);
-  for (const v of few.length > 1 ? few : ticks(x0, x1, 2 * n)) {
+  for (const v of atLeastTwo(x0, x1, xn ?? Math.max(2, Math.floor(width / 90)))) {
     svg.append(s("line", { class: "axis", x1: x(v), x2: x(v), y1: height - bottom, y2: height - bottom + 4 }));
     svg.append(s("text", { x: x(v), y: height - bottom + 17, "text-anchor": "middle", text: xf(v) }));
   }

@@ -29,7 +29,7 @@ export function panel(root, app) {
   if (c.deltas) {
     const next = last ? 0 : c.values[i + 1], later = last ? 0 : c.raw[i + 1];
     lines.push(`δ = r + γ V′ − V\n  = ${fmt(c.rewards[i])} + ${fmt(k.gamma)} × ${par(next)} − ${par(c.values[i])}\n  = ${signed(c.deltas[i])}`);
-    lines.push(`A = δ + γ λ A′\n  = ${fmt(c.deltas[i])} + ${fmt(k.gamma * k.lam)} × ${par(later)} = ${signed(c.raw[i])}`);
+    lines.push(`A = δ + γ λ A′\n  = ${fmt(c.deltas[i])} + ${fmt(k.gamma * k.lam)} × ${par(later)}\n  = ${signed(c.raw[i])}`);
   }
   if (ps) {
     lines.push(`ratio = exp(${nats(ps.now[i])} − ${par(c.logp[i], nats)})\n      = ${fmt(ps.ratio[i])}`);

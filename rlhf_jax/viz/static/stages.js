@@ -21,6 +21,8 @@ function later(element, app, name, ready) {
 const absent = (what, how) => h("p", { class: "note", text: `${what} ${how}` });
 // The folder of another run that a stage of this one is taken from, or "".
 export const taken = (app, name) => app.manifest.config?.[name]?.from ?? "";
+// The name of a reward that is a function, or "".
+const ofFunction = (app) => (["learned", undefined].includes(app.manifest.config?.reward?.kind) ? "" : app.manifest.config.reward.kind);
 const elsewhere = (app, name) => `The ${name === "sft" ? "fine-tuned policy" : "reward model"} of this run is that of ${taken(app, name)}, whose own page shows it.`;
 const stageOf = (app, algorithm) => Object.keys(app.manifest.stages).filter((n) => app.manifest.stages[n].algorithm === algorithm).at(-1);
 // The stage that learned from pairs: a reward model, or DPO, whose policy is its own.
@@ -247,7 +249,7 @@ const reward = {
     else el.append(heading("reward", "The reward model", "ops.losses.bradley_terry, models.heads.ScalarModel.score, evaluate.accuracy.accuracy"), p(`The reward model gives a text one number. It is trained on pairs: the loss of a pair is ${curveOf}`));
     const stage = pairStage(app), evals = stage ? names(app.manifest, stage, "eval") : [];
     if (!evals.length) {
-      el.append(taken(app, "reward") ? absent(elsewhere(app, "reward"), "") : absent("The reward of this run is no trained model, or was not recorded.", stage ? HOW : ""));
+      el.append(taken(app, "reward") ? absent(elsewhere(app, "reward"), "") : ofFunction(app) ? absent(`The reward of this run is a function (${ofFunction(app)}), not a trained model.`, "") : absent("The reward model of this run was not recorded.", HOW));
       return () => {};
     }
     const figure = h("figure"), formula = h("div", { class: "eq" });
@@ -320,8 +322,8 @@ const reward = {
         curve.label(`Loss of each pair by its margin; the selected pair has margin ${fmt(m)} and loss ${fmt(softplus(-m))}`);
         curve.redraw();
         formula.textContent = moved === null
-          ? `loss = −log σ(chosen − rejected) = −log σ(${fmt(chosen[pick])} − ${par(rejected[pick])}) = −log σ(${fmt(m)}) = ${fmt(losses.bradley_terry(chosen[pick], rejected[pick]))}     (pair ${pick + 1})`
-          : `what-if: −log σ(${fmt(m)}) = ${fmt(softplus(-m))}; its slope ${fmt(-sigmoid(-m))} is how hard the pair pulls     (pair ${pick + 1})`;
+          ? `loss of pair ${pick + 1} = −log σ(chosen − rejected)\n  = −log σ(${fmt(chosen[pick])} − ${par(rejected[pick])}) = −log σ(${fmt(m)}) = ${fmt(losses.bradley_terry(chosen[pick], rejected[pick]))}`
+          : `what-if: −log σ(${fmt(m)}) = ${fmt(softplus(-m))}; its slope ${fmt(-sigmoid(-m))} is how hard the pair pulls`;
         const side = (title, cls, body, score) => h("div", {}, h("h3", { class: cls, text: `${title}, ${fmt(score)}` }), h("p", { class: "n", text: visible(body) }));
         text.replaceChildren(...(pair ? [side("chosen", "reward", pair.chosen, chosen[pick]), side("rejected", "ref", pair.rejected, rejected[pick])] : []));
       }
