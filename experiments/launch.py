@@ -25,9 +25,9 @@ from ml_collections import ConfigDict, config_flags
 
 import rlhf_jax
 from rlhf_jax import config as configs
-from rlhf_jax import fields, pipeline
+from rlhf_jax import fields, hosts, pipeline
 from rlhf_jax.errors import InputError
-from rlhf_jax.report.console import Reporter
+from rlhf_jax.report.console import Reporter, Silent
 from rlhf_jax.training import sharding
 
 CONFIG = config_flags.DEFINE_config_file("config", None, "Config file, and :argument.")
@@ -55,8 +55,9 @@ def launch(task, only=None, job=pipeline.run):
         config, given = read_config()
         if config.deterministic:  # JAX reads it with the first device, in the next line
             os.environ["XLA_FLAGS"] = f"{os.environ.get('XLA_FLAGS', '')} --xla_gpu_deterministic_ops=true"
+        hosts.start(config.hosts)
         sharding.devices()
-        with Reporter() as reporter:
+        with Reporter() if hosts.first() else Silent() as reporter:
             job(config, WORKDIR.value, reporter, only=only, given=given)
 
     start(main, "config", "workdir")

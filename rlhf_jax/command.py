@@ -15,6 +15,8 @@ import os
 import signal
 import sys
 import threading
+import traceback
+from typing import Any
 
 from rlhf_jax.errors import BAD_INPUT, OUT_OF_MEMORY, STOPPED, InputError
 
@@ -22,6 +24,7 @@ SIGNALS = (signal.SIGINT, signal.SIGTERM)
 SHOW_CURSOR = b"\x1b[?25h\r\n"  # a progress bar hides it
 
 taken_over = False  # whether training takes the first signal, to save its state (training/loop.py: stop_signal)
+others: Any = None  # the other processes of a run on several hosts (hosts.py), which end together
 
 _process = 0  # the process that has begun
 _lock, _said = threading.RLock(), False  # the last line is written once, whichever thread ends the program
@@ -80,16 +83,18 @@ def _stop(number, _=None):
     with contextlib.suppress(OSError):
         if os.isatty(1):
             os.write(1, SHOW_CURSOR)
-    _end(f"stopped by {signal.Signals(number).name}")
+    end(f"stopped by {signal.Signals(number).name}", STOPPED)
 
 
-def _end(message):
-    """Ends the program with exit code STOPPED, and without Python's cleaning up: with that, other lines may follow."""
+def end(message, code):
+    """Ends the program with one line, and without Python's cleaning up: with that, other lines may follow."""
     _say(message)
+    if others:
+        others.ending(message, code)
     if "multiprocessing" in sys.modules:
         for child in sys.modules["multiprocessing"].active_children():
             child.kill()
-    os._exit(STOPPED)  # no exception: it could be caught, or only be reported
+    os._exit(code)  # no exception: it could be caught, or only be reported
 
 
 @contextlib.contextmanager
@@ -102,11 +107,15 @@ def errors(place=""):
         yield
     except BaseException as error:
         message, code = _explained(error, place)
+        if others and not code and not isinstance(error, SystemExit):
+            others.cause(error)
+            traceback.print_exc()
+            message, code = f"{type(error).__name__}: {error}", 1
         if not code:
             raise
-        if code == STOPPED:
+        if code == STOPPED or others:
             _flush()
-            _end(message)
+            end(message, code)
         leave(message, code)
 
 

@@ -8,6 +8,7 @@ from typing import Any
 
 from rlhf_jax import alarms as limits
 from rlhf_jax import fields, hub, jsonfile
+from rlhf_jax import hosts as processes
 from rlhf_jax.algorithms import ALGORITHMS, POLICY, preference, supervised
 from rlhf_jax.data import corpus, sources
 from rlhf_jax.errors import InputError, listed, short
@@ -132,6 +133,7 @@ class Config:
     model: decoder.Config = decoder.Config()
     lora: adapters.Config = adapters.Config()
     mesh: sharding.Config = sharding.Config()
+    hosts: processes.Config = processes.Config()
     pretrain: Supervised = Supervised(steps=0)
     sft: Supervised = Supervised()
     reward: Reward = Reward()
@@ -306,7 +308,7 @@ def sections(config, stage) -> list[str]:
 def read(workdir) -> Config:
     """The config of the run in a folder. InputError where there is none, or one of another version.
 
-    Its mesh is the default: the devices of this machine need not be those that trained the run.
+    Its mesh and its hosts are the default: the devices of this machine need not be those that trained the run.
     """
     path = Path(workdir).expanduser() / "config.json"
     again = "; the command that trains the run writes it again"
@@ -319,7 +321,7 @@ def read(workdir) -> Config:
         fields.check(config)
     except InputError as error:
         raise InputError(f"workdir: {path}: {error}{again}") from None
-    return dataclasses.replace(config, mesh=sharding.Config())
+    return dataclasses.replace(config, mesh=sharding.Config(), hosts=processes.Config())
 
 
 def _completed(values: Any, kind: type = Config) -> Any:

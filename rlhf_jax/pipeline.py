@@ -11,13 +11,13 @@ from typing import Any
 import jax
 
 from rlhf_jax import config as configs
-from rlhf_jax import fields, hub, out_of_memory, provenance, rollout, tasks, text
+from rlhf_jax import fields, hosts, hub, out_of_memory, provenance, rollout, tasks, text
 from rlhf_jax.algorithms import ALGORITHMS
 from rlhf_jax.commands import doctor, report
 from rlhf_jax.errors import InputError
 from rlhf_jax.evaluate import seeds
 from rlhf_jax.models import heads, hf, lora
-from rlhf_jax.report import plots
+from rlhf_jax.report import metrics, plots
 from rlhf_jax.report.console import Silent
 from rlhf_jax.rewards import Reward, function, learned, rouge
 from rlhf_jax.stages import Setup
@@ -27,7 +27,7 @@ from rlhf_jax.stages.rl import rl
 from rlhf_jax.text import bpe, char, files
 from rlhf_jax.training import sharding
 from rlhf_jax.training.fit import fit, write_summary
-from rlhf_jax.training.workdir import Workdir
+from rlhf_jax.training.workdir import Workdir, flat
 from rlhf_jax.viz import recorder
 
 PADDING = 512  # a model must have fewer than this many ids beyond the tokenizer's; Qwen2.5 has 271
@@ -45,6 +45,7 @@ def run(config, workdir, reporter=None, stop=None, only=None, given=None) -> dic
     config = fields.expanded(config)
     reporter = reporter or Silent()
     configs.check(config, devices=len(sharding.devices()))
+    hosts.compare(_identity(config))
     notes = configs.check_given(config, given)
     steps = Stages(config, Workdir(workdir), reporter)
     if only and only not in steps.names:
@@ -55,6 +56,17 @@ def run(config, workdir, reporter=None, stop=None, only=None, given=None) -> dic
     for note in _results(Path(workdir), only or ""):
         reporter.note(note)
     return summary
+
+
+def _identity(config):
+    """What must be the same on all hosts: {"ppo.lr": 1e-5, "sha256 of data.sft = rows.jsonl": ..., "jax": ...}."""
+    if not hosts.several():
+        return {}
+    values = flat(configs.tree(dataclasses.replace(config, hosts=hosts.Config())))
+    files = {f"sha256 of {name}": digest for name, digest in provenance.fingerprints(config).items()}
+    if config.named:
+        files[f"sha256 of reward = {config.reward.kind}"] = function.fingerprint(config.reward.kind)
+    return values | metrics.environment()["versions"] | files
 
 
 def _results(workdir, only):
@@ -125,7 +137,8 @@ class Stages:
     def setup(self) -> Setup:
         """What the stages have in common."""
         config = self.config
-        tokenizer = self._tokenizer()
+        with hosts.in_turn():
+            tokenizer = self._tokenizer()
         model, ids = config.model, tokenizer.vocab_size
         if model.vocab_size and not ids <= model.vocab_size < ids + PADDING:
             expected = f"0 or, for this tokenizer, {ids} to {ids + PADDING - 1}"
@@ -267,16 +280,24 @@ class Stages:
             else:
                 summary = self._fit(self.make(name), self.depends(name), self.workdir, stop)
         if self.config.doctor != "off":
-            for finding in doctor.of_stage(self.config, self.workdir.path, name):
-                self.reporter.note(finding.line)
+            hosts.on_first(lambda: self._examine(name))
         return summary
+
+    def _examine(self, name):
+        for finding in doctor.of_stage(self.config, self.workdir.path, name):
+            self.reporter.note(finding.line)
 
     def _stop_before(self, name):
         """Raises InputError where the doctor finds a stage before this one unfit, and the config says to stop."""
-        for before in self.names[: self.names.index(name)] if self.config.doctor == "stop" else ():
-            for finding in doctor.of_stage(self.config, self.workdir.path, before):
-                if finding.verdict == doctor.FAIL:
-                    raise InputError(f"{finding.line}; --config.doctor=warn goes on to {name}")
+
+        def examine():
+            for before in self.names[: self.names.index(name)]:
+                for finding in doctor.of_stage(self.config, self.workdir.path, before):
+                    if finding.verdict == doctor.FAIL:
+                        raise InputError(f"{finding.line}; --config.doctor=warn goes on to {name}")
+
+        if self.config.doctor == "stop":
+            hosts.on_first(examine)
 
     def _open(self):
         """Locks the workdir and writes the whole config."""
@@ -302,10 +323,12 @@ class Stages:
     def all(self, stop=None) -> dict:
         """Trains every stage that is not finished: the run's summary."""
         todo = [name for name in self.names if not self.finished(name)]
+        hosts.wait("to train")  # no host changes what another one has not seen yet
         if todo and todo[0] == self.names[0] and self.config.model.init:
             _weights(self.config.model.init)  # a failed download must be an error before hours of tokenization
-        for name in todo:  # errors in the data are found now, not when the stage begins
-            self.task.rows(self._kind(name))
+        with hosts.in_turn():  # the first one may write a cache
+            for name in todo:  # errors in the data are found now, not when the stage begins
+                self.task.rows(self._kind(name))
         self._open()
         self._begin(todo)
         for name in todo:
@@ -320,14 +343,8 @@ class Stages:
                 self.reporter.note(f"{name}: {where}, skipped")
         with contextlib.suppress(InputError):
             if not todo and (self.workdir / "text").exists():
-                self._tokenizer()  # a damaged one is made again, and so is a summary
-        with contextlib.suppress(InputError):
-            summary = self.workdir.read_json("summary.json") if not todo else {}
-            if f"{self.names[-1]}/steps" in summary:  # of this algorithm, not of another one
-                if not (self.workdir / report.NAMES[0]).exists():  # the run was killed before it
-                    report.write(self.workdir.path)
-                return summary
-        return self._conclude()
+                hosts.on_first(self._tokenizer)  # a damaged one is made again, and so is a summary
+        return hosts.on_first(lambda: self._conclude(todo)) or self.workdir.read_json("summary.json")
 
     def _kind(self, name):
         """The kind of the rows that a stage trains on."""
@@ -389,6 +406,10 @@ class Stages:
                 continue
             self.reporter.note(f"{name}: seed {i + 1} of {len(folders)}")
             self._fit(self.make(name, i), depends, folder, stop)
+        return hosts.on_first(lambda: self._mean(name, folders)) or self.workdir.summary(name)
+
+    def _mean(self, name, folders):
+        """Writes what the seeds of the last stage have in common: their means, and the result of the first one."""
         runs = [folder.rows(name) for folder in folders]
         if len(set(map(len, runs))) > 1:
             short = folders[min(range(len(runs)), key=lambda i: len(runs[i]))] / name
@@ -407,8 +428,14 @@ class Stages:
         seconds = sum(summary["seconds"] for summary in summaries)
         return write_summary(self.workdir, f"{name}/summary.json", seconds, numbers, self.config.seed)
 
-    def _conclude(self):
-        """Writes plot, samples and summary of the whole run."""
+    def _conclude(self, todo):
+        """Writes plot, samples and summary of the whole run, unless they are there and nothing was to do."""
+        with contextlib.suppress(InputError):
+            summary = self.workdir.read_json("summary.json") if not todo else {}
+            if f"{self.names[-1]}/steps" in summary:  # of this algorithm, not of another one
+                if not (self.workdir / report.NAMES[0]).exists():  # the run was killed before it
+                    report.write(self.workdir.path)
+                return summary
         places = {name: self.place(name) for name in self.names}
         rows = {name: place.rows(name) for name, place in places.items()}
         (self.workdir / "plots").mkdir(exist_ok=True)

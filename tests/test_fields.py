@@ -218,13 +218,13 @@ def test_every_field_is_a_number_a_text_or_a_switch(task):
 
 @pytest.mark.parametrize(("task", "path"), NUMBERS)
 def test_every_number_has_a_range_that_excludes_what_is_no_sane_number(task, path):
-    """A reward may be negative, and -1 stands for the devices that are left; every other number is at least 0."""
+    """A reward may be negative, and -1 stands for what is found; every other number is at least 0."""
     assert "range" in NUMBERS[task, path].metadata
     for value in math.nan, math.inf, -math.inf, 1e30:
         assert refusal(changed(task, **{path: value})).startswith(f"{path}: expected ")
     if path == "data.min_reward":
         fields.check(changed(task, **{path: -1.0}))
-    elif path == "mesh.data":
+    elif path in ("mesh.data", "hosts.index"):
         assert refusal(changed(task, **{path: -2})).startswith(f"{path}: expected at least -1")
     else:
         assert refusal(changed(task, **{path: -1})).startswith(f"{path}: expected ")
@@ -264,6 +264,7 @@ def test_which_fields_are_neutral():
         *(
             "model.remat",
             *("mesh.data", "mesh.fsdp", "mesh.tensor"),
+            *(f"hosts.{name}" for name in ("coordinator", "count", "index", "wait", "lost")),
             "data.cache",
             "evaluation.batch",
             "evaluation.samples",
@@ -461,6 +462,7 @@ ALWAYS = {
     *(f"model.{name}" for name in ("parallel_residual", "tied", "norm_eps", "dtype", "remat", "init")),
     *(f"model.{name}" for name in ("kv_heads", "feed_forward", "feed_forward_size", "norm", "qk_norm", "biases")),
     *("lora.rank", "mesh.data", "mesh.fsdp", "mesh.tensor"),
+    *(f"hosts.{name}" for name in ("coordinator", "count", "index", "wait", "lost")),
     *(f"alarms.{name}" for name in ("distinct2", "repeat_rate", "entropy", "length", "kl_exact", "over_optimization")),
     *(f"evaluation.{name}" for name in ("prompts", "batch", "temperature", "samples", "result", "best_by")),
     *("keep.last", "keep.best", "guard.action", "trace.every", "log", "doctor"),

@@ -5,6 +5,7 @@ training; a resumed run continues from its last kept line. JSON has no NaN, so a
 null and read back as NaN: the name is never left out, and a curve shows the gap.
 """
 
+import contextlib
 import importlib.metadata
 import json
 import math
@@ -88,6 +89,22 @@ class Writer:
     def close(self, failed=False):
         for tracker in self._trackers.values():
             tracker.close(failed)
+
+
+class Unwritten(contextlib.nullcontext):
+    """A Writer that writes nothing, for all processes but the first one of a run on several hosts."""
+
+    def __init__(self, *_args, **_options):
+        super().__init__(self)
+
+    def write(self, step, values):
+        pass
+
+    def samples(self, step, stage, rows):
+        pass
+
+    def flush(self):
+        pass
 
 
 def _seen(rows):

@@ -25,6 +25,7 @@ from typing import Any
 
 import numpy as np
 
+from rlhf_jax import hosts
 from rlhf_jax.errors import STOPPED, InputError
 from rlhf_jax.rewards import Completions, answers, gold, rouge, sentiment
 
@@ -54,8 +55,15 @@ class Function:
     def scores(self, rows, texts: list[str]) -> dict[str, np.ndarray]:
         """The same for rows and texts. A function of texts alone ignores the rows.
 
+        Of several hosts, the first one computes it for all: a reward may cost money, or be another one the next time.
         Raises InputError, naming the function and the text's number, where it raises or its result is no reward.
         """
+        if not hosts.several():
+            return self._scores(rows, texts)
+        found = hosts.from_first(lambda: {key: x.tolist() for key, x in self._scores(rows, texts).items()})
+        return {key: np.array(x, np.float32) for key, x in found.items()}
+
+    def _scores(self, rows, texts):
         args = (list(rows), list(texts)) if self.takes_rows else (list(texts),)
         try:
             with self._waiting(f"the reward of {len(texts)} texts"):

@@ -94,9 +94,14 @@ class Stage:
         return optim.rates(self.config, getattr(self.config, "updates", self.config.steps))
 
     def tokens(self, batch: dict, numbers: dict) -> float:
-        """Real tokens of a step: those of its batch, and those of the completions where it has sampled some."""
-        masks = [np.asarray(array) for name, array in batch.items() if "mask" in name]
-        return sum(int(mask.sum()) for mask in masks) + len(masks[0]) * float(numbers.get("length", 0))
+        """Real tokens of a step: those of its batch, and those of the completions where it has sampled some.
+
+        Of several hosts, those of this one's rows, as if all had as many: nothing is sent for it.
+        """
+        masks = [sharding.rows_here(array) for name, array in batch.items() if "mask" in name]
+        rows = next(len(array) for name, array in batch.items() if "mask" in name)
+        here = sum(int(mask.sum()) for mask in masks) * rows / len(masks[0])
+        return here + rows * float(numbers.get("length", 0))
 
 
 @dataclasses.dataclass(frozen=True, eq=False)
@@ -170,7 +175,7 @@ class Setup:
 
     def decode(self, response_BR, mask_BR) -> list[str]:
         """Responses as texts, without the space that they begin with."""
-        return text.responses(self.tokenizer, response_BR, mask_BR)
+        return text.responses(self.tokenizer, *sharding.gather((response_BR, mask_BR)))
 
     def over(self, arrays: dict, function: Callable, rows: int | None = None) -> Any:
         """function(batch) over the first `rows` rows (default: all), a device batch at a time: NumPy results by row.

@@ -229,7 +229,6 @@ class _Parts:
         if self.watch.active and self.watch.freeze and bool(state.alarms["tripped"]):
             return Step(state.replace(step=state.step + 1), {"alarms": 1}, notes=fallen)
         prompts = (batch["prompt_BP"], batch["prompt_mask_BP"])
-        rows = [self.rows[i] for i in np.asarray(batch["index_B"])]
         # An iteration does not need these. With them it would be compiled again whenever their placement changes.
         aside, state = {"best": state.best, "alarms": state.alarms}, state.replace(best=None, alarms=None)
         collected = 0.0
@@ -240,6 +239,7 @@ class _Parts:
             return self.setup.decode(response_BR, mask_BR)
 
         drawn = self.iteration.sample(state, *prompts)
+        rows = [self.rows[i] for i in sharding.gather(batch["index_B"])]
         before = _ready(state.step)  # no delay: the device has its next work, the sampling
         scored, completions, components = self.iteration.score(state, prompts, drawn, self.reward, rows, decode)
         rewarded = time.monotonic()

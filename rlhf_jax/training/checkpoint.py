@@ -17,12 +17,15 @@ import time
 import traceback
 import zlib
 from pathlib import Path
+from typing import Any
 
 import jax
 import numpy as np
 
+from rlhf_jax import hosts
 from rlhf_jax.errors import InputError, listed
 from rlhf_jax.fields import number
+from rlhf_jax.training import crc, sharding
 
 FOLDERS = ("checkpoints", "result")  # of a stage: its states to resume from, and its result
 DAMAGED = "damaged"  # beside them: checkpoints that could not be read
@@ -53,6 +56,8 @@ class Checkpoints:
     context manager: leaving it waits for pending writes, which Orbax would lose. Raises InputError if the folder cannot
     be written, or the disk is too full for a checkpoint.
     """
+
+    _saving: Any = None  # of several hosts, the manager that has saved last, whichever object it is of
 
     def __init__(self, directory, config=Config(), best=("", max), *, read_only=False):
         import orbax.checkpoint as ocp  # half a second, which no config waits for
@@ -85,6 +90,7 @@ class Checkpoints:
     def __exit__(self, kind, *_):
         with contextlib.suppress(InputError) if kind else contextlib.nullcontext(), self._errors():
             self._manager.close()
+        Checkpoints._saving = None
 
     @property
     def steps(self):
@@ -104,7 +110,7 @@ class Checkpoints:
         """
         import orbax.checkpoint as ocp
 
-        tree = _keys_as_data(tree)
+        tree = _keys_as_data(sharding.everywhere(tree))
         notes = {"notes": notes, "checksums": _checksums(tree)}
         notes["checksum"] = _of_json(notes)
         args = ocp.args.Composite(state=ocp.args.PyTreeSave(tree), data=ocp.args.JsonSave(notes))
@@ -112,7 +118,10 @@ class Checkpoints:
         metrics = {} if value is None else {"best": value}
         self._ranks[step] = self._rank(metrics)
         with self._errors():
-            self._manager.wait_until_finished()
+            # Hosts count the saves of all managers together, and would wait for different ones if two went on at once.
+            for manager in {self._manager, Checkpoints._saving or self._manager}:
+                manager.wait_until_finished()
+            Checkpoints._saving = self._manager if hosts.several() else None
             size = sum(leaf.nbytes for leaf in jax.tree.leaves(tree))
             if size > (free := shutil.disk_usage(self.directory).free):  # Orbax would raise this in its threads
                 raise InputError(f"{self.directory}: expected room for {size:,} bytes, there are {free:,}")
@@ -139,10 +148,15 @@ class Checkpoints:
 
     def put_aside(self, step):
         """Moves a damaged checkpoint to DAMAGED beside this folder, where nothing reads or overwrites it."""
-        folder = self.directory.parent / DAMAGED
-        folder.mkdir(exist_ok=True)
-        place = next(path for i in range(1_000) if not (path := folder / f"{step}-{i}").exists())
-        (self.directory / str(step)).rename(place)
+
+        def move():
+            folder = self.directory.parent / DAMAGED
+            folder.mkdir(exist_ok=True)
+            place = next(path for i in range(1_000) if not (path := folder / f"{step}-{i}").exists())
+            (self.directory / str(step)).rename(place)
+            return str(place)
+
+        place = Path(hosts.from_first(move))
         self._manager.reload()
         self._ranks.pop(step, None)
         return place
@@ -245,10 +259,15 @@ def fingerprint(tree):
 
 
 def _checksums(tree):
-    """{"policy/wte/embedding": CRC-32 of its bytes}, of every array that this process has all of."""
-    leaves = {name: leaf for name, leaf in by_name(tree).items() if _is_here(leaf)}
+    """{"policy/wte/embedding": CRC-32 of its bytes}, the same however the arrays lie on devices and hosts."""
+    leaves = by_name(tree)
     with concurrent.futures.ThreadPoolExecutor() as pool:  # zlib releases the interpreter lock
-        return dict(zip(leaves, pool.map(_checksum, leaves.values()), strict=True))
+        found = dict(zip(leaves, pool.map(_checksum, leaves.values()), strict=True))
+    spread = [name for name, leaf in leaves.items() if not _is_here(leaf)]
+    if spread:  # a share from each host
+        shares = sharding.of_each_host(np.array([found[name] for name in spread], np.uint32))
+        found |= dict(zip(spread, map(int, np.bitwise_xor.reduce(shares)), strict=True))
+    return found
 
 
 def by_name(tree):
@@ -262,6 +281,11 @@ def _is_here(leaf):
 
 
 def _checksum(leaf):
+    """CRC-32 of the bytes of an array; of one that other hosts have a part of, this host's share in it."""
+    if not _is_here(leaf):
+        shards = [(shard.index, shard.data) for shard in leaf.addressable_shards if shard.replica_id == 0]
+        first = jax.process_index() == 0
+        return crc.of_shards(leaf.shape, leaf.dtype.itemsize, shards) ^ first * crc.of_zeros(leaf.nbytes)
     if isinstance(leaf, jax.Array) and leaf.is_fully_replicated:
         # A separate view: one that the array caches would keep its buffer from being donated.
         leaf = leaf.addressable_data(0)

@@ -5,7 +5,7 @@ import dataclasses
 import time
 from typing import Any
 
-from rlhf_jax import fields
+from rlhf_jax import fields, hosts
 from rlhf_jax.errors import InputError
 from rlhf_jax.report import metrics, trackers
 from rlhf_jax.report.console import Silent, number
@@ -75,7 +75,8 @@ def _train(stage, workdir, config, keep, log, reporter, stop, recorder):
         state, row = _resume(stage, checkpoints, folder, reporter)
         done = int(state.step)
         # The row of the checkpoint's own step is in the checkpoint, and is written again.
-        with metrics.Writer(folder, resume_step=done - 1 if done else None, **trackers) as log:
+        writer = metrics.Writer if hosts.first() else metrics.Unwritten
+        with writer(folder, resume_step=done - 1 if done else None, **trackers) as log:
             reporter.stage(stage.name, steps, start=done)
             parts = {"checkpoints": checkpoints, "log": log, "reporter": reporter, "row": row, "stop": stop}
             parts["recorder"] = recorder
@@ -165,8 +166,13 @@ def _began(workdir, name):
 
 def _finish(stage, workdir, state, evaluation, numbers, began, reporter, seed, recorder):
     """Writes plots, samples and, last, the summary, which marks the stage as finished; its names have no `eval_`."""
-    folder = workdir / stage.name
     found = stage.summarize(state, evaluation)
+    done = hosts.on_first(lambda: _write(stage, workdir, found, numbers, began, reporter, seed, recorder))
+    return done or workdir.summary(stage.name)
+
+
+def _write(stage, workdir, found, numbers, began, reporter, seed, recorder):
+    folder = workdir / stage.name
     more = found.plot(metrics.read(folder / "metrics.jsonl"), folder / "plots", workdir.name)
     workdir.write_lines(f"{stage.name}/samples.jsonl", found.samples)
     numbers = numbers | found.numbers | more | {"steps": stage.config.steps}

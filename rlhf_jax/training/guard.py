@@ -10,9 +10,10 @@ from pathlib import Path
 import jax
 import numpy as np
 
-from rlhf_jax import fields, jsonfile
+from rlhf_jax import fields, hosts, jsonfile
 from rlhf_jax.errors import NOT_FINITE, InputError
 from rlhf_jax.report import metrics
+from rlhf_jax.training import sharding
 from rlhf_jax.training.checkpoint import Checkpoints
 
 FOLDER = "incident"  # in the workdir
@@ -65,10 +66,13 @@ def write(workdir, incident):
     folder = Path(workdir, FOLDER, f"{incident.stage}-{incident.step}")
     with Checkpoints(folder / "checkpoints") as checkpoints:
         checkpoints.save(incident.step, {"state": incident.state, "rollout": incident.rollout}, {})
-    np.savez(folder / "batch.npz", **jax.device_get(incident.batch))
-    record = {name: getattr(incident, name) for name in ("stage", "step", "names", "config")}
-    record["key"] = np.asarray(jax.random.key_data(incident.state.key))
-    metrics.summarize(folder / "incident.json", record | metrics.environment())  # last: the incident is complete
+    batch = sharding.gather(incident.batch)
+    if hosts.first():
+        np.savez(folder / "batch.npz", **batch)
+        record = {name: getattr(incident, name) for name in ("stage", "step", "names", "config")}
+        record["key"] = np.asarray(jax.random.key_data(incident.state.key))
+        metrics.summarize(folder / "incident.json", record | metrics.environment())  # last: the incident is complete
+    hosts.wait("incident")
     return folder
 
 

@@ -8,7 +8,7 @@ from typing import Any, NamedTuple
 
 import numpy as np
 
-from rlhf_jax import command
+from rlhf_jax import command, hosts
 from rlhf_jax.errors import STOPPED
 from rlhf_jax.report import metrics
 from rlhf_jax.training.guard import NonFinite
@@ -147,7 +147,7 @@ class _Loop:
     def _evaluation(self, state, step):
         """The stage's Evaluation; None if a signal interrupted it."""
         try:
-            with self.stop.at_once():
+            with self.stop.evaluating():
                 evaluation = self.stage.evaluate(state)
         except Stopped:
             return None
@@ -245,22 +245,26 @@ def not_finite(numbers):
 class Stop:
     """Whether SIGTERM or SIGINT has come. A second one goes to the handler of `before`, and ends the program at once.
 
-    No file is ever incomplete. before: {signal: its handler}.
+    No file is ever incomplete. before: {signal: its handler}. Of several hosts, one that has the signal says it to the
+    others, and all stop after the same step.
     """
 
     def __init__(self, before=()):
         self.before = dict(before)
-        self._requested = self._raises = False
+        self.requested = self._raises = False
 
     def __call__(self):
-        return self._requested
+        """Whether the run stops here. Of several hosts, all call it equally often and get the same answer."""
+        return hosts.stops() if hosts.several() else self.requested
 
     def request(self, number, _=None):
         """The handler of the signals."""
-        if self._requested:
+        if self.requested:
             signal.signal(number, self.before[number])
             signal.raise_signal(number)
-        self._requested = True
+        self.requested = True
+        if not self._raises:
+            hosts.spread_stop(signal.Signals(number).name)
         self._check(f"stopped by {signal.Signals(number).name}; {AGAIN}")
 
     def at_once(self):
@@ -270,6 +274,10 @@ class Stop:
     def later(self):
         """Inside this context a signal is only noted, until the run can be saved; it is raised at the end."""
         return self._mode(False)
+
+    def evaluating(self):
+        """As `at_once` for one process. Several finish their evaluation, as none may leave the others alone in it."""
+        return self.later() if hosts.several() else self.at_once()
 
     @contextlib.contextmanager
     def _mode(self, raises):
@@ -282,7 +290,7 @@ class Stop:
         self._check()
 
     def _check(self, message=f"stopped; {AGAIN}"):
-        if self._requested and self._raises:
+        if self.requested and self._raises:
             raise Stopped(message)
 
 
@@ -298,4 +306,4 @@ def stop_signal():
     finally:
         for number, handler in stop.before.items():
             signal.signal(number, handler)
-        command.taken_over = stop()  # who has taken a signal ends the program
+        command.taken_over = stop.requested  # who has taken a signal ends the program

@@ -17,6 +17,7 @@ import jax
 import numpy as np
 from jax.sharding import AxisType, NamedSharding, PartitionSpec
 
+from rlhf_jax import hosts
 from rlhf_jax.errors import InputError
 from rlhf_jax.fields import number
 from rlhf_jax.ops import sharded
@@ -127,7 +128,7 @@ def shardings(tree, mesh):
 
 def place(tree, mesh):
     """The tree on the devices, as RULES say."""
-    return jax.device_put(tree, shardings(tree, mesh))
+    return _put(tree, shardings(tree, mesh))
 
 
 def like(shapes, mesh):
@@ -157,7 +158,7 @@ def undivided(tree, mesh):
 
 def shard(batch, mesh):
     """Spreads the rows (the first axis) of every array over data x fsdp, which must divide the number of rows."""
-    return jax.device_put(batch, rows(mesh))
+    return _put(batch, jax.tree.map(lambda _: rows(mesh), batch))
 
 
 def rows(mesh):
@@ -165,9 +166,67 @@ def rows(mesh):
     return NamedSharding(mesh, sharded.spec((shards(mesh),), (sharded.ROWS,), _sizes(mesh)))
 
 
+def everywhere(tree):
+    """The tree with each array on all devices of all hosts: those of this host alone, the same on each, are copied."""
+    if not hosts.several() or all(map(_is_shared, jax.tree.leaves(tree))):
+        return tree
+    mesh = mesh_of(tree)
+    return jax.tree.map(lambda x: x if _is_shared(x) else _share(x, NamedSharding(mesh, PartitionSpec())), tree)
+
+
 def gather(tree):
-    """The pytree as NumPy arrays on the host."""
-    return jax.tree.map(np.asarray, tree)
+    """The pytree as NumPy arrays on the host; of several hosts, the whole arrays on each of them, which all call it."""
+    return jax.tree.map(_gather, tree)
+
+
+def of_each_host(array):
+    """[hosts, ...]: a NumPy array of each host, on all of them."""
+    from jax.experimental import multihost_utils
+
+    return multihost_utils.process_allgather(array)
+
+
+def rows_here(array):
+    """The rows of a batch's array that this host has, as NumPy; all of them where there is one host."""
+    if not hosts.several() or _is_whole(array):
+        return np.asarray(array)
+    places = {shard.index[0].start or 0: shard.data for shard in array.addressable_shards}
+    return np.concatenate([np.asarray(places[start]) for start in sorted(places)])
+
+
+def _put(tree, where):
+    """The tree, laid out so. Of several hosts, each has the whole arrays, or the arrays are laid out already."""
+    if not hosts.several():
+        return jax.device_put(tree, where)
+    return jax.tree.map(_share, tree, where)
+
+
+def _share(x, where):
+    if _is_shared(x):
+        return x if x.sharding.is_equivalent_to(where, x.ndim) else jax.device_put(x, where)
+    if isinstance(x, jax.Array) and jax.dtypes.issubdtype(x.dtype, jax.dtypes.prng_key):
+        data = _share(jax.random.key_data(x), NamedSharding(where.mesh, PartitionSpec()))
+        return jax.random.wrap_key_data(data, impl=jax.random.key_impl(x))
+    x = np.asarray(x)
+    return jax.make_array_from_callback(x.shape, where, lambda index: x[index])
+
+
+def _is_shared(x):
+    """Whether an array lies on devices of several hosts."""
+    return isinstance(x, jax.Array) and not x.is_fully_addressable
+
+
+def _is_whole(x):
+    """Whether this host has all of an array."""
+    return not _is_shared(x) or x.is_fully_replicated
+
+
+def _gather(x):
+    if _is_whole(x):
+        return np.asarray(x)
+    from jax.experimental import multihost_utils
+
+    return multihost_utils.process_allgather(x, tiled=True)
 
 
 def _sizes(mesh):

@@ -13,7 +13,7 @@ import os
 from pathlib import Path
 from typing import Any
 
-from rlhf_jax import jsonfile
+from rlhf_jax import hosts, jsonfile
 from rlhf_jax.errors import InputError, short
 from rlhf_jax.report import metrics
 from rlhf_jax.training.checkpoint import Checkpoints
@@ -23,7 +23,10 @@ MAY_CHANGE = ("steps", "eval_every", "save_every")  # of a stage's own section, 
 
 @dataclasses.dataclass
 class Workdir:
-    """The folder of a run. Raises InputError, in one line, where it cannot be written or read."""
+    """The folder of a run. Raises InputError, in one line, where it cannot be written or read.
+
+    Of several hosts, all read and the first one writes.
+    """
 
     path: Path
     name: str = ""  # of the run, as people call it; default: the folder's
@@ -41,7 +44,7 @@ class Workdir:
 
     def lock(self) -> None:
         """Makes the folder if needed, and locks it until the process ends, however it ends."""
-        if self._lock is not None:
+        if self._lock is not None or not hosts.first():
             return
         with self._writing(self.path):
             self.path.mkdir(parents=True, exist_ok=True)
@@ -61,19 +64,27 @@ class Workdir:
         """Locks the workdir, writes the stage's config and returns the stage's folder."""
         self.lock()
         folder = self.path / stage
-        with self._writing(folder):
-            (folder / "plots").mkdir(parents=True, exist_ok=True)
-            metrics.summarize(folder / "config.json", depends)
+        if hosts.first():
+            with self._writing(folder):
+                (folder / "plots").mkdir(parents=True, exist_ok=True)
+                metrics.summarize(folder / "config.json", depends)
+        hosts.wait(f"open {stage}")
+        if not folder.is_dir():
+            raise InputError(f"workdir: {folder}: expected a folder that all hosts share; host 0 has made it")
         return folder
 
     def write_json(self, name: str, value: Any) -> None:
         """Writes a JSON file of the run, completely or not at all."""
+        if not hosts.first():
+            return
         self.lock()
         with self._writing(self.path / name):
             metrics.summarize(self.path / name, value)
 
     def write_lines(self, name: str, rows: list[dict]) -> None:
         """Writes a JSONL file of the run, completely or not at all."""
+        if not hosts.first():
+            return
         with self._writing(self.path / name):
             metrics.replace(self.path / name, "".join(json.dumps(row) + "\n" for row in rows))
 
@@ -89,6 +100,8 @@ class Workdir:
 
     def save_tokenizer(self, tokenizer: Any, made_of: dict) -> None:
         """Writes the tokenizer and what it was made of to text/."""
+        if not hosts.first():
+            return
         self.lock()
         with self._writing(self.path / "text"):
             tokenizer.save(self.path / "text")

@@ -6,11 +6,12 @@ The one exception is `rollout.look`, a scoring pass of some rows that records lo
 import dataclasses
 from pathlib import Path
 
-import jax
 import numpy as np
 
 from rlhf_jax import config as configs
+from rlhf_jax import hosts
 from rlhf_jax.report import metrics
+from rlhf_jax.training import sharding
 from rlhf_jax.training.loop import due
 from rlhf_jax.viz import trace
 
@@ -55,7 +56,9 @@ class Recorder:
         self._write(stage, "end", stage.config.steps, {}, {}, {"summary": numbers} | curves, list(samples))
 
     def _write(self, stage, kind, step, record, numbers, more, samples=()):
-        record = jax.tree.map(np.asarray, record)
+        record = sharding.gather(record)
+        if not hosts.first():
+            return
         arrays = {f"{part}.{name}": array for part, arrays in record.items() for name, array in arrays.items()}
         numbers = {name: float(value) for name, value in numbers.items()}
         name = f"{stage.name}_{kind}{f'_{step:06}' if kind != 'end' else ''}.json.gz"

@@ -1,14 +1,16 @@
 """A run that is killed again and again, wherever it is, ends as one that never was.
 
 Five kills, each where it hurts; `--kills=50` makes it fifty, most of them at random moments. Half are of either job.
-And one that is asked to stop while it evaluates.
+And one that is asked to stop while it evaluates, and one of two processes, which ends as one process would.
 """
 
 import glob
 import itertools
 import json
+import os
 import random
 import signal
+import socket
 import subprocess
 import sys
 from pathlib import Path
@@ -18,9 +20,9 @@ import pytest
 
 from rlhf_jax import checkpoint
 from rlhf_jax.report import metrics
-from rlhf_jax.training.checkpoint import by_name
+from rlhf_jax.training.checkpoint import FOLDERS, by_name
 from tests.experiments.conftest import IMPORTS
-from tests.support import logged
+from tests.support import logged, samples
 
 ROOT = Path(__file__).parents[2]
 FIELDS = {"data.made": 100, "data.length": 10, "evaluation.prompts": 8, "evaluation.batch": 8, "evaluation.samples": 0}
@@ -51,7 +53,7 @@ IN_A_RESULT = ("*/result/*", "new")
 WRITING_METRICS = ("*/metrics.jsonl", "changed")
 PLACES = (IN_A_SAVE, WRITING_METRICS, BETWEEN_STAGES, AFTER_A_SAVE, IN_A_RESULT)
 
-# Imports once what takes seconds to import; runs each command line it reads in a fork, and sends it a signal in time.
+# Imports once what takes seconds to import; runs the command lines it reads in forks, and sends one a signal in time.
 KILLER = """
 import glob, time
 def seen(pattern, kind):
@@ -60,42 +62,66 @@ def seen(pattern, kind):
         try: there[path] = 0 if kind == "new" else os.stat(path).st_size
         except OSError: pass
     return there
+def forked(argv, log, env):
+    if child := os.fork():
+        return child
+    with open(log, "ab") as file:
+        os.dup2(file.fileno(), 1)
+        os.dup2(file.fileno(), 2)
+    os.environ.update(env)
+    sys.argv, code = argv, 0
+    try: runpy.run_path(argv[0], run_name="__main__")
+    except SystemExit as error: code = error.code or 0
+    sys.stdout.flush(), sys.stderr.flush()
+    os._exit(code)
 for line in sys.stdin:
-    argv, log, after, pattern, kind, count, number = json.loads(line)
+    argvs, logs, env, after, pattern, kind, count, number, which = json.loads(line)
     began, known = time.monotonic(), seen(pattern, kind)
-    if not (child := os.fork()):
-        with open(log, "ab") as file:
-            os.dup2(file.fileno(), 1)
-            os.dup2(file.fileno(), 2)
-        sys.argv, code = argv, 0
-        try: runpy.run_path(argv[0], run_name="__main__")
-        except SystemExit as error: code = error.code or 0
-        sys.stdout.flush(), sys.stderr.flush()
-        os._exit(code)
-    while not (done := os.waitpid(child, os.WNOHANG))[0]:
+    children = [forked(argv, log, env) for argv, log in zip(argvs, logs)]
+    while not any(done := os.waitpid(children[which], os.WNOHANG)):
         now = seen(pattern, kind)
         count -= sum(known.get(path) != size for path, size in now.items())
         known = now
         if (pattern and count <= 0) or (after and time.monotonic() - began > after):
-            os.kill(child, number)
-            done = os.waitpid(child, 0)
+            os.kill(children[which], number)
+            done = os.waitpid(children[which], 0)
             break
         time.sleep(0.0005)
-    print(json.dumps([os.waitstatus_to_exitcode(done[1]), time.monotonic() - began]), flush=True)
+    codes = [done[1] if child == children[which] else os.waitpid(child, 0)[1] for child in children]
+    print(json.dumps([*map(os.waitstatus_to_exitcode, codes), time.monotonic() - began]), flush=True)
 """
 
 
 @pytest.fixture(scope="module")
 def start():
-    """start(argv, log, after=seconds, place=..., count=..., number=signal) -> (exit code, seconds)."""
+    """start(argv, log, after=seconds, place=..., count=..., number=signal) -> (exit code, seconds).
+
+    start.hosts(argv, log, ..., which=0) -> (exit codes, seconds) of two processes with two devices each; the signal
+    goes to one of them, and the other one has the log `log.1`.
+    """
     with subprocess.Popen(
         [sys.executable, "-c", IMPORTS + KILLER], cwd=ROOT, text=True, stdin=subprocess.PIPE, stdout=subprocess.PIPE
     ) as process:
 
-        def start(argv, log, *, after=0, place=("", "new"), count=1, number=signal.SIGKILL):
-            print(json.dumps([argv, str(log), after, *place, count, number]), file=process.stdin, flush=True)
-            return json.loads(process.stdout.readline())
+        def started(argvs, logs, env, *, after=0, place=("", "new"), count=1, number=signal.SIGKILL, which=0):
+            request = [argvs, logs, env, after, *place, count, number, which]
+            print(json.dumps(request), file=process.stdin, flush=True)
+            *codes, seconds = json.loads(process.stdout.readline())
+            return codes, seconds
 
+        def start(argv, log, **when):
+            (code,), seconds = started([argv], [str(log)], {}, **when)
+            return code, seconds
+
+        def hosts(argv, log, more=((), ()), **when):
+            with socket.socket() as free:
+                free.bind(("localhost", 0))
+                where = f"--config.hosts.coordinator=localhost:{free.getsockname()[1]}"
+            lines = [[*argv, where, "--config.hosts.count=2", f"--config.hosts.index={i}", *more[i]] for i in range(2)]
+            flags = f"{os.environ.get('XLA_FLAGS', '')} --xla_force_host_platform_device_count=2"
+            return started(lines, [str(log), f"{log}.1"], {"XLA_FLAGS": flags, "NPROC": "8"}, **when)
+
+        start.hosts = hosts
         yield start
 
 
@@ -198,3 +224,64 @@ def test_stopped_while_it_evaluates_it_loses_nothing(whole, start, tmp_path):
     assert "damaged" not in log.read_text()
     assert left(tmp_path / "run") == left(undisturbed)
     assert_same_arrays(tmp_path / "run", undisturbed)
+
+
+def close(ours, theirs, where=""):
+    """Whether results agree to 1e-5 of each number; of a KL, which is nearly 0, to 1e-6 too."""
+    if isinstance(theirs, dict):
+        machine = ("machine", "versions", "seconds")
+        assert ours.keys() == theirs.keys()
+        for name in theirs:
+            if not name.endswith(machine):
+                close(ours[name], theirs[name], f"{where}/{name}")
+    elif isinstance(theirs, list):
+        for mine, yours in zip(ours, theirs, strict=True):
+            close(mine, yours, where)
+    elif isinstance(theirs, float):
+        assert abs(ours - theirs) <= 1e-5 * abs(theirs) + 1e-6 * ("kl" in where) + 1e-9, (where, ours, theirs)
+    else:
+        assert ours == theirs, where
+
+
+def said(log):
+    """The lines of a process, without those of its collectives."""
+    return [line for line in log.read_text().splitlines() if "[Gloo]" not in line]
+
+
+@pytest.mark.parametrize("whole", [SUMMARIZE], ids=["summarize"], indirect=True)
+def test_two_processes_do_what_one_does(whole, start, tmp_path):
+    """Parameters are divided over both. Stopped by a signal to the silent one, one process alone goes on from there."""
+    line, undisturbed, _ = whole
+    run, log = tmp_path / "run", tmp_path / "log"
+    line = [*line, f"--workdir={run}"]
+    place = (f"{glob.escape(str(run))}/ppo/metrics.jsonl", "changed")
+    stopped = {"place": place, "count": 4, "number": signal.SIGTERM, "which": 1}
+    codes, _ = start.hosts([*line, "--config.mesh.fsdp=4"], log, **stopped)
+    assert codes == [3, 3], log.read_text()
+    (last,) = said(tmp_path / "log.1")
+    assert last.startswith("ppo_summarize.py: stopped after step ") and last == said(log)[-1]
+    stopped_after = int(last.split()[4])
+    assert start(line, log)[0] == 0, log.read_text()
+    assert f"ppo: goes on after step {stopped_after}" in said(log)  # its checkpoint is sound
+    close(json.loads((run / "summary.json").read_text()), json.loads((undisturbed / "summary.json").read_text()))
+    ours, theirs = ([row["ppo"]["completion"] for row in samples(folder, "ppo")] for folder in (run, undisturbed))
+    assert ours == theirs
+    ours, theirs = (
+        {path.relative_to(folder) for path in folder.rglob("*.json*") if not {*FOLDERS} & {*path.parts}}
+        for folder in (run, undisturbed)
+    )
+    assert ours == theirs
+
+
+@pytest.mark.parametrize("whole", [SUMMARIZE], ids=["summarize"], indirect=True)
+def test_hosts_that_differ_or_do_not_come_are_refused_in_one_line(whole, start, tmp_path):
+    line, run, _ = whole
+    line, log = [*line, f"--workdir={run}"], tmp_path / "log"
+    codes, _ = start.hosts(line, log, more=((), ("--config.sft.lr=0.5",)))
+    why = "hosts: sft.lr: expected 0.0003, as host 0 has, got 0.5 on host 1"
+    assert codes == [2, 2] and said(log)[-1] == f"ppo_summarize.py: host 1: {why}"
+    assert said(tmp_path / "log.1") == [f"ppo_summarize.py: {why}"]
+    where = ("--config.hosts.coordinator=localhost:9", "--config.hosts.count=2", "--config.hosts.index=1")
+    assert start([*line, *where, "--config.hosts.wait=1"], tmp_path / "alone")[0] == 2
+    what = "expected process 0 at localhost:9, which does not answer; waited 1 s"
+    assert said(tmp_path / "alone") == [f"ppo_summarize.py: hosts.coordinator: {what}"]

@@ -125,6 +125,9 @@ class Story:
         if not self.waits:
             raise NonFinite(f"step {step}")
 
+    def evaluating(self):
+        return self.at_once()
+
     @contextlib.contextmanager
     def at_once(self):
         if self():
