@@ -354,7 +354,7 @@ const gae = {
         c.values ? s("circle", { class: "value", cx: x(v), cy: 9, r: 4 }) : "", s("rect", { class: "reward", x: x(r) - 2, y: 2, width: 4, height: 14 }));
     };
     const col = (head, array, width = 66) => ({ head, value: (t) => app.chain[array][app.index(t)], cls: (t) => bySign(app.chain[array][app.index(t)]), width });
-    const columns = [{ head: ppo ? "V ● to return ▮" : "0 to return ▮", draw: track, width: 150, narrow: 60 }];
+    const columns = [{ head: ppo ? "V ● to return ▮" : "0 to return ▮", draw: track, width: 150, narrow: 54 }];
     if (ppo) columns.push(col("δ", "deltas", 56));
     columns.push(col("advantage A", "raw"), col(app.file.config.whiten_advantages ? "whitened" : "as used", "white"));
     const table = tokenTable(app, ppo ? "Value before each token, return, and advantage" : "Return and advantage of each token", columns);
