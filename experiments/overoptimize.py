@@ -18,6 +18,7 @@ flags.DEFINE_string("kl_coefs", DEFAULT.kl_coefs, "KL coefficients of PPO, with 
 flags.DEFINE_integer("seeds", DEFAULT.seeds, "Runs of PPO for each coefficient.")
 flags.DEFINE_integer("n", DEFAULT.n, "Largest n of best-of-n.")
 flags.DEFINE_integer("samples", DEFAULT.samples, "Samples of a prompt, at least n.")
+flags.DEFINE_string("pairs", DEFAULT.pairs, "Numbers of pairs of further reward models, with commas; empty: none.")
 flags.DEFINE_integer("prompts", DEFAULT.prompts, "Held-out prompts of best-of-n.")
 
 

@@ -217,10 +217,15 @@ class Stages:
         before = [stage for stage in self.names[: self.names.index(name)] if stage in ("pretrain", "sft")]
         if not before:
             return self._policy_init()
-        return self.parameters(before[-1], "policy", like=self._random())
+        return self.parameters(before[-1], "policy", like=self._shapes)
 
     def _random(self):
         return sharding.place(jax.jit(self.setup.apply.policy.init)(self.setup.key("policy init")), self.mesh)
+
+    @functools.cached_property
+    def _shapes(self):
+        """The shapes of a policy's parameters, and where they lie on the mesh."""
+        return sharding.like(jax.eval_shape(self.setup.apply.policy.init, self.setup.key("policy init")), self.mesh)
 
     def make(self, name, seed=0):
         """The Stage of this name. `seed` is the index of the run where the last stage has several."""
@@ -307,13 +312,12 @@ class Stages:
         self.reporter.note(f"workdir {self.workdir.path}; to train: {', '.join(todo) or 'nothing'}")
         if todo:
             devices, policy = sharding.devices(), self.setup.apply.policy
-            shapes = jax.eval_shape(policy.init, self.setup.key("policy init"))
             parameters = "parameters of adapters" if self.config.lora.rank else "parameters"
-            count = sum(leaf.size for leaf in jax.tree.leaves(shapes))
+            count = sum(leaf.size for leaf in jax.tree.leaves(self._shapes))
             size = f"{count:,} {parameters}, {policy.config.layers} layers of {policy.config.width}"
             tokens = f"{self.setup.tokenizer.vocab_size:,} tokens"
             self.reporter.note(f"{len(devices)} x {devices[0].device_kind}; a policy of {size}; {tokens}")
-            if note := sharding.undivided(shapes, self.mesh):
+            if note := sharding.undivided(self._shapes, self.mesh):
                 self.reporter.note(note)
 
     def all(self, stop=None) -> dict:

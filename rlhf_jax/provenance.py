@@ -8,8 +8,11 @@ from typing import Any
 
 from rlhf_jax import config as configs
 from rlhf_jax import fields, tasks
+from rlhf_jax.data import sources
 from rlhf_jax.rewards import function
 from rlhf_jax.training.workdir import flat
+
+LANGUAGE_MODELS = ("pretrain", "sft")  # the stages before any pair is read
 
 
 def depends(config, stage) -> dict:
@@ -27,6 +30,9 @@ def depends(config, stage) -> dict:
     files = fingerprints(config)
     if "reward" in record and config.named and (digest := function.fingerprint(config.reward.kind)):
         files[f"reward = {config.reward.kind}"] = digest
+    if stage in LANGUAGE_MODELS:  # so that runs with other pairs share them
+        record["data"] = {name: value for name, value in record["data"].items() if name not in sources.PAIRS}
+        files = {name: digest for name, digest in files.items() if not name.startswith("data.preferences ")}
     return record | {"section": configs.section(config, stage), "sha256": files}
 
 

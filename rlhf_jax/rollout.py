@@ -168,6 +168,11 @@ def draw(apply, policy, prompt_BP, prompt_mask_BP, keys_B, sampling):
     return sharded.by_rows(complete, apply.policy.cast(policy), prompt_BP, prompt_mask_BP, keys_B)
 
 
+def sample(state, prompt_BP, prompt_mask_BP, *, apply, sampling, rows):
+    """`draw` of the state's policy, with the keys of its next step."""
+    return draw(apply, state.policy, prompt_BP, prompt_mask_BP, keys(state, rows), sampling)
+
+
 def compare(apply, policy, reference, prompt_BP, prompt_mask_BP, drawn, sampling):
     """The Rollout of sampled completions: compares policy and reference at every response token."""
     tokens_BT = jnp.concatenate([prompt_BP, drawn.response_BR], axis=1)
@@ -219,6 +224,15 @@ def value(apply, value, rollout):
     """The rollout with the value before each response token."""
     values_BR = apply.scalar.values(value, rollout.tokens_BT, rollout.attend_BT, rollout.mask_BR.shape[1])
     return rollout.replace(values_BR=jnp.where(rollout.mask_BR, values_BR, 0))
+
+
+def logprobs_of(apply, policy, batch, *, temperature):
+    """Log-probs [B, R], 0 after the response, of a batch {"prompt_BP", "prompt_mask_BP", "response_BR", "mask_BR"}."""
+    tokens_BT = jnp.concatenate([batch["prompt_BP"], batch["response_BR"]], axis=1)
+    attend_BT = jnp.concatenate([batch["prompt_mask_BP"], batch["mask_BR"]], axis=1).astype(bool)
+    R = batch["mask_BR"].shape[1]
+    logp_BR = apply.policy.logprobs(policy, tokens_BT, attend_BT, R, temperature=temperature)
+    return jnp.where(batch["mask_BR"], logp_BR, 0)
 
 
 # Of a trace: rows of a batch whose logits are recorded, the best (and the worst) among them, likeliest tokens of each.

@@ -27,11 +27,12 @@ from rlhf_jax.training.checkpoint import Checkpoints
 from tests import support
 
 # Compiling is most of the time, and four fifths of that are LLVM's optimizations and MLIR's kernels of fusions: small
-# programs need neither. What XLA does before them (fusion, layouts, memory) is as always. XLA_FLAGS set by hand is left
-# as it is. support.OPTIMIZED is for tests that compare the bits of two programs: without it they may round differently.
+# programs need neither, nor are they split for more threads. What XLA does before them (fusion, layouts, memory) is as
+# always. XLA_FLAGS set by hand is left as it is. support.OPTIMIZED is for tests that compare the bits of two programs:
+# without it they may round differently.
 FLAGS = "--xla_backend_optimization_level=0"
 if support.FUSION_EMITTERS:
-    FLAGS += " --xla_cpu_use_fusion_emitters=false"
+    FLAGS += " --xla_cpu_use_fusion_emitters=false --xla_cpu_parallel_codegen_split_count=1"
 os.environ.setdefault("XLA_FLAGS", FLAGS)
 
 # A second run takes a fifth of the first, and equal programs compile once in a run.

@@ -2,6 +2,7 @@
 
 import csv
 import dataclasses
+import functools
 import json
 import os
 import shutil
@@ -24,6 +25,7 @@ from rlhf_jax.ops import logprobs
 from rlhf_jax.pipeline import Stages
 from rlhf_jax.report import metrics
 from rlhf_jax.report.console import Silent
+from rlhf_jax.training import sharding
 from rlhf_jax.training.workdir import Workdir
 
 GOLDENS = Path(__file__).parent / "goldens"
@@ -57,8 +59,6 @@ FUSION_EMITTERS = jax.version.__version_info__ < (0, 11)
 
 # jax.jit(compiler_options=OPTIMIZED): for tests that compare the bits of two programs, whatever the flags of the tests
 OPTIMIZED = {"xla_backend_optimization_level": 1}
-if FUSION_EMITTERS:
-    OPTIMIZED["xla_cpu_use_fusion_emitters"] = True
 
 
 # Numbers
@@ -171,8 +171,13 @@ def branch(steps, workdir, *finished, **changes):
 def trained(steps, stage, field):
     """A parameter tree that is the stage's result."""
     apply = steps.setup.apply
-    trunk = apply.policy.init(jax.random.key(0))
+    trunk = sharding.like(_shapes(apply.policy), sharding.mesh())
     return steps.parameters(stage, field, apply.scalar.zero_head(trunk) if field in ("value", "reward") else trunk)
+
+
+@functools.lru_cache
+def _shapes(policy):
+    return jax.eval_shape(policy.init, jax.random.key(0))
 
 
 def last(steps, stage):

@@ -327,6 +327,24 @@ def test_the_code_of_a_reward_concerns_the_last_stage_alone(outside, tmp_path):
     stages(config, tmp_path / "run")
 
 
+def test_pairs_concern_no_stage_before_the_reward_model(config, tmp_path):
+    """Other pairs train another reward model; fine-tuning is the same, also where its record still has the pairs."""
+    opened(stages(config, tmp_path / "run"), "sft")
+    opened(stages(config, tmp_path / "judged"), "reward")
+    other = changed(config, data={"world_labels": "longer", "pair_length": 9})
+    stages(other, tmp_path / "run")
+    assert "data.pair_length = 0, not 9" in error(stages, other, tmp_path / "judged")
+    path = tmp_path / "run" / "sft" / "config.json"
+    record = json.loads(path.read_text())
+    record["data"] |= {"preferences": "old.jsonl", "world_labels": "gold"}
+    record["sha256"] = {"data.preferences = old.jsonl": "1" * 64}
+    path.write_text(json.dumps(record))
+    stages(other, tmp_path / "run")
+    record["sha256"] = {"data.sft = old.jsonl": "1" * 64}
+    path.write_text(json.dumps(record))
+    assert "data.sft" in error(stages, other, tmp_path / "run")
+
+
 # The tokenizer
 
 

@@ -81,9 +81,10 @@ def placed(shapes, mesh, rows=False):
     """The shapes, laid over the mesh as parameters or as rows; as they are without a mesh."""
     if mesh is None:
         return shapes
-    where = sharding.rows(mesh) if rows else sharding.shardings(shapes, mesh)
-    where = jax.tree.map(lambda _: where, shapes) if rows else where
-    return jax.tree.map(lambda x, where: jax.ShapeDtypeStruct(x.shape, x.dtype, sharding=where), shapes, where)
+    if not rows:
+        return sharding.like(shapes, mesh)
+    where = sharding.rows(mesh)
+    return jax.tree.map(lambda x: jax.ShapeDtypeStruct(x.shape, x.dtype, sharding=where), shapes)
 
 
 def _share(section, devices):

@@ -1,9 +1,11 @@
 """Over-optimization: how the truth falls while the learned reward rises (Gao et al. 2022, arXiv 2210.10760).
 
 Best-of-n and reinforcement learning at several KL coefficients go away from the same fine-tuned policy, by the same
-reward model. The mean learned reward (proxy) and the gold score are set against d = sqrt(KL).
+reward model. The mean learned reward (proxy) and the gold score are set against d = sqrt(KL). Best-of-n is also done
+by reward models of fewer pairs, which are over-optimized sooner.
 """
 
+import contextlib
 import dataclasses
 from pathlib import Path
 from typing import Any
@@ -31,6 +33,7 @@ class Settings:
     n: int = fields.number(256, least=4, most=4096)  # largest n of best-of-n
     samples: int = fields.number(512, least=4, most=10_000)  # of a prompt: n of them are the best's competitors
     prompts: int = fields.number(64, least=2)  # held-out prompts of best-of-n, at most
+    pairs: str = "100,1000"  # numbers of pairs of further reward models, with commas; empty: none
 
     def problems(self):
         """Checks beyond ranges."""
@@ -38,18 +41,27 @@ class Settings:
             yield "n", f"at most samples = {self.samples}"
         if len(set(self.coefs)) < len(self.kl_coefs.split(",")):
             yield "kl_coefs", "different numbers of at least 0, with commas"
+        if self.pairs and len({size for size in self.sizes if size >= 1}) < len(self.pairs.split(",")):
+            yield "pairs", "different whole numbers of at least 1, with commas, or nothing"
 
     @property
     def coefs(self) -> list[float]:
         """The coefficients as numbers; those that are none are left out."""
-        found = []
-        for text in self.kl_coefs.split(","):
-            try:
-                value = float(text)
-            except ValueError:
-                continue
-            found += [value] if 0 <= value <= fields.LARGEST else []
-        return found
+        return [value for value in _numbers(self.kl_coefs) if 0 <= value <= fields.LARGEST]
+
+    @property
+    def sizes(self) -> list[int]:
+        """The numbers of pairs; what is no whole number is left out."""
+        return [int(value) for value in _numbers(self.pairs) if value == value // 1]
+
+
+def _numbers(texts: str) -> list[float]:
+    """The numbers among texts with commas between them."""
+    found = []
+    for text in texts.split(","):
+        with contextlib.suppress(ValueError):
+            found.append(float(text))
+    return found
 
 
 @dataclasses.dataclass(frozen=True)
@@ -75,8 +87,9 @@ def study(config, workdir, settings: Settings, reporter=None, stop=None) -> dict
             "config: expected a learned reward on the embedded world (data.source = world), whose gold is known"
         )
     train(config, workdir, settings, reporter, stop)
-    found = {"best_of_n": best_of_n(*sample(workdir, settings, reporter), settings.n)}
-    found["rl"] = of_runs(config, workdir, settings)
+    rewards, gold_QO = sample(workdir, settings, reporter)
+    by_name = {name: best_of_n(reward_QO, gold_QO, settings.n) for name, reward_QO in rewards.items()}
+    found = {"best_of_n": by_name.pop("best_of_n"), "rl": of_runs(config, workdir, settings)} | by_name
     result = summary(found)
     result["settings"] = dataclasses.asdict(settings)
     metrics.summarize(workdir / FOLDER / "summary.json", result)
@@ -91,27 +104,47 @@ def place(workdir: Path, coef: float) -> Path:
 
 
 def train(config, workdir: Path, settings: Settings, reporter, stop=None) -> None:
-    """Fine-tuning and the reward model in `workdir`, and reinforcement learning at each coefficient."""
+    """Fine-tuning and the reward model in `workdir`, the smaller reward models, and the runs of each coefficient."""
     steps = pipeline.Stages(config, pipeline.Workdir(workdir), reporter)
     for name in steps.names[:-1]:
         if not steps.finished(name):
             steps.one(name, stop)
     shared = {name: dataclasses.replace(getattr(config, name), from_=str(workdir)) for name in ("sft", "reward")}
+    for size in settings.sizes:
+        data = dataclasses.replace(config.data, world_preferences=size)
+        fewer = dataclasses.replace(config, data=data, sft=shared["sft"])
+        steps = pipeline.Stages(fewer, pipeline.Workdir(of_pairs(workdir, size)), reporter)
+        if not steps.finished("reward"):
+            steps.one("reward", stop)
     for coef in settings.coefs:
         section = dataclasses.replace(config.rl, kl_coef=coef)
         other = dataclasses.replace(config, seeds=settings.seeds, **shared, **{config.algorithm: section})
         pipeline.run(other, place(workdir, coef), reporter, stop)
 
 
-def sample(workdir: Path, settings: Settings, reporter) -> tuple[np.ndarray, np.ndarray]:
-    """(learned reward, gold), each [prompts, samples], of samples of the fine-tuned policy; kept in the workdir."""
+def of_pairs(workdir: Path, size: int) -> Path:
+    """The workdir of the reward model of so many pairs."""
+    return workdir / FOLDER / f"pairs-{size}"
+
+
+def sample(workdir: Path, settings: Settings, reporter) -> tuple[dict[str, np.ndarray], np.ndarray]:
+    """({"best_of_n": learned reward, ...}, gold), each [prompts, samples], of samples of the fine-tuned policy.
+
+    There is a learned reward for each reward model. The samples are kept in the workdir.
+    """
     config = configs.read(workdir)
     how = evaluate.Settings(stage="sft", rows=settings.prompts, temperature=config.rl.temperature)
-    model = rlhf_jax.load(workdir, "sft")
-    run = evaluate.opened(workdir, config, model, how, repeat=settings.samples, reporter=reporter)
+    run = evaluate.opened(
+        workdir, config, rlhf_jax.load(workdir, "sft"), how, repeat=settings.samples, reporter=reporter
+    )
     made = run.completions(workdir, "sft")
     gold_N = np.asarray(run.scores["gold"]([each["completion"] for each in made]), np.float64)
-    return run.rewarded(made).reshape(-1, settings.samples), gold_N.reshape(-1, settings.samples)
+    rewards = {"best_of_n": run.rewarded(made)}
+    for size in settings.sizes:
+        model = rlhf_jax.load(of_pairs(workdir, size), "reward")
+        rewards[f"best_of_n, {size} pairs"] = dataclasses.replace(run, model=model).rewarded(made)
+    shape = (-1, settings.samples)
+    return {name: reward_N.reshape(shape) for name, reward_N in rewards.items()}, gold_N.reshape(shape)
 
 
 def best_of_n(reward_QO: np.ndarray, gold_QO: np.ndarray, most: int) -> Points:
@@ -147,7 +180,7 @@ def of_runs(config, workdir: Path, settings: Settings) -> Points:
 
 def fit_of(kind: str, points: Points) -> scaling.Fit:
     """The curve of the gold score."""
-    return scaling.fit(kind, points.kl, points.gold, points.group)
+    return scaling.fit(kind.split(",")[0], points.kl, points.gold, points.group)
 
 
 def summary(found: dict[str, Points]) -> dict[str, Any]:
@@ -167,8 +200,9 @@ def summary(found: dict[str, Points]) -> dict[str, Any]:
 def show(result: dict[str, Any], reporter) -> None:
     """Prints the fits and what was best."""
     rows = []
-    for kind in scaling.KINDS:
-        each = result[kind]
+    for kind, each in result.items():
+        if kind == "settings":
+            continue
         best = max(each["points"], key=lambda point: point["gold"])
         ends = each["peak_ci95"]
         within = "outside the data" if ends is None else f"{ends[0]:.2f} to {ends[1]:.2f}"

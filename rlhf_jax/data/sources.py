@@ -13,6 +13,7 @@ from rlhf_jax.fields import choice, number, path
 COLUMNS = {"sft": ("prompt", "label"), "preferences": ("prompt", "chosen", "rejected"), "prompts": ("prompt",)}
 ANSWERS = ("label", "chosen", "rejected")  # texts that end with EOS, whose name must not be in them
 # The columns of conversations without a prompt of their own (data/chats.py).
+PAIRS = ("preferences", "pair_length", "world_preferences", "world_labels")  # fields that concern pairs alone
 CHATS = {"sft": (chats.MESSAGES,), "preferences": ("chosen", "rejected"), "prompts": (chats.MESSAGES,)}
 
 

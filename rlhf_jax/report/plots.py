@@ -271,8 +271,11 @@ def over_optimization(points, fits, path):
     Small points are those of a prompt or a run, large ones are means where several have the same KL.
     """
     titles = {"best_of_n": "Best of n", "rl": "Reinforcement learning"}
-    panels = [partial(_gains, points=points[kind], fit=fits[kind], title=titles[kind]) for kind in points]
-    return _save(panels, path, title="Gain over the fine-tuned policy")
+    panels = []
+    for kind in points:
+        name, comma, by = kind.partition(",")  # "best_of_n, 100 pairs": by another reward model
+        panels.append(partial(_gains, points=points[kind], fit=fits[kind], title=f"{titles[name]}{comma}{by}"))
+    return _save(panels, path, columns=2, title="Gain over the fine-tuned policy")
 
 
 def bare(rows, stage):

@@ -4,11 +4,10 @@ import functools
 
 import numpy as np
 
-from rlhf_jax import rollout
 from rlhf_jax.algorithms import supervised
 from rlhf_jax.evaluate import perplexity
 from rlhf_jax.report import plots
-from rlhf_jax.stages import Evaluation, Setup, Stage, Step, Summary, row_keys
+from rlhf_jax.stages import Evaluation, Setup, Stage, Step, Summary, measure
 from rlhf_jax.training import optim, sharding
 
 SHOWN = 16  # held-out rows whose tokens a trace records
@@ -24,12 +23,8 @@ def language_model(name: str, setup: Setup, config: supervised.Config, policy) -
     learn = setup.jit(functools.partial(supervised.step, **parts), donate_argnums=0)
     logprobs = setup.jit(functools.partial(supervised.token_logprobs, config=config, apply=apply))
     sampling = setup.sampling(setup.evaluation.temperature)
-
-    @setup.jit
-    def sample(policy, batch):
-        prompts = (batch["prompt_BP"], batch["prompt_mask_BP"])
-        drawn = rollout.draw(apply, policy, *prompts, row_keys(setup.key("evaluation"), batch), sampling)
-        return {"response": drawn.response_BR, "mask": drawn.mask_BR, "eos_rate": drawn.done_B}
+    sample = setup.jit(functools.partial(measure.sample, apply=apply, sampling=sampling))
+    key = setup.key("evaluation")
 
     def step(state, batch, record=False):
         state, numbers = learn(state, batch)
@@ -40,7 +35,7 @@ def language_model(name: str, setup: Setup, config: supervised.Config, policy) -
         logp_NT, mask_NT = setup.over(held_out, lambda batch: logprobs(state.policy, batch))
         nats_N, tokens_N = perplexity.nll(logp_NT, mask_NT)
         numbers = dict(perplexity.perplexity(nats_N, tokens_N))
-        drawn = setup.over(starts, lambda batch: sample(state.policy, batch), len(questions))
+        drawn = setup.over(starts, lambda batch: sample(state.policy, batch, key), len(questions))
         texts = setup.decode(drawn["response"], drawn["mask"])
         rows = setup.task.judge(questions, texts) | {"eos_rate": drawn["eos_rate"], "length": drawn["mask"].sum(axis=1)}
         numbers |= {key: float(np.mean(values)) for key, values in rows.items()}

@@ -34,6 +34,19 @@ def questions_of(setup, part=None):
     return {name: array[share] for name, array in arrays.items()}, rows[share]
 
 
+def sample(policy, batch, key, *, apply, sampling):
+    """A completion of each prompt of a batch of questions: {"response" [B, R], "mask" [B, R], "eos_rate" [B]}."""
+    drawn = rollout.draw(apply, policy, batch["prompt_BP"], batch["prompt_mask_BP"], row_keys(key, batch), sampling)
+    return {"response": drawn.response_BR, "mask": drawn.mask_BR, "eos_rate": drawn.done_B}
+
+
+def _compared(policy, reference, batch, key, *, apply, sampling, at):
+    """The Rollout of a completion of each prompt, compared with the reference as the Sampling `at` says."""
+    prompts = (batch["prompt_BP"], batch["prompt_mask_BP"])
+    drawn = rollout.draw(apply, policy, *prompts, row_keys(key, batch), sampling)
+    return rollout.compare(apply, policy, reference, *prompts, drawn, at)
+
+
 def measurement(setup, config, reward, holdout=None, part=None):
     """A function (state, key) -> Measured; reward: None where there is none, and only `task.judge` says how good it is.
 
@@ -43,17 +56,16 @@ def measurement(setup, config, reward, holdout=None, part=None):
     arrays, questions = questions_of(setup, part)
     evaluation = setup.evaluation
 
-    @functools.partial(setup.jit, static_argnums=4)
-    def sample(policy, reference, batch, key, temperature):
-        prompts = (batch["prompt_BP"], batch["prompt_mask_BP"])
-        drawn = rollout.draw(setup.apply, policy, *prompts, row_keys(key, batch), setup.sampling(temperature))
+    def compiled(temperature):
         # Temperature 0 has no distribution to compare, so policies are compared at the training temperature.
-        sampling = setup.sampling(temperature or config.temperature)
-        return rollout.compare(setup.apply, policy, reference, *prompts, drawn, sampling)
+        samplings = {"sampling": setup.sampling(temperature), "at": setup.sampling(temperature or config.temperature)}
+        return setup.jit(functools.partial(_compared, apply=setup.apply, **samplings))
+
+    compared = {temperature: compiled(temperature) for temperature in (evaluation.temperature, config.temperature)}
 
     def at(state, key, temperature):
         def one(batch):
-            drawn = sample(state.policy, state.reference, batch, key, temperature)
+            drawn = compared[temperature](state.policy, state.reference, batch, key)
             rows = {
                 "response": drawn.response_BR,
                 "mask": drawn.mask_BR,
@@ -96,18 +108,13 @@ def passes(setup, config, part=None):
     """A function state -> {"pass_1", "pass_2", "pass_4", ...}: pass@k of the held-out questions; {} without answers."""
     arrays, questions = questions_of(setup, part)
     draws, sampling = setup.evaluation.draws, setup.sampling(config.temperature)
-
-    @setup.jit
-    def sample(policy, batch, key):
-        prompts = (batch["prompt_BP"], batch["prompt_mask_BP"])
-        drawn = rollout.draw(setup.apply, policy, *prompts, row_keys(key, batch), sampling)
-        return {"response": drawn.response_BR, "mask": drawn.mask_BR}
+    once = setup.jit(functools.partial(sample, apply=setup.apply, sampling=sampling))
 
     def measure(state):
         columns = []
         for i in range(draws if draws > 1 else 0):
             key = jax.random.fold_in(setup.key("evaluation"), i)
-            found = setup.over(arrays, functools.partial(sample, state.policy, key=key), len(questions))
+            found = setup.over(arrays, lambda batch, key=key: once(state.policy, batch, key), len(questions))
             judged = setup.task.judge(questions, setup.decode(found["response"], found["mask"]))
             if "exact" not in judged:
                 return {}

@@ -37,11 +37,7 @@ def reward_model(name: str, setup: Setup, config: preference.Config, policy, onl
     parts = {"config": config, "apply": apply, "tx": tx, "guard": setup.guard.action, "record": setup.record}
     learn = setup.jit(functools.partial(preference.step, **parts), donate_argnums=0)
     scores = setup.jit(functools.partial(preference.scores, apply=apply))
-
-    @setup.jit
-    def score(reward, batch):
-        tokens_BT, real_BT, _ = supervised.tokens(batch, "all")
-        return apply.scalar.score(reward, tokens_BT, real_BT)
+    score = setup.jit(functools.partial(_score, apply=apply))
 
     def normalize(state):
         """(the state in which references score mean 0 and standard deviation 1, mean and deviation before)."""
@@ -109,6 +105,12 @@ def reward_model(name: str, setup: Setup, config: preference.Config, policy, onl
         complete=complete,
         guard=setup.guard,
     )
+
+
+def _score(reward, batch, *, apply):
+    """The score of each row of fine-tuning [B]."""
+    tokens_BT, real_BT, _ = supervised.tokens(batch, "all")
+    return apply.scalar.score(reward, tokens_BT, real_BT)
 
 
 def check_references(setup: Setup) -> None:

@@ -52,21 +52,13 @@ class Iteration:
     @functools.cached_property
     def sample(self):
         """(state, prompt_BP, prompt_mask_BP) -> completions of the policy, a generate.State."""
-
-        def sample(state, prompt_BP, prompt_mask_BP):
-            keys_B = rollout.keys(state, self.config.batch)
-            return rollout.draw(self.apply, state.policy, prompt_BP, prompt_mask_BP, keys_B, self.sampling)
-
-        return self.jit(sample)
+        how = {"apply": self.apply, "sampling": self.sampling, "rows": self.config.batch}
+        return self.jit(functools.partial(rollout.sample, **how))
 
     @functools.cached_property
     def judge(self):
         """(state, prompt_BP, prompt_mask_BP, completions) -> Rollout without a score."""
-
-        def judge(state, prompt_BP, prompt_mask_BP, drawn):
-            return rollout.judge(self.apply, state, prompt_BP, prompt_mask_BP, drawn, self.sampling)
-
-        return self.jit(judge)
+        return self.jit(functools.partial(rollout.judge, self.apply, sampling=self.sampling))
 
     @functools.cached_property
     def learn(self):
@@ -86,7 +78,7 @@ class Iteration:
     @functools.cached_property
     def statistics(self):
         """A scored Rollout -> its metrics, without a KL coefficient; see Rollout.statistics."""
-        return self.jit(lambda scored: scored.statistics(0.0))
+        return self.jit(functools.partial(rollout.Rollout.statistics, kl_coef=0.0))
 
     def collect(self, state, prompts, reward, rows, decode):
         """A scored Rollout of the prompts: (Rollout, Completions, {component: [B]})."""
@@ -306,15 +298,7 @@ class _Parts:
     def _logprobs(self):
         """(policy, batch of prompts and responses) -> log-probs [B, R], 0 after the response."""
         temperature = self.setup.evaluation.temperature or self.config.temperature
-
-        def logprobs(policy, batch):
-            tokens_BT = jnp.concatenate([batch["prompt_BP"], batch["response_BR"]], axis=1)
-            attend_BT = jnp.concatenate([batch["prompt_mask_BP"], batch["mask_BR"]], axis=1).astype(bool)
-            R = batch["mask_BR"].shape[1]
-            logp_BR = self.setup.apply.policy.logprobs(policy, tokens_BT, attend_BT, R, temperature=temperature)
-            return jnp.where(batch["mask_BR"], logp_BR, 0)
-
-        return self.setup.jit(logprobs)
+        return self.setup.jit(functools.partial(rollout.logprobs_of, self.setup.apply, temperature=temperature))
 
     @property
     def judge(self):

@@ -1,6 +1,7 @@
 """AdamW, its schedules, and gradients summed over microbatches."""
 
 import dataclasses
+import functools
 from typing import Any, NamedTuple
 
 import flax
@@ -54,13 +55,15 @@ def schedule(config, updates):
     return optax.join_schedules([optax.linear_schedule(0.0, config.lr, config.warmup), after], [config.warmup])
 
 
+@functools.lru_cache(maxsize=64)
 def rates(config, updates):
     """The learning rate [updates] of each optimizer step."""
     return np.broadcast_to(jax.jit(schedule(config, updates))(np.arange(updates)), updates)
 
 
+@functools.lru_cache(maxsize=64)
 def adamw(config, updates):
-    """The optax transformation. Build it once: a new one causes a new compilation."""
+    """The optax transformation. Equal configs get the same one: a new one would cause a new compilation."""
     clip = optax.clip_by_global_norm(config.max_grad_norm) if config.max_grad_norm else optax.identity()
     adam = optax.chain(
         scale_by_adam(b2=config.adam_b2, eps=config.adam_eps),

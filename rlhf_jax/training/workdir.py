@@ -162,6 +162,7 @@ class Workdir:
         """Refuses a stage's folder that was made with something else; the message has both values.
 
         A field that the record lacks did not exist when the stage was made: it has its default, {"ppo.lr": 1e-5, ...}.
+        A field that only the record has, of a section that both have, no longer concerns the stage.
         """
         folder, path = self.path / stage, self.path / stage / "config.json"
         if not path.exists():
@@ -177,6 +178,7 @@ class Workdir:
         section = depends["section"]
         free = {f"{section}.{field}" for field in MAY_CHANGE}
         there = {name: value for name, value in self.defaults.items() if name in here} | there
+        there = {name: value for name, value in there.items() if name in here or not _dropped(name, here)}
         # Contents come last: a place that is another one has other contents, too.
         for name in sorted((there | here).keys() - free, key=lambda name: (name.startswith("sha256."), name)):
             if there.get(name) != here.get(name):
@@ -224,6 +226,13 @@ def flat(tree: dict, prefix: str = "") -> dict:
     for name, value in tree.items():
         values |= flat(value, f"{prefix}{name}.") if isinstance(value, dict) else {f"{prefix}{name}": value}
     return values
+
+
+def _dropped(name, here) -> bool:
+    """Whether a recorded name, or the field whose file was hashed, has left a section that is in `here`."""
+    field = name.removeprefix("sha256.").split(" = ")[0]
+    section = field.split(".")[0] + "."
+    return field not in here and any(other.startswith(section) for other in here)
 
 
 def _differing(name, there, here):

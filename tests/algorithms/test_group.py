@@ -14,6 +14,7 @@ import pytest
 
 from rlhf_jax import fields, viz
 from rlhf_jax.algorithms import POLICY, policy
+from rlhf_jax.training import sharding
 from rlhf_jax.viz import trace, verify
 from tests.support import assert_close, assert_trees_close, error
 
@@ -39,7 +40,7 @@ def learn(drawn, name, section, rollout=None, **parts):
     """(state, numbers) after one update."""
     _, _, apply, found = drawn
     step = partial(policy.step, POLICY[name], config=section, apply=apply, tx=SGD, **parts)
-    return jax.jit(step)(begin(drawn, section), found if rollout is None else rollout)
+    return sharding.jit(step, sharding.mesh())(begin(drawn, section), found if rollout is None else rollout)
 
 
 def gradient(drawn, name, section, rollout=None, **parts):

@@ -115,8 +115,9 @@ def test_the_trace_of_an_update_by_hand():
 # What a trace records
 
 
-@BOTH
-@pytest.mark.parametrize("microbatches", [1, 2])
+@pytest.mark.parametrize(
+    ("name", "microbatches"), [("ppo", 1), ("ppo", 2), ("policy_gradient", 1), ("rloo", 2)]
+)  # each algorithm, and both ways of collecting rows
 def test_recording_changes_no_number_and_hands_out_what_the_loss_computed(name, microbatches, rollout):
     """Bit for bit. In each minibatch, rows_B says which rows of the rollout the arrays are of."""
     config, tx = made(name)

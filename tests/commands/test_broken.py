@@ -128,12 +128,11 @@ def test_reinforcement_learning_that_cannot_learn(fields, healthy, tmp_path):
 
 
 def test_a_sampler_of_another_temperature(healthy, tmp_path, monkeypatch):
-    draw = rollout.draw
+    sample = rollout.sample
 
-    def hotter(*args):
-        *others, sampling = args
-        return draw(*others, dataclasses.replace(sampling, temperature=1.5))
+    def hotter(*args, sampling, **parts):
+        return sample(*args, sampling=dataclasses.replace(sampling, temperature=1.5), **parts)
 
-    monkeypatch.setattr(rollout, "draw", hotter)
+    monkeypatch.setattr(rollout, "sample", hotter)
     steps = branch(healthy, tmp_path, "sft", "reward", ppo={"steps": 2})
     assert trained(steps, "ppo").startswith("ppo first: k1 KL of the first rollout")

@@ -189,6 +189,17 @@ def test_a_warning_is_not_worse_than_what_the_judge_says(run):
     assert doctor.verdict(findings).startswith("reward first: prefers the own post")
 
 
+@pytest.mark.parametrize(
+    ("numbers", "verdict"),
+    [({"accuracy_prefers_own_prompt": 0.3}, doctor.WARN), ({"accuracy_of_longer": 0.84}, doctor.FAIL)],
+    ids=["style", "length"],
+)
+def test_style_alone_is_no_failure_and_length_alone_is_one(numbers, verdict, run):
+    """Style alone can be worth a lot: healthy reward models of the embedded world do not read the post."""
+    (wrong,) = (e for e in doctor.examine(run(evaluation=CALIBRATED | numbers)) if e.verdict != doctor.PASS)
+    assert wrong.verdict == verdict
+
+
 def test_a_run_is_tried(folder, monkeypatch):
     """A judge that counts letters: some samples are longer than others, and the samples of a stage are the same."""
     (folder / "letters.py").write_text("def count(texts):\n    return [len(text) for text in texts]\n")

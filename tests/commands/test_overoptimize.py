@@ -11,7 +11,7 @@ from rlhf_jax.commands.overoptimize import Settings
 from rlhf_jax.evaluate import scaling
 from tests.support import Recorder, changed, error
 
-SETTINGS = Settings(kl_coefs="0,0.05", seeds=2, n=16, samples=64, prompts=40)
+SETTINGS = Settings(kl_coefs="0,0.05", seeds=2, n=16, samples=64, prompts=40, pairs="100")
 A, B = 0.9, 0.5  # of reinforcement learning
 KL = [0.1, 0.5, 1, 2, 4, 8, 12]
 
@@ -35,7 +35,9 @@ def studied(tmp_path, monkeypatch, pictures):
     rng = np.random.default_rng(0)
     gold_QO = rng.normal(0.6, 0.3, (40, 64))
     monkeypatch.setattr(overoptimize, "train", lambda *args: None)
-    monkeypatch.setattr(overoptimize, "sample", lambda *args: (gold_QO + rng.normal(0, 0.3, gold_QO.shape), gold_QO))
+    errors = {"best_of_n": 0.3, "best_of_n, 100 pairs": 3.0}
+    rewards = {name: gold_QO + rng.normal(0, sd, gold_QO.shape) for name, sd in errors.items()}
+    monkeypatch.setattr(overoptimize, "sample", lambda *args: (rewards, gold_QO))
     with pictures():
         return tmp_path, overoptimize.study(config, tmp_path, SETTINGS)
 
@@ -49,7 +51,8 @@ def test_the_points_of_runs_are_gains_over_the_first_policy(studied):
 
 
 def test_the_points_of_best_of_n_are_the_estimators(studied):
-    reward_QO, gold_QO = overoptimize.sample()
+    rewards, gold_QO = overoptimize.sample()
+    reward_QO = rewards["best_of_n"]
     points = overoptimize.best_of_n(reward_QO, gold_QO, 16)
     assert points.label[:4] == ["best of 2", "best of 4", "best of 8", "best of 16"]
     np.testing.assert_allclose(points.kl[:4], [np.log(n) - (n - 1) / n for n in (2, 4, 8, 16)])
@@ -60,7 +63,9 @@ def test_the_points_of_best_of_n_are_the_estimators(studied):
 
 def test_the_fits_are_those_of_the_curves(studied):
     folder, result = studied
-    rl, best = result["rl"], result["best_of_n"]
+    assert list(result) == ["best_of_n", "rl", "best_of_n, 100 pairs", "settings"]
+    best, rl, worse = (result[name] for name in list(result)[:3])
+    assert worse["points"][-1]["gold"] < 0.3 * best["points"][-1]["gold"]
     assert (rl["a"], rl["b"]) == pytest.approx((A, B))
     assert rl["peak"] == pytest.approx(np.exp(A / B - 1)) and rl["peak_ci95"] == pytest.approx((rl["peak"],) * 2)
     assert best["peak"] is None  # an error that does not depend on gold costs half of the gain, at every n
@@ -83,6 +88,9 @@ def test_the_fits_are_those_of_the_curves(studied):
         ({"kl_coefs": "0,-1"}, "kl_coefs: expected different numbers"),
         ({"kl_coefs": "1,1.0"}, "kl_coefs: expected different numbers"),
         ({"seeds": 0}, "seeds: expected at least 1"),
+        ({"pairs": "100,1.5"}, "pairs: expected different whole numbers of at least 1, with commas, or nothing"),
+        ({"pairs": "0"}, "pairs: expected different whole numbers"),
+        ({"pairs": "7,7"}, "pairs: expected different whole numbers"),
     ],
 )
 def test_settings_that_cannot_be(changes, expected, tmp_path):

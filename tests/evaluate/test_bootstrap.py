@@ -74,13 +74,13 @@ def test_the_bootstrap_over_prompts_holds_the_truth(n, draws, least):
     assert least <= np.mean([lo <= 0.7 <= hi for lo, hi in ends]) <= 0.97
 
 
-@pytest.mark.parametrize(("K", "least", "most"), [(3, 0.7, 0.82), (20, 0.85, 0.94)])
-def test_the_bootstrap_over_few_seeds_is_too_narrow(K, least, most):
+@pytest.mark.parametrize("K", [3, 20])
+def test_the_bootstrap_over_seeds_and_prompts_holds_the_truth(K):
     """Runs of standard deviation 1 around 2, and 30 prompts of standard deviation 1 around each run."""
     rng = np.random.default_rng(K)
     values_DKN = 2 + rng.normal(0, 1, (500, K, 1)) + rng.normal(0, 1, (500, K, 30))
     ends = [bootstrap.two_level(values_KN, resamples=200, seed=i)[1] for i, values_KN in enumerate(values_DKN)]
-    assert least <= np.mean([lo <= 2 <= hi for lo, hi in ends]) <= most
+    assert 0.92 <= np.mean([lo <= 2 <= hi for lo, hi in ends]) <= 0.98
 
 
 @pytest.mark.parametrize("n", [30, 500])

@@ -10,13 +10,19 @@ import pytest
 
 ROOT = Path(__file__).parents[2]
 
+# What a run imports, or first in its course, such as its report: a fork of a process that has it does not import it.
+IMPORTS = """
+import json, os, runpy, sys
+sys.path.insert(0, "experiments")
+import launch, rlhf_jax.stages, rlhf_jax.data.world, rlhf_jax.report.plots, orbax.checkpoint
+import huggingface_hub.errors, jaxlib.mlir.dialects.mhlo, jinja2, matplotlib.colors, rich.emoji
+rlhf_jax.report.plots._save = lambda plotters, path, **_: (path.parent.mkdir(parents=True, exist_ok=True), path.touch())
+"""
+
 # Imports once what takes seconds to import, then runs a command line in a fork of itself for each line it reads. The
 # fork ends without Python's cleaning up, which takes seconds as well.
 FORKS = """
-import json, os, runpy, sys, tempfile, traceback
-sys.path.insert(0, "experiments")
-import launch, rlhf_jax.stages, rlhf_jax.data.world, rlhf_jax.report.plots, orbax.checkpoint
-rlhf_jax.report.plots._save = lambda plotters, path, **_: (path.parent.mkdir(parents=True, exist_ok=True), path.touch())
+import tempfile, traceback
 for line in sys.stdin:
     with tempfile.TemporaryFile("w+") as out, tempfile.TemporaryFile("w+") as err:
         if not (child := os.fork()):
@@ -41,7 +47,7 @@ for line in sys.stdin:
 def forks():
     """forks(script, flags) -> its exit code and what it wrote."""
     with subprocess.Popen(
-        [sys.executable, "-c", FORKS], cwd=ROOT, text=True, stdin=subprocess.PIPE, stdout=subprocess.PIPE
+        [sys.executable, "-c", IMPORTS + FORKS], cwd=ROOT, text=True, stdin=subprocess.PIPE, stdout=subprocess.PIPE
     ) as process:
 
         def run(*line):

@@ -21,14 +21,17 @@ import pytest
 from rlhf_jax import checkpoint
 from rlhf_jax.report import metrics
 from rlhf_jax.training.checkpoint import FOLDERS, by_name
+from tests.experiments.conftest import IMPORTS
 from tests.support import logged, samples
 
 ROOT = Path(__file__).parents[2]
 FIELDS = {"data.made": 100, "data.length": 10, "evaluation.prompts": 8, "evaluation.batch": 8, "evaluation.samples": 0}
+# Here and in the tests of the two commands schedules are constant, so that the programs are the same for any steps.
 FIELDS |= {"model.layers": 1, "model.width": 16, "model.heads": 2, "model.head_size": 8}
 FIELDS |= {"policy_gradient.kl_target": 2.0, "policy_gradient.kl_horizon": 50, "alarms.freeze": False}
 for stage in "pretrain", "sft", "policy_gradient":
     FIELDS |= {f"{stage}.steps": 9, f"{stage}.batch": 4, f"{stage}.eval_every": 2, f"{stage}.save_every": 3}
+    FIELDS[f"{stage}.schedule"] = "constant"
 TWEETS = ["experiments/pg_tweets.py", "--config=configs/pg_tweets.py"]
 TWEETS += [f"--config.{field}={value}" for field, value in FIELDS.items()]
 
@@ -38,6 +41,7 @@ SIZES |= {"model.layers": 1, "model.width": 16, "model.heads": 2, "model.head_si
 SIZES |= {"ppo.kl_target": 2.0, "ppo.kl_horizon": 50}
 for stage in "sft", "reward", "ppo":
     SIZES |= {f"{stage}.steps": 9, f"{stage}.batch": 4, f"{stage}.eval_every": 2, f"{stage}.save_every": 3}
+    SIZES[f"{stage}.schedule"] = "constant"
 SUMMARIZE = ["experiments/ppo_summarize.py", "--config=configs/ppo_summarize.py"]
 SUMMARIZE += [f"--config.{field}={value}" for field, value in SIZES.items()]
 
@@ -51,10 +55,7 @@ PLACES = (IN_A_SAVE, WRITING_METRICS, BETWEEN_STAGES, AFTER_A_SAVE, IN_A_RESULT)
 
 # Imports once what takes seconds to import; runs the command lines it reads in forks, and sends one a signal in time.
 KILLER = """
-import glob, json, os, runpy, sys, time
-sys.path.insert(0, "experiments")
-import launch, rlhf_jax.stages, rlhf_jax.data.world, rlhf_jax.report.plots, orbax.checkpoint
-rlhf_jax.report.plots._save = lambda plotters, path, **_: (path.parent.mkdir(parents=True, exist_ok=True), path.touch())
+import glob, time
 def seen(pattern, kind):
     there = {}
     for path in glob.glob(pattern):
@@ -99,7 +100,7 @@ def start():
     goes to one of them, and the other one has the log `log.1`.
     """
     with subprocess.Popen(
-        [sys.executable, "-c", KILLER], cwd=ROOT, text=True, stdin=subprocess.PIPE, stdout=subprocess.PIPE
+        [sys.executable, "-c", IMPORTS + KILLER], cwd=ROOT, text=True, stdin=subprocess.PIPE, stdout=subprocess.PIPE
     ) as process:
 
         def started(argvs, logs, env, *, after=0, place=("", "new"), count=1, number=signal.SIGKILL, which=0):

@@ -13,16 +13,18 @@ from rlhf_jax.data.tldr import format_query
 
 ROOT = Path(__file__).parents[2]
 PPO, REWARD, SFT = (f"experiments/{name}_summarize.py" for name in ("ppo", "reward", "sft"))
+EXPORT = "experiments/export_hf.py"
 
 
 @pytest.fixture(scope="module")
 def small(tmp_path_factory):
     """Flags of the smallest run."""
-    fields = {"data.cache": tmp_path_factory.mktemp("world"), "data.prompt_length": 48, "evaluation.prompts": 4}
+    fields = {"data.cache": tmp_path_factory.mktemp("world"), "data.prompt_length": 48}
+    fields |= {"evaluation.prompts": 8, "evaluation.batch": 8}  # sizes and programs of test_kill.py
     fields |= {"data.world_sft": 40, "data.world_preferences": 40, "data.world_prompts": 40, "data.world_held_out": 8}
     fields |= {"model.layers": 1, "model.width": 16, "model.heads": 2, "model.head_size": 8}
     for stage in "sft", "reward", "ppo":
-        fields |= {f"{stage}.steps": 2, f"{stage}.batch": 4}
+        fields |= {f"{stage}.steps": 2, f"{stage}.batch": 4, f"{stage}.schedule": "constant"}
     return ["--config=configs/ppo_summarize.py", *(f"--config.{field}={value}" for field, value in fields.items())]
 
 
@@ -145,11 +147,13 @@ def test_fields_that_do_not_go_together_are_one_line(fields, command, tmp_path):
 MINE = "def verb(rows, texts):\n    return [2 + (row['record']['verb'] in text) for row, text in zip(rows, texts)]\n"
 
 
-def test_a_reward_that_is_not_learned_needs_no_reward_model(command, tmp_path):
+def test_a_reward_that_is_not_learned_needs_no_reward_model(command, small, tmp_path):
     """A function of rows sees the record that a post was written from."""
     (tmp_path / "mine.py").write_text(MINE)
     fields = {"reward": f"{tmp_path}/mine.py:verb", "sft.steps": 1, "ppo.steps": 1, "ppo.epochs": 1}
-    result = command(f"--workdir={tmp_path}/run", *(f"--config.{field}={value}" for field, value in fields.items()))
+    flags = [f"--config.{field}={value}" for field, value in fields.items()]
+    small = [flag for flag in small if not flag.startswith("--config.reward.schedule")]  # it has no effect
+    result = command(f"--workdir={tmp_path}/run", *flags, before=small)
     assert (result.code, result.err) == (0, "")
     summary = json.loads((tmp_path / "run" / "summary.json").read_text())
     assert 2 <= summary["ppo/reward"] <= 3 and 2 <= summary["ppo/reward_sft"] <= 3
@@ -157,17 +161,16 @@ def test_a_reward_that_is_not_learned_needs_no_reward_model(command, tmp_path):
     assert not (tmp_path / "run" / "reward").exists() and "reward/accuracy" not in summary
 
 
-def test_a_config_has_a_name_in_any_folder(tmp_path):
+def test_a_config_has_a_name_in_any_folder(command, tmp_path):
     """An argument that is not there is known only to the file; a file of the name comes first."""
-
-    def run():
-        line = [sys.executable, ROOT / PPO, "--workdir=run", "--config=ppo_summarize:tinny"]
-        done = subprocess.run(line, cwd=tmp_path, text=True, capture_output=True)
-        return types.SimpleNamespace(code=done.returncode, err=done.stderr)
-
-    assert_refused(run(), "tinny: expected tiny, files, gpt2, ")
+    elsewhere = (
+        f"import os, runpy\nos.chdir({str(tmp_path)!r})\nrunpy.run_path({str(ROOT / PPO)!r}, run_name='__main__')"
+    )
+    (tmp_path / "ppo_summarize.py").write_text(elsewhere)
+    line = {"script": f"{tmp_path}/ppo_summarize.py", "before": ["--config=ppo_summarize:tinny"]}
+    assert_refused(command("--workdir=run", **line), "tinny: expected tiny, files, gpt2, ")
     (tmp_path / "ppo_summarize").write_text("def get_config(arg): raise ValueError(f'mine, {arg}')")
-    assert_refused(run(), "mine, tinny")
+    assert_refused(command("--workdir=run", **line), "mine, tinny")
     assert not (tmp_path / "run").exists()
 
 
@@ -242,23 +245,22 @@ def test_a_run_that_is_asked_to_stop_saves_and_says_so(stopped):
 def test_a_run_that_was_stopped_goes_on_to_the_end(stopped, command):
     """Stage by stage, each command after the other; what is there is not done again."""
     workdir = f"--workdir={stopped.workdir}"
-    again = subprocess.run(stopped.line, cwd=ROOT, text=True, capture_output=True)
-    assert (again.returncode, again.stderr) == (0, "")
-    assert f"sft: goes on after step {re.search('after step ([0-9]+)', stopped.err)[1]}\n" in again.stdout
+    again = command(workdir, "--config.sft.steps=400", script=SFT)
+    assert (again.code, again.err) == (0, "")
+    assert f"sft: goes on after step {re.search('after step ([0-9]+)', stopped.err)[1]}\n" in again.out
     assert command(workdir, "--config.sft.steps=400", script=REWARD).code == 0
     result = command(workdir, "--config.sft.steps=400")
     assert (result.code, result.err) == (0, "")
     assert "sft: finished with this config, skipped\nreward: finished with this config, skipped\n" in result.out
     assert "data.prompts, train: 40 rows, " in result.out and " cut prompts\n" in result.out
-    assert not [text for text in (again.stdout, result.out) if "\x1b" in text or "\r" in text]  # not a terminal
+    assert not [text for text in (again.out, result.out) if "\x1b" in text or "\r" in text]  # not a terminal
     summary = json.loads((stopped.workdir / "summary.json").read_text())
     assert {"seconds", "seed", "sft/gold", "reward/accuracy", "ppo/gold_ci95", "ppo/win_rate"} <= summary.keys()
     before = on_disk(stopped.workdir)
     assert_refused(command(workdir, "--config.sft.lr=0.5"), "workdir: ", "was made with sft.lr = 0.002, not 0.5")
     for out, code, told in (("new", 0, ""), ("new", 2, "export_hf.py: .*: expected a new or an empty folder.*\n")):
-        line = [sys.executable, "experiments/export_hf.py", workdir, f"--out={stopped.workdir.parent / out}"]
-        exported = subprocess.run(line, cwd=ROOT, text=True, capture_output=True)
-        assert exported.returncode == code and re.fullmatch(told, exported.stderr), exported.stderr
+        exported = command(workdir, f"--out={stopped.workdir.parent / out}", script=EXPORT, before=[])
+        assert exported.code == code and re.fullmatch(told, exported.err), exported.err
     assert (stopped.workdir.parent / "new" / "README.md").exists()
     assert on_disk(stopped.workdir) == before
 

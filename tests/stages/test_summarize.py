@@ -465,9 +465,9 @@ def test_nothing_compiles_after_the_first_iterations(whole):
         assert whole.reporter.compiled_by[stage, 2] == whole.reporter.compiled_by[stage, 5]
     times = Counter(whole.compiled)
     # Updates of three stages; sampling in fine-tuning, in rollouts, and at two temperatures in evaluations.
-    once_a_stage = {"step": 3, "token_logprobs": 1, "sample": 4, "scores": 1, "judge": 1}
+    once_a_stage = {"step": 3, "token_logprobs": 1, "sample": 2, "_compared": 2, "scores": 1, "judge": 1, "_score": 1}
     assert {name: times[name] for name in once_a_stage} == once_a_stage
-    assert times["score"] == 3  # references, rollouts, and an evaluation's rows, which are fewer or more
+    assert times["score"] == 2  # of rollouts, and of an evaluation's rows, which are fewer or more
 
 
 # Runs that go on from its parts

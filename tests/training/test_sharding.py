@@ -1,3 +1,4 @@
+import functools
 import json
 import os
 import subprocess
@@ -12,7 +13,7 @@ from jax.sharding import AbstractMesh, PartitionSpec
 
 from rlhf_jax.models import decoder, heads, lora
 from rlhf_jax.ops import sharded
-from rlhf_jax.training import sharding
+from rlhf_jax.training import optim, sharding
 from tests.support import error
 
 
@@ -146,6 +147,28 @@ def test_a_mesh_that_is_not_all_devices_is_refused(config, devices, message):
 def test_the_mesh_takes_the_devices_that_are_left():
     assert sharding.Config(fsdp=2, tensor=2).shape(8) == (2, 2, 2)
     assert sharding.Config().shape(1) == (1, 1, 1)
+
+
+def test_equal_programs_are_compiled_once(compilations):
+    """A partial of the same function with equal arguments; what cannot be compared is compiled by itself."""
+
+    def added(x, *, config, by=0):
+        return x + config.lr + by
+
+    def compiled(**parts):
+        return sharding.jit(functools.partial(added, **parts), sharding.mesh())
+
+    x, config = jnp.zeros(3), optim.Config(lr=0.5)
+    with compilations() as names:
+        for _ in range(2):  # equal, not the same
+            np.testing.assert_array_equal(compiled(config=optim.Config(lr=0.5))(x), 0.5)
+            np.testing.assert_array_equal(compiled(config=config, by=1)(x), 1.5)
+    assert names == ["added"] * 2
+    assert compiled(config=config) is not compiled(config=optim.Config(lr=0.25))
+    assert optim.adamw(config, 3) is optim.adamw(optim.Config(lr=0.5), 3) is not optim.adamw(config, 4)
+    one, other = (compiled(config=config, by=jnp.ones(3)) for _ in range(2))
+    np.testing.assert_array_equal(one(x), other(x))
+    assert one is not other
 
 
 def test_there_and_back():

@@ -2,6 +2,7 @@
 
 import dataclasses
 import json
+import math
 import re
 
 import numpy as np
@@ -30,6 +31,30 @@ def column(page, view, head):
     heads = page.eval_on_selector_all(f"#{view} table thead th", "all => all.map((e) => e.textContent)")
     place = heads.index(head) + 1
     return page.eval_on_selector_all(f"#{view} tbody tr > :nth-child({place})", "all => all.map((e) => e.textContent)")
+
+
+def untrue(text):
+    """(equalities of two numbers in formulas, those that do not hold within the rounding of their digits)."""
+    text = re.sub(r"\n\s+=", " =", text).translate(str.maketrans("−×", "-*")).replace("log σ", "logsigmoid")
+    names = {"exp": math.exp, "max": max, "logsigmoid": lambda x: -math.log1p(math.exp(-x)), "__builtins__": {}}
+    count, wrong = 0, []
+    for line in text.splitlines():
+        parts = [re.sub(r"\s{3,}.*$", "", part.strip()).replace("loss + ", "") for part in line.split("=")]
+        values = []
+        for part in parts:
+            try:
+                values.append(float(eval(part, names)))
+            except (SyntaxError, NameError, TypeError):  # in words
+                continue
+        count += max(len(values) - 1, 0)
+        if values and max(abs(value - values[-1]) for value in values) > 0.02 * max(1, *map(abs, values)):
+            wrong.append(line)
+    return count, wrong
+
+
+def formulas(page):
+    page.wait_for_timeout(200)  # views out of sight follow
+    return "\n".join(page.locator(".eq:visible").all_inner_texts())
 
 
 def slide(page, selector, value):
@@ -66,6 +91,7 @@ def test_it_says_that_the_numbers_are_the_trainers(visit):
 def test_cells_are_the_numbers_of_the_file(visit):
     """Of a rollout in the middle of the list, its KL, rewards, values, advantages and losses."""
     page = visit(f"#iter={LAST.step}&rollout=3&token=2")
+    page.wait_for_timeout(200)  # views out of sight follow
     row = LAST["look.rows_B"][2]
     n = int(LAST["rollout.mask_BR"][row].sum())
 
@@ -96,16 +122,88 @@ def test_cells_are_the_numbers_of_the_file(visit):
 
 
 def test_every_place_has_numbers_only(visit):
-    """No NaN, undefined or Infinity, in any iteration and on the last token of a rollout beyond those shown."""
+    """No NaN, undefined or Infinity, in any iteration and on the last token of a rollout beyond those shown; and each
+    formula is true. So at each stop of the tour."""
     page = visit()
+
+    def check():
+        count, wrong = untrue(formulas(page))
+        assert count >= 10 and wrong == []
+        assert not re.search("NaN|undefined|Infinity|object Object", page.inner_text("body"))
+
     for i in range(len(NAMES)):
-        for rollout, token in ((1, 1), (16, 99), (len(LAST["rollout.score_B"]), 2)):
+        places = ((1, 1), (16, 99), (len(LAST["rollout.score_B"]), 2))
+        for rollout, token in places if i in (0, len(NAMES) - 1) else places[1:2]:
             step = DEMO.manifest["files"][NAMES[i]]["step"]
             page.goto(page.url.split("#")[0] + f"#iter={step}&rollout={rollout}&token={token}")
             page.wait_for_function("(text) => document.getElementById('iter-is').textContent === text", arg=str(step))
-            page.wait_for_timeout(150)
-            text = page.inner_text("body")
-            assert not re.search("NaN|undefined|Infinity|object Object", text)
+            check()
+    page.click("text=Take the tour")
+    for stop in ("map", "tokens", "kl", "gae", "ratio", "clip", "algorithms", "curves", "samples", "reward"):
+        page.wait_for_selector(f"#{stop}.toured")
+        assert page.inner_text("#tour h2").endswith(page.inner_text(f"#{stop} h2").splitlines()[0])
+        check()
+        page.click("#tour button:text-matches('^(next|end)$')")
+    assert page.is_hidden("#tour") and page.evaluate("document.activeElement.textContent").startswith("Take the tour")
+
+
+def as_run_of(algorithm, more, **arrays):
+    """Routes with the last iteration as if another algorithm had recorded it: the page goes by its config."""
+    config = {name: value for name, value in LAST.more["config"].items() if name not in ("clip", "lam")}
+    file = dataclasses.replace(LAST, more=LAST.more | {"config": config | more}, arrays=LAST.arrays | arrays)
+    stages = DEMO.manifest["stages"] | {"ppo": DEMO.manifest["stages"]["ppo"] | {"algorithm": algorithm}}
+    routes = served(file)
+    manifest = json.loads(routes["trace/manifest.json"]) | {"stages": stages}
+    return routes | {"trace/manifest.json": json.dumps(manifest)}
+
+
+def test_formulas_are_those_of_the_algorithm(visit):
+    """GRPO has its KL in the loss; online DPO has no KL penalty, no ratio and no clip: the loss is of a pair."""
+    rows = LAST["update.rows_B"]
+    mask = LAST["rollout.mask_BR"][rows]
+    k1 = np.where(mask, LAST["update.logp_BR"] - LAST["rollout.logp_ref_BR"][rows], 0)
+    group = {"group": 4, "baseline": "mean", "scale": "group_std", "kl": "k3", "clip": 0.2, "whiten_advantages": False}
+    routes = as_run_of("grpo", group, **{"update.kl_loss_BR": (np.exp(-k1) - 1 + k1).astype(np.float32)})
+    page = visit(f"#iter={LAST.step}&rollout=1&token=2", routes=routes)
+    count, wrong = untrue(formulas(page))
+    assert count >= 6 and wrong == []
+    assert "r = 0: the score arrives with the last token" in page.inner_text("#kl .eq")
+    assert column(page, "kl", "−β k3 in the loss") and page.locator("#gae .wide tbody tr").count() == 4
+
+    score_QO = LAST["rollout.score_B"].reshape(-1, 2)
+    sign_B = np.sign(score_QO - score_QO[:, ::-1]).reshape(-1, 1).astype(np.float32)
+    sign_BR = sign_B * LAST["rollout.mask_BR"]
+    pairs = {"group": 2, "kl": "off", "beta": 0.1, "loss": "sigmoid", "smoothing": 0.0, "whiten_advantages": False}
+    names = ("rollout.raw_advantages_BR", "rollout.advantages_BR")
+    routes = as_run_of("online_dpo", pairs, **dict.fromkeys(names, sign_BR))
+    page = visit(f"#iter={LAST.step}&rollout=1&token=2", routes=routes)
+    count, wrong = untrue(formulas(page))
+    assert count >= 4 and wrong == []
+    assert page.inner_text("#clip h2").startswith("The loss of a pair") and page.locator("#kl input").count() == 0
+
+
+def test_a_run_without_rollouts_shows_what_it_has(visit):
+    """DPO samples none. Its last step is proved, and the views of rollouts are left out, with the reason."""
+    gains = np.array([[-3, -5, -4], [-4, -4, -6]], np.float32)  # log-probs of chosen and rejected
+    refs = np.array([[-4, -5, -4], [-4, -5, -5]], np.float32)
+    h = gains[0] - refs[0] - gains[1] + refs[1]  # 1, -1, 1
+    arrays = {"update.chosen_B": gains[0], "update.rejected_B": gains[1]}
+    arrays |= {"batch.chosen_ref_B": refs[0], "batch.rejected_ref_B": refs[1]}
+    numbers = {"dpo_loss": np.logaddexp(0, -0.5 * h).mean(), "margin": 0.5 / 3, "accuracy": 2 / 3, "chosen_logp": -4.0}
+    numbers = {f"dpo/{name}": float(value) for name, value in numbers.items()}
+    config = {"beta": 0.5, "loss": "sigmoid", "smoothing": 0.0}
+    file = trace.File("dpo_iter_000001.json.gz", "dpo", "iter", 1, numbers, arrays, {}, [], {"config": config})
+    stages = {name: DEMO.manifest["stages"][name] for name in ("sft", "reward")}
+    stages["dpo"] = {"algorithm": "dpo", "steps": 1}
+    routes = served(file)
+    manifest = json.loads(routes["trace/manifest.json"]) | {"stages": stages}
+    page = visit(routes=routes | {"trace/manifest.json": json.dumps(manifest)})
+    assert page.inner_text("h1") == "What DPO did" and "it samples none" in page.inner_text("#intro")
+    assert re.fullmatch(r"matches the trainer: 4 identities, max \|d\| \S+", page.inner_text("#badge"))
+    page.wait_for_selector("#loss-curve", state="attached")
+    assert page.is_visible("#reward") and page.is_visible("#sft")
+    assert page.is_hidden("#tokens") and page.is_hidden("#panel") and page.is_hidden("#iter")
+    assert not re.search("NaN|undefined|Infinity|object Object", page.inner_text("body"))
 
 
 def test_a_slider_is_a_what_if_and_goes_back(visit):
@@ -185,7 +283,10 @@ def test_a_breach_is_a_banner_that_names_it(visit):
 )
 def test_a_trace_that_cannot_be_read_is_said(routes, words, visit):
     visit.seen.expected = ("404",)
-    assert words in visit(f"#iter={LAST.step}", routes=routes, ready=False).inner_text("#banner")
+    page = visit(f"#iter={LAST.step}", routes=routes, ready=False)
+    assert words in page.inner_text("#banner")
+    if f"trace/{LAST.name}" in routes:  # the nearest that can be read is shown
+        assert page.inner_text("#map h2") and page.inner_text("#iter-is") == str(_step(-2))
 
 
 def test_a_file_that_is_damaged_is_said_when_it_is_opened(visit):
@@ -259,15 +360,16 @@ AXE = """async () => {
 }"""
 
 
-@pytest.mark.parametrize(("width", "dark"), [(1280, False), (1280, True), (390, False)])
+@pytest.mark.parametrize(("width", "dark"), [(1280, True), (390, False)])
 def test_it_is_accessible_and_fits(width, dark, visit, axe):
     """No violation that axe-core finds, and nothing wider than the screen."""
     page = visit(width=width, dark=dark)
     page.wait_for_selector("#pairs .choice")
     page.wait_for_timeout(400)
     assert page.evaluate("document.documentElement.scrollWidth") <= width
-    table = page.locator("#algorithms .scroll")  # six columns: stacked where the screen is narrow
-    assert table.evaluate("(element) => element.scrollWidth - element.clientWidth") <= 0
+    tables = page.locator(".scroll:visible")  # that of six columns is stacked where the screen is narrow
+    assert tables.count() >= 6
+    assert max(tables.evaluate_all("(all) => all.map((each) => each.scrollWidth - each.clientWidth)")) <= 0
     page.evaluate(axe)  # not a script element: the page's policy forbids one
     assert page.evaluate(AXE) == []
 

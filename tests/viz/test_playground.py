@@ -110,5 +110,6 @@ def test_a_vote_is_blind_and_kept(page, run, monkeypatch):
     panel.get_by_text("B is better").click()
     panel.get_by_text("Saved in").wait_for()
     assert sorted(panel.locator("h3").all_inner_texts()) in (["A: RLHF", "B: fine-tuned"], ["A: fine-tuned", "B: RLHF"])
+    assert panel.get_by_label("seed").input_value() == "1"  # the next two are others
     row = json.loads((run.workdir / playground.VOTES).read_text().splitlines()[-1])
     assert (row["chosen"], row["rejected"]) == (texts[1], texts[0]) and "Sam\n\nTL" in row["prompt"]

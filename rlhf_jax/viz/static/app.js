@@ -3,7 +3,8 @@
 import { chain, knobs, pass, priced } from "./chain.js";
 import { fmt, h, p } from "./dom.js";
 import { panel } from "./panel.js";
-import { names, open, policyStage, read, TraceError } from "./trace.js";
+import { hasRollouts, names, open, policyStage, read, TraceError } from "./trace.js";
+import { telling } from "./tour.js";
 import * as unipo from "./unipo.js";
 import { verify } from "./verify.js";
 import { views } from "./views.js";
@@ -36,6 +37,7 @@ export const app = {
 
   // Moves the cursor; the file is read first if it is of another iteration. Of several moves, the last one counts.
   async go(change) {
+    if (!this.iters.length) return;
     const iter = Math.max(0, Math.min(this.iters.length - 1, change.iter ?? this.cursor.iter));
     Object.assign(this.cursor, change, { iter });
     const moved = this.file?.name !== this.iters[iter];
@@ -118,6 +120,9 @@ const seen = new IntersectionObserver((entries) => {
   }
 });
 
+// On a narrow screen the token's panel would cover the playground.
+new IntersectionObserver(([{ isIntersecting }]) => document.body.classList.toggle("playing", isIntersecting), { rootMargin: "-50% 0px" }).observe($("playground"));
+
 // The bar
 
 function bar() {
@@ -167,19 +172,6 @@ function named() {
   return app.iters.findIndex((name) => app.manifest.files[name].step === step);
 }
 
-// Where a reader starts who has not chosen: the token of the shown rollouts that the update has moved the most.
-function telling() {
-  const { chain: c, order, file } = app, ps = app.pass(), shown = file.arrays["look.rows_B"]?.data.length ?? order.length;
-  let best = { rollout: 0, token: 0 }, most = -1;
-  for (let n = 0; ps && n < shown; n++) {
-    for (let t = 0; t < c.R && c.mask[order[n] * c.R + t]; t++) {
-      const moved = Math.abs(Math.log(ps.ratio[order[n] * c.R + t]));
-      if (moved > most) [most, best] = [moved, { rollout: n, token: t }];
-    }
-  }
-  return best;
-}
-
 async function readHash() {
   const parts = new URLSearchParams(location.hash.slice(1)), cursor = {}, at = named();
   if (at >= 0) cursor.iter = at;
@@ -213,10 +205,11 @@ function wire() {
   $("rollout").addEventListener("change", (event) => app.go({ rollout: Number(event.target.value) }));
   $("token").addEventListener("input", (event) => app.go({ token: Number(event.target.value) }));
   $("reset").addEventListener("click", () => app.set({ ...app.recorded }));
-  addEventListener("hashchange", () => location.hash.includes("=") && readHash().catch(fail));
+  addEventListener("hashchange", () => app.iters.length && location.hash.includes("=") && readHash().catch(fail));
   addEventListener("keydown", (event) => {
     if (event.ctrlKey || event.metaKey || event.altKey || /^(INPUT|SELECT|TEXTAREA)$/.test(event.target.tagName)) return;
     if (!(event.key in KEYS) || event.target.closest(".scroll:focus, #playground")) return;
+    if (!app.iters.length) return;
     event.preventDefault();
     const strip = event.target.closest(".strip");
     KEYS[event.key]().then(() => {
@@ -231,24 +224,31 @@ function wire() {
 
 async function start(manifest, reader, title) {
   app.manifest = manifest;
-  app.stage = policyStage(manifest);
-  app.iters = app.stage ? names(manifest, app.stage, "iter") : [];
+  app.stage = policyStage(manifest) ?? Object.keys(manifest.stages).at(-1);
+  if (!app.stage) throw new TraceError("This trace has no recorded step yet.");
+  app.iters = hasRollouts(manifest, app.stage) ? names(manifest, app.stage, "iter") : [];
   app.read = remembering(reader);
   app.file = null;
   app.knobs = app.recorded = {};
   $("run").textContent = title;
-  if (!app.iters.length) throw new TraceError("This trace has no iteration of reinforcement learning yet; fine-tuning alone is recorded.");
-  $("iter").max = app.iters.length - 1;
   for (const element of app.updates.keys()) seen.unobserve(element);
   app.updates.clear();
-  // The second recorded iteration, as the policy is still learning there, and its last epoch.
-  app.cursor = { iter: named() >= 0 ? named() : Math.min(1, app.iters.length - 1), rollout: 0, token: 0, epoch: 99 };
-  await app.load();
-  app.clamp();
-  Object.assign(app.cursor, telling());
+  const rollouts = app.iters.length > 0;
+  let unread = null;
+  cursorIsThere(rollouts);
+  if (rollouts) {
+    $("iter").max = app.iters.length - 1;
+    // The second recorded iteration, as the policy is still learning there, and its last epoch.
+    app.cursor = { iter: named() >= 0 ? named() : Math.min(1, app.iters.length - 1), rollout: 0, token: 0, epoch: 99 };
+    unread = await loadNearest();
+    app.clamp();
+    Object.assign(app.cursor, telling(app));
+  } else await withoutRollouts();
   for (const view of views) {
     const element = $(view.id);
     element.replaceChildren();
+    element.hidden = !rollouts && Boolean(view.rollouts);
+    if (element.hidden) continue;
     try {
       const update = view.build(element, app);
       if (update) {
@@ -260,9 +260,44 @@ async function start(manifest, reader, title) {
     }
   }
   files();
-  wireRollouts();
-  await readHash();
+  if (rollouts) {
+    wireRollouts();
+    if (unread) app.show({ cursor: true, file: true });
+    else await readHash();
+    if (unread) fail(unread);
+  }
   document.documentElement.dataset.ready = "true";
+}
+
+function cursorIsThere(yes) {
+  for (const part of document.querySelectorAll("header label, #panel")) part.hidden = !yes;
+}
+
+// Opens the iteration of the cursor, or the nearest one whose file can be read: then returns the error of the first.
+async function loadNearest() {
+  const wanted = app.cursor.iter, order = [...app.iters.keys()].sort((a, b) => Math.abs(a - wanted) - Math.abs(b - wanted));
+  let unread = null;
+  for (const iter of order) {
+    app.cursor.iter = iter;
+    try {
+      await app.load();
+      return unread;
+    } catch (error) {
+      if (!(error instanceof TraceError)) throw error;
+      unread ??= error;
+    }
+  }
+  throw unread;
+}
+
+// The bar of a run without rollouts: DPO's last step is proved here; fine-tuning and reward model, by the command.
+async function withoutRollouts() {
+  const name = names(app.manifest, app.stage, "iter").at(-1), { algorithm } = app.manifest.stages[app.stage];
+  const check = algorithm === "dpo" && name ? verify(await app.read(name), app.manifest) : null;
+  $("badge").textContent = !check ? "recorded by the trainer; python -m rlhf_jax.viz verify proves it"
+    : check.breach ? "does not match: see the banner" : `matches the trainer: ${check.identities} identities, max |d| ${fmt(check.error)}`;
+  $("badge").className = `badge ${check?.breach ? "bad" : ""}`;
+  banner(check?.breach ? `The trace does not hold: ${check.breach}` : "");
 }
 
 // The reader, with the last files at hand.
@@ -334,6 +369,7 @@ function fail(error) {
 function files_only() {
   if (!app.manifest) {
     app.manifest = { files: {} };
+    cursorIsThere(false);
     files();
   }
 }

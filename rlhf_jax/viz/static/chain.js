@@ -73,9 +73,11 @@ export function pass(file, e) {
   const [, M] = get(file, "update.rows_B").shape;
   const now = new Float64Array(B * R), ratio = new Float64Array(B * R).fill(1), used = new Uint8Array(B * R);
   const value = has(file, "update.values_BR") ? new Float64Array(B * R) : null;
+  const penalty = has(file, "update.kl_loss_BR") ? new Float64Array(B * R) : null; // the KL in the loss, before β
   for (let m = 0; m < M; m++) {
     const rows = at(get(file, "update.rows_B"), e, m).data, l = at(get(file, "update.logp_BR"), e, m).data;
     const r = at(get(file, "update.ratio_BR"), e, m).data, v = value && at(get(file, "update.values_BR"), e, m).data;
+    const x = penalty && at(get(file, "update.kl_loss_BR"), e, m).data;
     rows.forEach((b, j) => {
       for (let t = 0; t < R; t++) {
         if (!mask[b * R + t]) continue;
@@ -84,10 +86,11 @@ export function pass(file, e) {
         ratio[to] = r[from];
         used[to] = 1;
         if (value) value[to] = v[from];
+        if (penalty) penalty[to] = x[from];
       }
     });
   }
-  return { now, ratio, used, value };
+  return { now, ratio, used, value, penalty };
 }
 
 // The same pass with the losses [B, R] of its tokens, which the knobs change.

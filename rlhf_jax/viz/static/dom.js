@@ -33,9 +33,11 @@ export function fmt(x, sign = "") {
   return before + text;
 }
 export const signed = (x) => fmt(x, x > 0 ? "+" : "");
-export const percent = (x) => (Number.isFinite(x) ? `${(100 * x).toFixed(1)}%` : "–");
+export const percent = (x) => (!Number.isFinite(x) ? "–" : x !== 0 && Math.abs(x) < 5e-4 ? `${fmt(100 * x)}%` : `${(100 * x).toFixed(1)}%`);
+// A log-prob in a formula: with three decimals, the exponential of a difference can be done again by hand.
+export const nats = (x) => (Number.isFinite(x) ? x.toFixed(3).replace("-", "−") : "–");
 // In a formula: a negative number stands in brackets.
-export const par = (x) => (x < 0 ? `(${fmt(x)})` : fmt(x));
+export const par = (x, write = fmt) => (x < 0 ? `(${write(x)})` : write(x));
 
 export const scale = (lo, hi, from, to) => {
   const span = hi - lo || 1;
@@ -49,6 +51,11 @@ function ticks(lo, hi, n = 5) {
   const out = [];
   for (let x = Math.ceil(lo / step) * step; x <= hi + step * 1e-9; x += step) out.push(Math.abs(x) < step * 1e-9 ? 0 : x);
   return out;
+}
+
+function atLeastTwo(lo, hi, n) {
+  const few = ticks(lo, hi, n);
+  return few.length > 1 ? few : ticks(lo, hi, 2 * n);
 }
 
 // The least and the largest finite number of some arrays, widened by a share.
@@ -87,13 +94,13 @@ export function chart(label, height, draw) {
 }
 
 // Axes of a chart: ticks with numbers, titles; returns the scales.
-export function axes(svg, width, height, [x0, x1], [y0, y1], { xt = "", yt = "", left = 46, bottom = 36, top = 22, right = 18, xn, yn = 5, xf = tick, yf = tick } = {}) {
+export function axes(svg, width, height, [x0, x1], [y0, y1], { xt = "", yt = "", left = 46, bottom = 36, top = 22, right = 18, xn, yn = 5, yticks, xf = tick, yf = tick } = {}) {
   const x = scale(x0, x1, left, width - right), y = scale(y0, y1, height - bottom, top);
-  for (const v of ticks(y0, y1, yn)) {
+  for (const v of yticks ?? atLeastTwo(y0, y1, yn)) {
     svg.append(s("line", { class: v === 0 ? "zero" : "axis", x1: left, x2: width - right, y1: y(v), y2: y(v) }));
     svg.append(s("text", { x: left - 6, y: y(v) + 4, "text-anchor": "end", text: yf(v) }));
   }
-  for (const v of ticks(x0, x1, xn ?? Math.max(2, Math.floor(width / 90)))) {
+  for (const v of atLeastTwo(x0, x1, xn ?? Math.max(2, Math.floor(width / 90)))) {
     svg.append(s("line", { class: "axis", x1: x(v), x2: x(v), y1: height - bottom, y2: height - bottom + 4 }));
     svg.append(s("text", { x: x(v), y: height - bottom + 17, "text-anchor": "middle", text: xf(v) }));
   }

@@ -107,19 +107,20 @@ function sampling(info) {
   const labels = { top_k: "top-k", top_p: "top-p", max_tokens: "tokens, at most" };
   const hints = { temperature: "0: likeliest", top_k: "0: all", top_p: "1: all" };
   const next = element("button", { type: "button", class: "pg-quiet" }, "next seed");
-  next.addEventListener("click", () => { controls.seed.value = String((Number(controls.seed.value) + 1) % 2 ** 32); });
+  const another = () => { controls.seed.value = String((Number(controls.seed.value) + 1) % 2 ** 32); };
+  next.addEventListener("click", another);
   const fields = Object.entries(controls).map(([name, control]) => field(labels[name] ?? name, control, hints[name]));
   const row = element("fieldset", { class: "pg-settings" }, element("legend", {}, "Sampling"), ...fields, next);
   const values = () =>
     Object.fromEntries(Object.entries(controls).map(([name, control]) => [name, Number(control.value)]));
-  return { row, values };
+  return { row, values, another };
 }
 
 // A list of the run's prompts; `use` gets the one that is selected.
 function examples(prompts, use) {
   if (!prompts.length) return null;
   const options = prompts.map((prompt, i) =>
-    element("option", { value: String(i) }, visible((parts(prompt)?.post ?? prompt).slice(0, 60), "")));
+    element("option", { value: String(i) }, visible((parts(prompt)?.post ?? prompt).slice(0, 60).replaceAll("\n", " "), "")));
   const list = element("select", {}, element("option", { value: "" }, "choose ..."), ...options);
   list.addEventListener("change", () => { if (list.value) use(prompts[Number(list.value)]); });
   return field("a prompt the run was compared on", list);
@@ -170,7 +171,7 @@ class Comparison {
   start(event) {
     this.max = event.max_tokens;
     const cut = event.note ? `${event.note}. ` : "";
-    this.note.textContent = `${cut}${event.tokens} tokens to read, at most ${event.max_tokens} to write.`;
+    this.note.textContent = `${cut}${event.tokens} ${event.tokens === 1 ? "token" : "tokens"} to read, at most ${event.max_tokens} to write.`;
   }
 
   token(event) {
@@ -378,7 +379,8 @@ function voteTab(info, state) {
     shown.replaceChildren(...columns);
     choices.replaceChildren();
     const saved = result.saved ? `Saved in ${result.saved}, which --config.data.preferences= reads.` : "Nothing was saved.";
-    status.textContent = visible(saved);
+    status.textContent = `${visible(saved)} The next two are written with another seed.`;
+    how.another();
     total.textContent = `${result.votes} votes so far.`;
   }
 
@@ -399,10 +401,11 @@ function voteTab(info, state) {
       const pair = await (await post("api/duel", { ...request(), settings: how.values() })).json();
       shown.replaceChildren(...pair.texts.map((text, i) =>
         element("div", { class: "pg-side" }, element("h3", {}, LETTERS[i]), element("p", { class: "pg-text" }, visible(text) || "no text"))));
-      const labels = ["A is better", "B is better", "neither: only show me"];
-      choices.replaceChildren(...labels.map((label, i) =>
-        element("button", { type: "button", on: { click: () => choose(pair, [0, 1, -1][i]) } }, label)));
-      status.textContent = visible(`Which is better? ${pair.note}`);
+      const same = pair.texts[0] === pair.texts[1];
+      const answers = [["A is better", 0], ["B is better", 1], ["neither: only show me", -1]].slice(same ? 2 : 0);
+      choices.replaceChildren(...answers.map(([label, choice]) =>
+        element("button", { type: "button", on: { click: () => choose(pair, choice) } }, same ? "show me, and go on" : label)));
+      status.textContent = visible(`${same ? "The two texts are the same, so there is nothing to choose." : "Which is better?"} ${pair.note}`);
     } catch (error) {
       status.textContent = visible(error.message);
     } finally {

@@ -19,7 +19,14 @@ function later(element, app, name, ready) {
   });
 }
 const absent = (what, how) => h("p", { class: "note", text: `${what} ${how}` });
+// The folder of another run that a stage of this one is taken from, or "".
+export const taken = (app, name) => app.manifest.config?.[name]?.from ?? "";
+// The name of a reward that is a function, or "".
+const ofFunction = (app) => (["learned", undefined].includes(app.manifest.config?.reward?.kind) ? "" : app.manifest.config.reward.kind);
+const elsewhere = (app, name) => `The ${name === "sft" ? "fine-tuned policy" : "reward model"} of this run is that of ${taken(app, name)}, whose own page shows it.`;
 const stageOf = (app, algorithm) => Object.keys(app.manifest.stages).filter((n) => app.manifest.stages[n].algorithm === algorithm).at(-1);
+// The stage that learned from pairs: a reward model, or DPO, whose policy is its own.
+const pairStage = (app) => stageOf(app, "preference") ?? stageOf(app, "dpo");
 const HOW = "This trace has none: record the run with --config.trace.every=10.";
 
 // 8. Curves
@@ -28,13 +35,14 @@ const CHOICES = [
   ["score", "score"], ["reward", "reward"], ["gold", "gold score"], ["score_total", "total: score − β KL"], ["kl", "KL, nats a text"], ["kl_exact", "exact KL"],
   ["entropy", "entropy, nats a token"], ["length", "length, tokens"], ["eos_rate", "share that end"], ["clip_fraction", "clipped tokens"],
   ["approx_kl", "approx KL of the update"], ["ess", "effective sample size"], ["policy_loss", "policy loss"], ["value_loss", "value loss"],
+  ["dpo_loss", "loss of a pair"], ["accuracy", "accuracy on pairs"], ["margin", "margin of a pair"], ["loss", "loss"],
   ["explained_variance", "explained variance of the value"], ["distinct2", "distinct word pairs"], ["repeat_rate", "texts that repeat a word"], ["policy_grad_norm", "gradient norm"], ["lr", "learning rate"],
 ];
 
 const curves = {
   id: "curves",
   build(el, app) {
-    el.append(heading("curves", "The run as curves", "report.plots.rl, alarms.outside"), p("What the policy gained, and what it paid. When the learned score goes on rising while the true (gold) score falls, the policy has learned to please the reward model instead of the reader. Click a curve, or use the iteration slider, to go to the nearest recorded iteration."));
+    el.append(heading("curves", "The run as curves", "report.plots.rl, alarms.outside"), p(app.iters.length ? "What the policy gained, and what it paid. When the learned score goes on rising while the true (gold) score falls, the policy has learned to please the reward model instead of the reader. Click a curve, or use the iteration slider, to go to the nearest recorded iteration." : "What the stage gained, and what it paid."));
     const [name] = names(app.manifest, app.stage, "end");
     if (!name) {
       el.append(absent("Curves are written when the stage has ended.", ""));
@@ -46,8 +54,10 @@ const curves = {
     later(figure, app, name, (end) => {
       const stage = app.stage, steps = end.curves.step;
       const series = (key) => (end.curves[`${stage}/${key}`] ?? []).map((v) => (typeof v === "number" ? v : NaN));
-      const known = CHOICES.filter(([key]) => series(key).some(Number.isFinite));
-      const shown = new Set(["score", "reward", "gold", "kl", "entropy", "clip_fraction"].filter((key) => known.some(([k]) => k === key)));
+      const known = CHOICES.filter(([key]) => [...series(key), ...series(`eval_${key}`)].some(Number.isFinite));
+      const first = ["score", "reward", "gold", "kl", "entropy", "clip_fraction"], others = ["dpo_loss", "accuracy", "margin"];
+      const shown = new Set([...first, ...(app.iters.length ? [] : others)].filter((key) => known.some(([k]) => k === key)));
+      if (!shown.size) known.slice(0, 4).forEach(([key]) => shown.add(key));
       const picks = h("div", { class: "controls", role: "group", "aria-label": "curves" }, known.map(([key, title]) => button(title, (event) => {
         if (!shown.delete(key)) shown.add(key);
         event.target.setAttribute("aria-pressed", shown.has(key));
@@ -65,14 +75,15 @@ const curves = {
           const cls = /kl|clip/i.test(key) ? "s-ref" : /value|explained/.test(key) ? "s-value" : /score|reward|gold/.test(key) ? "s-reward" : "s-policy";
           svg.append(s("path", { class: `line ${cls}`, d: path(points.map(([a, b]) => [x(a), y(b)])) }));
           for (const [a, b] of evaluated) svg.append(s("circle", { class: `hollow ${cls}`, cx: x(a), cy: y(b), r: 3.5 }));
-          svg.append(s("line", { class: "cursor", x1: x(app.file.step), x2: x(app.file.step), y1: 22, y2: 114 }));
-          svg.onclick = (event) => {
+          if (app.file) svg.append(s("line", { class: "cursor", x1: x(app.file.step), x2: x(app.file.step), y1: 22, y2: 114 }));
+          if (app.file) svg.onclick = (event) => {
             const step = steps.reduce((best, v) => (Math.abs(x(v) - event.offsetX) < Math.abs(x(best) - event.offsetX) ? v : best), steps[0]);
             const at = app.iters.map((n) => app.manifest.files[n].step);
             app.go({ iter: at.indexOf(at.reduce((best, v) => (Math.abs(v - step) < Math.abs(best - step) ? v : best), at[0])) });
           };
-          svg.classList.add("hit");
-          svg.setAttribute("aria-label", `${title} from ${fmt(points[0][1])} to ${fmt(points.at(-1)[1])} over ${steps.at(-1)} iterations`);
+          if (app.file) svg.classList.add("hit");
+          const line = points.length ? points : evaluated;
+          svg.setAttribute("aria-label", `${title} from ${fmt(line[0][1])} to ${fmt(line.at(-1)[1])} over ${steps.at(-1)} iterations`);
         }));
         plots.replaceChildren(...charts.map((c) => c.svg));
         charts.forEach((c) => c.redraw());
@@ -96,6 +107,7 @@ function hacking(series) {
   if (entropy && entropy[1] < 0.5 * entropy[0]) out.push(`entropy halved, ${fmt(entropy[0])} → ${fmt(entropy[1])} nats`);
   if (distinct && distinct[1] < 0.7 * distinct[0]) out.push(`distinct word pairs fell ${fmt(distinct[0])} → ${fmt(distinct[1])}`);
   if (series("alarms").some((v) => v > 0)) out.push("the trainer’s own limit has tripped");
+  if (!score && !entropy && !distinct) return "";
   return out.length ? `Alarm: ${out.join("; ")}.` : `No alarm: ${gold ? "score and gold rise together" : "score, entropy and diversity"}${entropy ? `, entropy ${fmt(entropy[0])} → ${fmt(entropy[1])} nats` : ""}.`;
 }
 
@@ -104,7 +116,7 @@ function hacking(series) {
 const samplesView = {
   id: "samples",
   build(el, app) {
-    el.append(heading("samples", "Before and after", "stages.measure.compare, evaluate.win_rate.win_rate"), p("The same held-out prompts, completed by the policy before reinforcement learning and by the policy after it. Sort by the gain to see what it learned, and by the loss to see what it broke."));
+    el.append(heading("samples", "Before and after", "stages.measure.compare, evaluate.win_rate.win_rate"), p("The same held-out prompts, completed by the policy before this stage and by the policy after it. Sort by the gain to see what it learned, and by the loss to see what it broke."));
     const [name] = names(app.manifest, app.stage, "end"), evals = names(app.manifest, app.stage, "eval");
     if (!name) {
       el.append(absent("Samples are written when the stage has ended.", ""));
@@ -115,7 +127,7 @@ const samplesView = {
     later(figure, app, name, (end) => {
       const rows = pairsOf(end.samples);
       if (!rows.length) {
-        figure.append(absent("No sample has both sides.", ""));
+        figure.append(absent("This stage has no texts of two policies to compare.", ""));
         return;
       }
       const keys = ["gold", "score", "reward"].filter((key) => rows.every((r) => Number.isFinite(r.before[key]) && Number.isFinite(r.after[key])));
@@ -167,7 +179,7 @@ const samplesView = {
       }
       draw();
     });
-    if (evals.length) probes(el, app, evals);
+    if (evals.length && app.iters.length) probes(el, app, evals);
     return () => {};
   },
 };
@@ -231,10 +243,13 @@ function probes(el, app, evals) {
 const reward = {
   id: "reward",
   build(el, app) {
-    el.append(heading("reward", "The reward model", "ops.losses.bradley_terry, models.heads.ScalarModel.score, evaluate.accuracy.accuracy"), p("The reward model gives a text one number. It is trained on pairs: the loss of a pair is −log σ(chosen − rejected), which is large where the rejected text scores higher, at the left, and falls towards 0 at the right."));
-    const stage = stageOf(app, "preference"), evals = stage ? names(app.manifest, stage, "eval") : [];
+    const dpo = app.manifest.stages[pairStage(app)]?.algorithm === "dpo", other = dpo && app.manifest.config.dpo.loss !== "sigmoid" ? ` (This run’s own loss is ${app.manifest.config.dpo.loss}.)` : "";
+    const curveOf = "−log σ(chosen − rejected), which is large where the rejected text scores higher, at the left, and falls towards 0 at the right.";
+    if (dpo) el.append(heading("reward", "The policy as its own reward model", "ops.losses.dpo, stages.preference, evaluate.accuracy.accuracy"), p(`DPO has no reward model. The reward of a text is β times its log-ratio, how much likelier the policy makes it than the reference does; and the loss of a pair is ${curveOf}${other}`));
+    else el.append(heading("reward", "The reward model", "ops.losses.bradley_terry, models.heads.ScalarModel.score, evaluate.accuracy.accuracy"), p(`The reward model gives a text one number. It is trained on pairs: the loss of a pair is ${curveOf}`));
+    const stage = pairStage(app), evals = stage ? names(app.manifest, stage, "eval") : [];
     if (!evals.length) {
-      el.append(absent("The reward of this run is no trained model, or was not recorded.", stage ? HOW : ""));
+      el.append(taken(app, "reward") ? absent(elsewhere(app, "reward"), "") : ofFunction(app) ? absent(`The reward of this run is a function (${ofFunction(app)}), not a trained model.`, "") : absent("The reward model of this run was not recorded.", HOW));
       return () => {};
     }
     const figure = h("figure"), formula = h("div", { class: "eq" });
@@ -252,11 +267,18 @@ const reward = {
         margin.forEach((m, i) => svg.append(s("circle", { class: m < 0 ? "bad faint" : "reward faint", cx: x(m), cy: y(loss[i]), r: 3 })));
         const m = moved ?? margin[pick];
         svg.append(s("circle", { class: "pick", cx: x(m), cy: y(softplus(-m)), r: 7 }));
-        svg.onclick = (event) => {
-          moved = null;
-          pick = margin.reduce((best, v, i) => (Math.abs(x(v) - event.offsetX) < Math.abs(x(margin[best]) - event.offsetX) ? i : best), 0);
-          draw();
+        // A click selects the nearest pair; the ring of the selected one can be dragged, as with the slider.
+        svg.onpointerdown = (event) => {
+          const near = (v) => Math.abs(x(v) - event.offsetX);
+          if (near(moved ?? margin[pick]) < 12) {
+            svg.setPointerCapture(event.pointerId);
+            svg.onpointermove = ({ offsetX }) => {
+              moved = Math.max(lo, Math.min(hi, lo + ((offsetX - x(lo)) / (x(hi) - x(lo))) * (hi - lo)));
+              draw();
+            };
+          } else go(margin.reduce((best, v, i) => (near(v) < near(margin[best]) ? i : best), 0));
         };
+        svg.onpointerup = svg.onpointercancel = () => (svg.onpointermove = null);
         svg.classList.add("hit");
       });
       const bins = (n, x, f) => Array.from({ length: n }, (_, b) => {
@@ -284,11 +306,11 @@ const reward = {
       const text = h("div", { class: "two" }), twin = dataTable("pairs", ["pair", "chosen", "rejected", "margin", "loss"], () => Array.from(margin, (m, i) => [`${i + 1}`, chosen[i], rejected[i], m, loss[i]]));
       const right = margin.reduce((n, m) => n + (m > 0 ? 1 : m === 0 ? 0.5 : 0), 0), bias = long && correlation(long, margin);
       figure.append(h("div", { class: "controls" }, drag.element, button("the worst pair", () => go(margin.indexOf(Math.min(...margin)))), button("the surest pair", () => go(margin.indexOf(Math.max(...margin)))), button("the closest pair", () => go(margin.reduce((b, m, i) => (Math.abs(m) < Math.abs(margin[b]) ? i : b), 0)))),
-        curve.svg, text, twin.element, h("figcaption", { text: `Every held-out pair. ${N} pairs: ${percent(right / N)} have the chosen text above the rejected one; mean loss ${fmt(evaluate.mean(loss))} nats (a coin has ${fmt(Math.log(2))}).` }),
+        curve.svg, text, twin.element, h("figcaption", { text: `Every held-out pair, the selected one in the ring; drag the ring to ask what another margin would cost. ${N} pairs: ${percent(right / N)} have the chosen text above the rejected one; mean loss ${fmt(evaluate.mean(loss))} nats (a coin has ${fmt(Math.log(2))}).` }),
         h("div", { class: "two" }, h("div", {}, h("h3", { text: "Does it know how sure it is?" }), calibrated.svg, dataTable("calibration", ["pairs", "says", "is right"], () => calibration.map((b) => [`${b.n}`, b.says, b.is])).element),
-          h("div", {}, h("h3", { text: "Does it like length?" }), byLength.svg, h("p", { class: "note", text: long ? `Correlation of margin and difference of length: ${signed(bias)}.` : "Lengths were not recorded." }))));
+          h("div", {}, h("h3", { text: "Does it like length?" }), long ? byLength.svg : null, h("p", { class: "note", text: long ? `Correlation of margin and difference of length: ${signed(bias)}.` : "Lengths were not recorded." }))));
       calibrated.label("Calibration: how often the model is right, by how sure it is");
-      byLength.label(`Margins by difference of length, correlation ${signed(bias)}`);
+      if (long) byLength.label(`Margins by difference of length, correlation ${signed(bias)}`);
       function go(i) {
         pick = i;
         moved = null;
@@ -300,8 +322,8 @@ const reward = {
         curve.label(`Loss of each pair by its margin; the selected pair has margin ${fmt(m)} and loss ${fmt(softplus(-m))}`);
         curve.redraw();
         formula.textContent = moved === null
-          ? `loss = −log σ(chosen − rejected) = −log σ(${fmt(chosen[pick])} − ${par(rejected[pick])}) = −log σ(${fmt(m)}) = ${fmt(losses.bradley_terry(chosen[pick], rejected[pick]))}     (pair ${pick + 1})`
-          : `what-if: −log σ(${fmt(m)}) = ${fmt(softplus(-m))}; its slope ${fmt(-sigmoid(-m))} is how hard the pair pulls     (pair ${pick + 1})`;
+          ? `loss of pair ${pick + 1} = −log σ(chosen − rejected)\n  = −log σ(${fmt(chosen[pick])} − ${par(rejected[pick])}) = −log σ(${fmt(m)}) = ${fmt(losses.bradley_terry(chosen[pick], rejected[pick]))}`
+          : `what-if: −log σ(${fmt(m)}) = ${fmt(softplus(-m))}; its slope ${fmt(-sigmoid(-m))} is how hard the pair pulls`;
         const side = (title, cls, body, score) => h("div", {}, h("h3", { class: cls, text: `${title}, ${fmt(score)}` }), h("p", { class: "n", text: visible(body) }));
         text.replaceChildren(...(pair ? [side("chosen", "reward", pair.chosen, chosen[pick]), side("rejected", "ref", pair.rejected, rejected[pick])] : []));
       }
@@ -323,9 +345,9 @@ const pairs = {
   id: "pairs",
   build(el, app) {
     el.append(heading("pairs", "Be the labeller", "tasks.prompts, data.batches.encode_pairs"), p("A label is one click. Choose which text is the better summary before you see what the label says and what the reward model thinks; then see how often you agree."));
-    const stage = stageOf(app, "preference"), evals = stage ? names(app.manifest, stage, "eval") : [];
+    const stage = pairStage(app), evals = stage ? names(app.manifest, stage, "eval") : [];
     if (!evals.length) {
-      el.append(absent("This run has no preference pairs.", ""));
+      el.append(taken(app, "reward") ? absent(elsewhere(app, "reward"), "") : absent("This run has no preference pairs.", ""));
       return () => {};
     }
     const figure = h("figure");
@@ -371,7 +393,7 @@ const sft = {
     el.append(heading("sft", "Fine-tuning: the next token", "algorithms.supervised.loss, ops.losses.cross_entropy"), p("Before any reward, the model learns to continue text: it is charged −log p for each token that stands in the data. The same held-out text is scored at each evaluation of the run."));
     const stage = stageOf(app, "supervised"), evals = stage ? names(app.manifest, stage, "eval") : [];
     if (!evals.length) {
-      el.append(absent("This run has no fine-tuning, or did not record it.", stage ? HOW : ""));
+      el.append(taken(app, "sft") ? absent(elsewhere(app, "sft"), "") : absent("This run has no fine-tuning, or did not record it.", stage ? HOW : ""));
       return () => {};
     }
     const figure = h("figure"), formula = h("div", { class: "eq" });
@@ -434,6 +456,7 @@ const sft = {
 
 const samplingView = {
   id: "sampling",
+  rollouts: true,
   build(el, app) {
     let temperature = 1, k = 0, top = 1;
     const note = h("p", { class: "note" }), body = h("tbody"), formula = h("div", { class: "eq" });

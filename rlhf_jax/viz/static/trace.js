@@ -89,6 +89,9 @@ export function names(manifest, stage, kind) {
 export const policyStage = (manifest) =>
   Object.keys(manifest.stages).filter((s) => !["supervised", "preference"].includes(manifest.stages[s].algorithm)).at(-1);
 
+// Whether a stage samples: DPO learns from pairs, fine-tuning and the reward model from rows.
+export const hasRollouts = (manifest, stage) => !["dpo", "supervised", "preference"].includes(manifest.stages[stage].algorithm);
+
 const hex = (buffer) => Array.from(new Uint8Array(buffer), (b) => b.toString(16).padStart(2, "0")).join("");
 
 // A text with what cannot be seen made visible: control and bidirectional characters, lone bytes (surrogateescape).

@@ -9,6 +9,10 @@ const CLOSE = 1e-5, SCORED = 1e-4, COARSE = 0.1;
 // Every claim of an iteration: {identity, array, actual, expected, tolerance}.
 function* claims(file, manifest) {
   const config = file.config, stage = file.stage, algorithm = manifest.stages[stage].algorithm;
+  if (algorithm === "dpo") {
+    yield* ofPairs(file);
+    return;
+  }
   const { pad_id, eos_id, eos_ids = [eos_id] } = manifest.tokenizer;
   const x = (name) => get(file, name).data;
   const scored = manifest.config.model.dtype === "float32" ? SCORED : COARSE;
@@ -157,6 +161,21 @@ function* update(file, algorithm, { B, R, mask, logp, logged, claim, scored }) {
       const values = x(`minibatch.${name}`);
       yield logged("logged", name, values.reduce((a, b) => a + b, 0) / values.length);
     }
+  }
+}
+
+// A step of DPO on a batch of pairs.
+function* ofPairs(file) {
+  const { config: { beta, loss, smoothing }, stage } = file, x = (name) => get(file, name).data;
+  const h = Float64Array.from(x("update.chosen_B"), (c, i) => c - x("batch.chosen_ref_B")[i] - x("update.rejected_B")[i] + x("batch.rejected_ref_B")[i]);
+  const mean = (f) => h.reduce((sum, v, i) => sum + f(v, i), 0) / h.length;
+  const expected = {
+    dpo_loss: mean((v) => losses.dpo(v, beta, loss, smoothing)), margin: beta * mean((v) => v), accuracy: mean((v) => (v > 0 ? 1 : v === 0 ? 0.5 : 0)),
+    chosen_logp: mean((_, i) => x("update.chosen_B")[i]),
+  };
+  for (const [name, value] of Object.entries(expected)) {
+    const array = `${stage}/${name}`;
+    yield { identity: name, array: `numbers ${array}`, actual: [file.numbers[array]], expected: [value], tolerance: CLOSE };
   }
 }
 
