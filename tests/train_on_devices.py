@@ -166,6 +166,8 @@ def compare(alone, other):
                 cancels = name.startswith("reward") and any(
                     part in where for part in ("['head']['bias']", "['ln_f']['bias']")
                 )
+                # So does a key's bias: it adds the same to a query's scores of all keys.
+                cancels = cancels or "['qkv']['bias']" in where
                 limit = 1e-5 * (1 if cancels else np.abs(x).max())
                 report["arrays"][where] = float(np.abs(x - y).max() / max(limit, 1e-12))
     for name, cost in other.costs.items():
