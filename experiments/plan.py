@@ -9,7 +9,8 @@ for a CPU need more memory than those for a GPU or TPU, which fuse more and comp
 character tokenizer counts as printable ASCII.
 
 With --topology they are compiled for Cloud TPUs that are not there (pip install rlhf_jax[tpu]), on the mesh of the
-config: memory, work and messages of a chip, and the least seconds that its published peaks allow.
+config: memory, work and messages of a chip, and the least seconds that its published peaks allow. --largest searches
+the largest batch that fits: up to eight are compiled.
 """
 
 from launch import flags, read_config, start
@@ -22,6 +23,7 @@ from rlhf_jax.training import sharding
 
 DEVICES = flags.DEFINE_integer("devices", 1, "Devices that share the batch.", lower_bound=1)
 TOPOLOGY = flags.DEFINE_string("topology", "", "Cloud TPUs to compile for, such as v5e:4x4.")
+LARGEST = flags.DEFINE_boolean("largest", False, "Search the largest batch that fits, for --topology; compiles often.")
 PRICE = flags.DEFINE_float("price", 0.0, "Price of a chip and hour, for --topology.", lower_bound=0.0)
 IDS = {"gpt2": 50_258, "char": benchmark.CHARACTERS.vocab_size}  # by kind of tokenizer; gpt2: its own, and PAD
 
@@ -31,8 +33,9 @@ def main():
     chip, devices = topology.parse(TOPOLOGY.value) if TOPOLOGY.value else (None, DEVICES.value)
     if chip and DEVICES.value != 1:
         raise InputError("--devices: expected none with --topology, which has its number of chips")
-    if PRICE.value and not chip:
-        raise InputError("--price: expected none without --topology")
+    for name, given_too in (("price", PRICE.value), ("largest", LARGEST.value)):
+        if given_too and not chip:
+            raise InputError(f"--{name}: expected none without --topology")
     configs.check(config, devices=devices, files=False)
     notes = configs.check_given(config, given)
     if not chip:
@@ -47,6 +50,8 @@ def main():
                 reporter.table(header, rows)
             if line := topology.advice(planned, chip, config):
                 reporter.note(line)
+            if LARGEST.value:
+                reporter.note(topology.largest_batch(config, ids, TOPOLOGY.value, reporter))
             return
         sizes = memory.rl(config, ids, DEVICES.value)
         header = (f"{config.algorithm}, per device", "GiB")

@@ -25,7 +25,8 @@ def follow(*pairs, vocabulary=4):
 
 
 def options(max_tokens, **changes):
-    return generate.Sampling(max_tokens=max_tokens, eos_id=EOS, pad_id=PAD, **changes)
+    """A Sampling, at .7 unless another temperature is given: a temperature is part of a program."""
+    return generate.Sampling(**{"max_tokens": max_tokens, "eos_id": EOS, "pad_id": PAD, "temperature": 0.7} | changes)
 
 
 def keys(rows, seed=0):
@@ -98,7 +99,7 @@ def test_log_probs_by_hand(bigram):
 
 def test_the_logits_of_each_token_are_kept(apply, policy, prompts):
     """invariant 4: hidden_BRD[:, i] is the state that token i was drawn from."""
-    state = complete(apply, policy, prompts, temperature=0.7)
+    state = complete(apply, policy, prompts)
     logits_BRV = apply.policy.logits(policy, state.hidden_BRD)
     expected_BR = logprobs.gather(logits_BRV, state.response_BR, temperature=0.7)
     np.testing.assert_allclose(state.logp_BR, jnp.where(state.mask_BR, expected_BR, 0), atol=1e-6)
@@ -118,10 +119,9 @@ def test_after_the_end_there_is_nothing(apply, policy, prompts):
     assert 0 < state.done_B.sum() < 6
 
 
-@pytest.mark.parametrize("columns", [1, 5])
-def test_left_padding_changes_no_draw(columns, apply, policy, prompts):
+def test_left_padding_changes_no_draw(apply, policy, prompts):
     """invariant 1"""
-    wide = [jnp.pad(x, ((0, 0), (columns, 0))) for x in prompts]
+    wide = [jnp.pad(x, ((0, 0), (5, 0))) for x in prompts]
     narrow, padded = complete(apply, policy, prompts), complete(apply, policy, wide)
     np.testing.assert_array_equal(padded.response_BR, narrow.response_BR)
     np.testing.assert_allclose(padded.logp_BR, narrow.logp_BR, rtol=0, atol=1e-5)
@@ -217,11 +217,11 @@ def test_a_free_lane_takes_the_next_prompt(bigram):
 
 
 @pytest.mark.parametrize("seed", range(3))
-@pytest.mark.parametrize("lanes", [1, 2, 3, 8, 12])
+@pytest.mark.parametrize("lanes", [1, 3, 8])
 def test_lanes_change_no_completion(lanes, seed, apply, policy, prompts):
     """invariant 11: a prompt has its tokens, log-probs and states whatever lane it is in, and whenever."""
     many = [jnp.tile(x, (4, 1)) for x in prompts]
-    whole, laned = (complete(apply, policy, many, seed, lanes=n, temperature=0.7) for n in (0, lanes))
+    whole, laned = (complete(apply, policy, many, seed, lanes=n) for n in (0, lanes))
     assert 0 < whole.done_B.sum() < 24 and len(set(whole.mask_BR.sum(axis=1).tolist())) > 4  # ends of all kinds
     for name in ("response_BR", "mask_BR", "done_B"):
         np.testing.assert_array_equal(getattr(laned, name), getattr(whole, name))
@@ -253,7 +253,7 @@ def test_lanes_must_divide_the_prompts(apply, policy, prompts):
 def test_settings_are_compared_by_value():
     """They are static arguments: equal ones must not compile again."""
     assert hash(options(8)) == hash(options(8)) and options(8) == options(8)
-    assert dataclasses.replace(options(8), temperature=0.7) != options(8)
+    assert dataclasses.replace(options(8), temperature=0.8) != options(8)
 
 
 def test_weights_are_cast_once_not_at_every_token(apply, policy, prompts):

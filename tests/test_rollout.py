@@ -62,7 +62,7 @@ def test_by_hand(bigram):
     np.testing.assert_allclose(drawn.entropy_BR, np.zeros((2, 3)), atol=1e-6)
 
 
-@pytest.mark.parametrize("temperature, columns", [(0.3, 9), (0.7, 0), (1.0, 9), (2.0, 0)])
+@pytest.mark.parametrize("temperature, columns", [(0.7, 9), (2.0, 0)])  # below 1 and above
 def test_sampler_and_learner_agree(temperature, columns, apply, policy, reference, prompts):
     """invariants 3 and 4: at any temperature, any padding."""
     wide = [jnp.pad(x, ((0, 0), (columns, 0))) for x in prompts]
@@ -95,7 +95,7 @@ def test_exact_kl_and_entropy_are_at_the_temperature(apply, policy, reference, d
     assert (drawn.kl_exact_BR >= 0).all() and (drawn.entropy_BR >= 0).all()
 
 
-@pytest.mark.parametrize("temperature", [0.3, 0.7])
+@pytest.mark.parametrize("temperature", [0.7, 2.0])
 def test_a_policy_that_is_its_reference_has_no_kl(temperature, apply, policy, prompts):
     """invariant 5: by each estimator, with a decoding cache on one side and none on the other."""
     drawn = sample(apply, policy, policy, *prompts, jax.random.key(0), sampling(temperature=temperature))
@@ -126,7 +126,7 @@ def test_what_is_no_response_token_is_zero(apply, scalar, drawn):
     assert valued.values_BR[drawn.mask_BR].all()
 
 
-@pytest.mark.parametrize(("lanes", "widths"), [(0, 1), (6, 1), (3, 1), (1, 1), (0, 2), (3, 3), (2, 6)])
+@pytest.mark.parametrize(("lanes", "widths"), [(6, 1), (1, 1), (0, 2), (3, 3), (2, 6)])
 def test_a_rollout_may_be_made_in_turn(lanes, widths, apply, policy, reference, scalar, prompts, drawn):
     """Its rows are those of the parts it is made of, in their order, however many are at work at a time, and however
     wide the prompts are that are read."""

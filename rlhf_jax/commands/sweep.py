@@ -1,9 +1,9 @@
 """Sweeps: one config with other values in some fields, run by run, and a table of what each value is worth.
 
 A sweep's folder has sweep.json (the config and the assignments, which never change), runs/000, runs/001, ...
-(workdirs as any other), table.json, plots/sweep.png, and best.py: the config of the best, ready for --config. A stage
-that another run has finished with the same config, such as the fine-tuning before each value of ppo.kl_coef, is taken
-from there.
+(workdirs as any other), table.json, plots/, and best.py: the config of the best, ready for --config. A stage that
+another run has finished with the same config, such as the fine-tuning before each value of ppo.kl_coef, is taken from
+there. With successive halving (Jamieson & Talwalkar 2016, arXiv 1502.07943), halving.json has the rounds so far.
 """
 
 import contextlib
@@ -17,6 +17,7 @@ import os
 import pprint
 import re
 import runpy
+import time
 from pathlib import Path
 from typing import Any
 
@@ -27,10 +28,12 @@ from rlhf_jax import fields, pipeline, provenance
 from rlhf_jax.errors import InputError, listed, short
 from rlhf_jax.evaluate import seeds
 from rlhf_jax.report import plots
+from rlhf_jax.training import loop
 from rlhf_jax.training.workdir import Workdir
 
 RANDOM = {"uniform": lambda low, high, u: low + u * (high - low)}
 RANDOM["loguniform"] = lambda low, high, u: low * (high / low) ** u
+PAUSE = 0.2  # seconds between two looks at the processes
 SEED = "seed"  # the field whose values repeat a run; the table has means over it
 INDEPENDENT = ("gold", "exact")  # measures of a policy that may not be its training reward, the first there is
 
@@ -119,25 +122,139 @@ def changed(config, assignment):
     return configs.parse(values)
 
 
-def sweep(config, folder, runs, reporter, *, metric="", least=False, index=None, devices=1, train=pipeline.run):
-    """Trains the runs, or the one at `index`, and writes table, picture and the best config of those that are finished.
+def sweep(
+    config, folder, runs, reporter, *, metric="", least=False, index=None, devices=1, halving=0, train=pipeline.run,
+    start=None, processes=1,
+):  # fmt: skip
+    """Trains the runs, or the one at `index`; writes table, pictures and the best config of those that are finished.
 
     metric: a number of the last stage's summary that is not the training reward; empty: the task's own truth. least:
-    smaller is better. train: pipeline.run, or a function like it.
+    smaller is better. halving: of the assignments, all begin with a share of the steps, and the best 1/halving of them
+    go on with so many times as many, until the last ones have all steps; 0: all runs have all steps. processes: runs at
+    once; start(index) begins one as a process, a subprocess.Popen. train: pipeline.run, or a function like it.
     """
     folder = Path(folder).expanduser()
     made = [changed(config, assignment) for assignment in runs]
-    for each in made:
-        configs.check(each, devices=devices)
+    for each in made:  # processes have devices of their own
+        configs.check(dataclasses.replace(each, mesh=configs.Config.mesh) if processes > 1 else each, devices=devices)
     if index is not None and not 0 <= index < len(runs):
         raise InputError(f"--index: expected 0 to {len(runs) - 1}, got {index}")
+    if halving:
+        _check_halving(config, made, halving, index, processes)
     with _alone(folder):
         _record(folder, config, runs)
-    for i in range(len(runs)) if index is None else [index]:
-        reporter.note(f"run {i} of {len(runs)}: {described(runs[i])}")
-        train(_sharing(made, i, folder), place(folder, i), reporter)
+
+    def trained(i, steps=None):
+        reporter.note(f"run {i} of {len(runs)}: {described(runs[i])}{f', {steps} steps' if steps else ''}")
+        train(_sharing(made, i, folder, steps), place(folder, i), reporter)
+
+    if halving:
+        _halve(made, folder, runs, reporter, trained, (metric, least, halving))
+    elif processes > 1:
+        _at_once(made, folder, reporter, start, processes)
+    else:
+        for i in range(len(runs)) if index is None else [index]:
+            trained(i)
     with _alone(folder):
         _conclude(made, folder, runs, reporter, metric, least)
+
+
+def _check_halving(config, made, halving, index, processes):
+    if halving < 2:
+        raise InputError(f"--halving: expected 0, or at least 2, got {halving}")
+    if index is not None or processes > 1:
+        raise InputError("--halving: expected no --index and --processes, as a round waits for all of its runs")
+    for each in (config, *made):
+        if each.rl.schedule != "constant":
+            name = f"{each.algorithm}.schedule"
+            raise InputError(f"--halving: expected {name} = constant, as runs get more steps, got {each.rl.schedule}")
+
+
+def rounds(count: int, steps: int, halving: int) -> list[tuple[int, int]]:
+    """[(assignments, steps)] of each round: nine with 90 steps, by thirds: (9, 10), (3, 30), (1, 90)."""
+    found = [count]
+    while found[-1] > 1:
+        found.append(-(-found[-1] // halving))
+    return [(left, max(1, -(-steps // halving ** (len(found) - 1 - i)))) for i, left in enumerate(found)]
+
+
+def _halve(made, folder, runs, reporter, trained, how):
+    """Trains round after round. Its decisions are kept: a run that went on does not have the numbers of before."""
+    metric, least, halving = how
+    groups: dict[str, list[int]] = {}
+    for i, run in enumerate(runs):
+        groups.setdefault(_group(run), []).append(i)
+    left, record = list(groups), {"halving": halving, "kept": []}
+    if (folder / "halving.json").exists():
+        record = Workdir(folder).read_json("halving.json")
+        if record["halving"] != halving:
+            raise InputError(f"--halving: expected {record['halving']}, as {folder} has begun with, got {halving}")
+    for i, (count, steps) in enumerate(plan := rounds(len(groups), made[0].rl.steps, halving)):
+        left = record["kept"][i - 1] if i else left
+        if i < len(record["kept"]):
+            continue
+        members = [run for group in left for run in groups[group]]
+        for run in members:
+            trained(run, steps)
+        if i + 1 == len(plan):
+            return
+        numbers = _finished(made, folder, {run: steps for run in members})
+        name = _ranked_by(metric, made[0], numbers)
+        rows = table(runs, {run: found[name] for run, found in numbers}, least)
+        kept = [_group(row["fields"]) for row in rows[: plan[i + 1][0]]]
+        reporter.note(f"{count} of {len(groups)} had {steps} steps; {name} keeps {len(kept)}: {'; '.join(kept)}")
+        record["kept"].append(kept)
+        Workdir(folder).write_lines("halving.json", [record])
+
+
+def _group(run):
+    """The name of an assignment without its seed."""
+    return described({name: value for name, value in run.items() if name != SEED}) or "as it is"
+
+
+def _at_once(made, folder, reporter, start, processes):
+    """Trains the runs as processes, so many at once. One that needs a stage that another one trains waits for it."""
+    needs = [_needs(config) for config in made]
+    waiting, failed = list(range(len(made))), []
+    running: dict[int, Any] = {}
+
+    def done(need):
+        """Whether a run has finished this stage."""
+        stage, steps, _ = need
+        return any(need in needs[j] and Workdir(place(folder, j)).finished(stage, steps) for j in range(len(made)))
+
+    def free(i):
+        """Whether no process is at a stage that run i needs, too."""
+        return all(done(need) for need in needs[i] if any(need in needs[j] for j in running))
+
+    with loop.stop_signal() as stop:
+        while waiting or running:
+            while len(running) < processes and not stop() and (i := next(filter(free, waiting), None)) is not None:
+                waiting.remove(i)
+                reporter.note(f"run {i} of {len(made)} begins; its output is {place(folder, i)}.log")
+                running[i] = start(i)
+            for i, process in list(running.items()):
+                if (code := process.poll()) is not None:
+                    del running[i]
+                    reporter.note(f"run {i}: " + ("finished" if code == 0 else f"exit code {code}"))
+                    failed += [i] * (code != 0)
+            if stop():
+                for process in running.values():
+                    process.terminate()
+                for process in running.values():
+                    process.wait()
+                raise loop.Stopped(f"stopped; {loop.AGAIN}")
+            time.sleep(PAUSE)
+    if failed:
+        where = ", ".join(f"{place(folder, i)}.log" for i in failed)
+        raise InputError(f"--sweep: {len(failed)} of {len(made)} runs have failed; see {where}")
+
+
+def _needs(config):
+    """[(stage, steps, what it depends on)] of the stages that other runs may share."""
+    stages = configs.stages(config)[:-1]
+    steps = {stage: getattr(config, configs.section(config, stage)).steps for stage in stages}
+    return [(stage, steps[stage], provenance.depends(config, stage)) for stage in stages]
 
 
 @contextlib.contextmanager
@@ -180,9 +297,14 @@ def _record(folder, config, runs):
     workdir.write_lines("sweep.json", [record])
 
 
-def _sharing(made, index, folder):
-    """The config of a run, with `from` at the stages that another run has finished with the same config."""
+def _sharing(made, index, folder, steps=None):
+    """The config of a run, with `from` at the stages that another run has finished with the same config.
+
+    steps: of its last stage, if not all.
+    """
     config, workdir = made[index], Workdir(place(folder, index))
+    if steps:
+        config = dataclasses.replace(config, **{config.algorithm: dataclasses.replace(config.rl, steps=steps)})
     stages = configs.stages(config)[:-1]
     for name in dict.fromkeys(configs.section(config, stage) for stage in stages):
         section = getattr(config, name)
@@ -203,25 +325,12 @@ def _sharing(made, index, folder):
 
 
 def _conclude(made, folder, runs, reporter, metric, least):
-    found = []
-    for i, config in enumerate(made):
-        there, last = Workdir(place(folder, i)), configs.rl_name(config)
-        if there.finished(last, config.rl.steps):
-            summary = there.summary(last)
-            found.append(
-                (i, {key.split("/", 1)[1]: value for key, value in summary.items() if key.startswith(f"{last}/")})
-            )
+    found = _finished(made, folder, {i: config.rl.steps for i, config in enumerate(made)})
     if len(found) < len(runs):
         reporter.note(f"{len(found)} of {len(runs)} runs are finished")
     if not found:
         return
-    metric = metric or next((name for name in INDEPENDENT if _independent(name, made[0], found)), "")
-    if not _independent(metric, made[0], found):
-        numbers = sorted(name for name in found[0][1] if _independent(name, made[0], found))
-        raise InputError(
-            f"--metric: expected a number of the summary that is not the training reward ({listed(numbers)}), "
-            f"got {metric or 'none'!r}"
-        )
+    metric = _ranked_by(metric, made[0], found)
     rows = table(runs, {i: numbers[metric] for i, numbers in found}, least)
     workdir = Workdir(folder)
     workdir.write_lines("table.json", [{"metric": metric, "rows": rows}])
@@ -229,10 +338,37 @@ def _conclude(made, folder, runs, reporter, metric, least):
     shown = [(described(row["fields"]), str(row["runs"]), row["mean"], row["ci95"]) for row in rows]
     reporter.table((metric, "seeds", "mean", "+- 95%"), shown)
     points = {name: [(runs[i].get(name), numbers[metric]) for i, numbers in found] for name in names or [SEED]}
-    plots.sweep(points, metric, folder / "plots" / "sweep.png", title=f"{folder.name}: {len(found)} runs")
+    title = f"{folder.name}: {len(found)} runs"
+    plots.sweep(points, metric, folder / "plots" / "sweep.png", title=title)
+    if len(names) > 1:
+        plots.parallel(points, metric, folder / "plots" / "parallel.png", title=title)
     best = rows[0]
     (folder / "best.py").write_text(_config_file(changed(made[0], best["fields"]), folder.name, metric, best))
     reporter.note(f"best: {described(best['fields'])}; its config is {folder / 'best.py'}")
+
+
+def _finished(made, folder, steps):
+    """[(index, numbers of the last stage)] of the runs in {index: steps} that have so many steps."""
+    found = []
+    for i, count in steps.items():
+        there, last = Workdir(place(folder, i)), configs.rl_name(made[i])
+        if there.finished(last, count):
+            summary = there.summary(last)
+            numbers = {key.split("/", 1)[1]: value for key, value in summary.items() if key.startswith(f"{last}/")}
+            found.append((i, numbers))
+    return found
+
+
+def _ranked_by(metric, config, found):
+    """The metric that ranks the runs: the one that was given, or the first of INDEPENDENT that they have."""
+    metric = metric or next((name for name in INDEPENDENT if _independent(name, config, found)), "")
+    if not _independent(metric, config, found):
+        numbers = sorted(name for name in found[0][1] if _independent(name, config, found))
+        raise InputError(
+            f"--metric: expected a number of the summary that is not the training reward ({listed(numbers)}), "
+            f"got {metric or 'none'!r}"
+        )
+    return metric
 
 
 def _independent(name, config, found):

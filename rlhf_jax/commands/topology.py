@@ -137,6 +137,51 @@ def advice(planned, chip, config):
     return f"does not fit: {fullest} needs {size:.1f} GiB of a chip's {chip.memory:g}; change first {first}"
 
 
+def largest_batch(config, vocab_size, topology, reporter):
+    """A line about the largest batch of the algorithm whose programs fit a chip; each that is tried is compiled."""
+    chip, chips = parse(topology)
+    section, (data, fsdp, _) = config.rl, config.mesh.shape(chips)
+    slices = getattr(section, "minibatches", 1) * section.microbatches
+    unit = math.lcm(slices * data * fsdp, section.group * data * fsdp, section.lanes or 1)
+
+    def peak(batch):
+        """GiB of the fullest program."""
+        changed = dataclasses.replace(config, **{config.algorithm: dataclasses.replace(section, batch=batch)})
+        programs = plan(changed, vocab_size, topology)["programs"]
+        found = max(counts["peak"] for counts in programs.values()) / 2**30
+        reporter.note(f"{config.algorithm}.batch = {batch}: {found:.2f} GiB of {chip.memory:g}")
+        return found
+
+    fits, does_not = search(peak, unit, section.batch, chip.memory)
+    if not fits:
+        return f"{config.algorithm}.batch = {does_not} does not fit; a smaller one is no multiple of {unit}"
+    more = f"; {does_not} does not" if does_not else ", and there may be larger ones"
+    return f"{config.algorithm}.batch = {fits} fits{more}"
+
+
+def search(peak, unit, start, limit, most=8):
+    """(the largest multiple of `unit` that is known to have a peak(batch) <= limit, the smallest known to have more).
+
+    0 where there is none. A peak grows about linearly with the batch, so each guess is where the line through the two
+    last ones meets the limit. At most `most` are tried.
+    """
+    known: dict[int, float] = {}  # by units
+    fits, does_not, guess = 0, 0, max(start // unit, 1)
+    while len(known) < most and not (does_not and does_not - fits == 1):
+        known[guess] = peak(guess * unit)
+        if known[guess] <= limit:
+            fits = max(fits, guess)
+        else:
+            does_not = min(does_not or guess, guess)
+        guess = 2 * guess if known[guess] <= limit else guess // 2
+        if len(known) > 1:
+            (b, y), (a, x) = list(known.items())[-1:-3:-1]
+            slope = (y - x) / (b - a)
+            guess = int(b + (limit - y) / slope) if slope > 0 else guess
+        guess = max(fits + 1, min(guess, does_not - 1 if does_not else 8 * fits))
+    return fits * unit, does_not * unit
+
+
 def trips(jaxpr, whiles, depth=0):
     """(FLOPs of the products of a program with each loop body once, and with its trips).
 

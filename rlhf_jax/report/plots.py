@@ -171,10 +171,45 @@ def sweep(points, metric, path, title):
     )
 
 
+@_styled
+def parallel(points, metric, path, title):
+    """Parallel coordinates: a line for each run through its values of the fields and its metric; strong is more.
+
+    points: {field: [(value, metric) of each run]}.
+    """
+    return _save([partial(_parallel, points=points, metric=metric)], path, title=title)
+
+
+def _parallel(axes, points, metric):
+    numbers = [number for _, number in next(iter(points.values()))]
+    columns = {name: ([value for value, _ in pairs], _distinct(pairs)) for name, pairs in points.items()}
+    columns[metric] = numbers, sorted(set(numbers))
+    heights_FN, low, high = [], min(numbers), max(numbers)
+    for x, (name, (values, distinct)) in enumerate(columns.items()):
+        if name == metric:
+            heights_FN.append([(number - low) / ((high - low) or 1) for number in numbers])
+            ends = [(0.0, f"{low:.3g}"), (1.0, f"{high:.3g}")]
+        else:  # evenly, as values are as often a decade apart as a step
+            ends = [(i / max(len(distinct) - 1, 1), str(value)[:LONGEST]) for i, value in enumerate(distinct)]
+            heights_FN.append([ends[distinct.index(value)][0] for value in values])
+        for y, text in ends[:: max(len(ends) // 8, 1)]:
+            axes.annotate(text, (x, y), xytext=(3, 0), textcoords="offset points", va="center", fontsize="small")
+        axes.axvline(x, color=BLACK, linewidth=0.5)
+    for i in np.argsort(numbers):
+        share = (numbers[i] - low) / ((high - low) or 1)
+        axes.plot([heights[i] for heights in heights_FN], color=BLUE, alpha=0.15 + 0.85 * share, linewidth=1 + share)
+    axes.set_xticks(range(len(columns)), list(columns))
+    axes.set_yticks([])
+    axes.set_xlim(0, len(columns) - 0.8)
+
+
+def _distinct(pairs):
+    """The different values of a field, in their order."""
+    return list(dict.fromkeys(value for value, _ in sorted(pairs, key=lambda pair: (str(type(pair[0])), pair[0] or 0))))
+
+
 def _field(axes, name, pairs, metric):
-    values = list(
-        dict.fromkeys(value for value, _ in sorted(pairs, key=lambda pair: (str(type(pair[0])), pair[0] or 0)))
-    )
+    values = _distinct(pairs)
     numeric = all(type(value) in (int, float) for value in values)
     places = {value: value if numeric else i for i, value in enumerate(values)}
     axes.plot([places[value] for value, _ in pairs], [number for _, number in pairs], "o", color=BLACK, markersize=3)

@@ -230,6 +230,9 @@ class _Damage(Exception):
 def _reading():
     """Turns any error into _Damage, and hides the messages of Orbax's unfinished tasks."""
     hook, sys.unraisablehook = sys.unraisablehook, lambda _: None
+    alone = not gc.get_freeze_count()
+    if alone:
+        gc.freeze()  # what is collected below is what the reading has left, not all of the program
     try:
         with contextlib.redirect_stderr(io.StringIO()):
             try:
@@ -242,6 +245,8 @@ def _reading():
             gc.collect()
     finally:
         sys.unraisablehook = hook
+        if alone:
+            gc.unfreeze()
     raise _Damage(f"damaged ({reason})")
 
 

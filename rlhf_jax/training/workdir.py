@@ -10,6 +10,7 @@ import errno
 import fcntl
 import json
 import os
+import re
 from pathlib import Path
 from typing import Any
 
@@ -34,6 +35,8 @@ class Workdir:
     _lock: int | None = None
 
     def __post_init__(self):
+        if re.match(r"[a-z0-9]+:/", str(self.path)):
+            raise InputError(f"workdir: {self.path}: expected a folder; a bucket is mounted as one (docs/tpu.md)")
         self.path = Path(self.path).expanduser().absolute()
         if self.path.exists() and not self.path.is_dir():
             raise InputError(f"workdir: {self.path}: expected a folder, got a file")

@@ -2,6 +2,7 @@
 
 import json
 import runpy
+import types
 
 import pytest
 
@@ -26,7 +27,7 @@ class Trains:
             if getattr(section, "from_", ""):
                 self.taken.append(name)
                 continue
-            if path.exists():
+            if path.exists() and json.loads(path.read_text())[f"{name}/steps"] == section.steps:
                 continue
             path.parent.mkdir(parents=True, exist_ok=True)
             (path.parent / "config.json").write_text("{}")
@@ -151,6 +152,93 @@ def test_runs_of_a_job_array(tmp_path):
     assert "2 of 3 runs are finished" in reporter.notes and sum("ppo" in name for name in train.trained) == 2
     assert len(json.loads((tmp_path / "kl" / "table.json").read_text())["rows"]) == 2
     assert error(ran, tmp_path / "kl", "ppo.kl_coef=.02,.05,.1", train, index=3) == "--index: expected 0 to 2, got 3"
+
+
+CONSTANT = changed(CONFIG, ppo={"schedule": "constant", "steps": 90})
+
+
+def test_rounds_of_halving_by_hand():
+    assert sweep.rounds(9, 90, 3) == [(9, 10), (3, 30), (1, 90)]
+    assert sweep.rounds(5, 100, 2) == [(5, 13), (3, 25), (2, 50), (1, 100)]
+    assert sweep.rounds(1, 7, 3) == [(1, 7)]
+
+
+def test_halving_ends_with_the_best_wherever_it_is_killed(tmp_path):
+    """Four values by two seeds; by halves, 4 x 2, 2 x 2 and 1 x 2 runs have 23, 45 and 90 steps."""
+    text, how = "ppo.kl_coef=.02,.05,.06,.1 seed=1,2", {"config": CONSTANT, "halving": 2}
+    train = Trains()
+    _, reporter = ran(tmp_path / "once" / "kl", text, train, **how)
+    assert [name for name in train.trained if "ppo" in name] == [
+        *(f"{i:03} ppo" for i in range(8)),
+        *(f"{i:03} ppo" for i in (2, 3, 4, 5, 2, 3)),
+    ]
+    table = json.loads((tmp_path / "once" / "kl" / "table.json").read_text())
+    assert [row["fields"] for row in table["rows"]] == [{"ppo.kl_coef": 0.05}] and table["rows"][0]["runs"] == 2
+    assert "4 of 4 had 23 steps; gold keeps 2: ppo.kl_coef=0.05; ppo.kl_coef=0.06" in reporter.notes
+    train = Trains(kills={3, 11, 13, 15})
+    for _ in range(4):
+        with pytest.raises(Stopped):
+            ran(tmp_path / "killed" / "kl", text, train, **how)
+    ran(tmp_path / "killed" / "kl", text, train, **how)
+    names = ("table.json", "best.py", "halving.json")
+    files = [{name: (tmp_path / kind / "kl" / name).read_text() for name in names} for kind in ("once", "killed")]
+    assert files[0] == files[1]
+    assert "--halving: expected 2, as" in error(ran, tmp_path / "once" / "kl", text, config=CONSTANT, halving=3)
+
+
+@pytest.mark.parametrize(
+    ("config", "how", "message"),
+    [
+        (CONFIG, {}, "--halving: expected ppo.schedule = constant, as runs get more steps, got linear"),
+        (
+            CONSTANT,
+            {"index": 0},
+            "--halving: expected no --index and --processes, as a round waits for all of its runs",
+        ),
+        (CONSTANT, {"halving": 1}, "--halving: expected 0, or at least 2, got 1"),
+    ],
+)
+def test_halving_that_cannot_be(tmp_path, config, how, message):
+    assert error(ran, tmp_path / "kl", "seed=1,2", config=config, **{"halving": 2, **how}) == message
+    assert not (tmp_path / "kl").exists()
+
+
+class Processes:
+    """Runs of a sweep as processes that end at the second look; at_once: how many there were when each began."""
+
+    def __init__(self, folder, code=0):
+        self.folder, self.code, self.train, self.order, self.now, self.at_once = folder, code, Trains(), [], 0, []
+
+    def __call__(self, index):
+        self.order.append(index)
+        self.now += 1
+        self.at_once.append(self.now)
+        polls = iter([None, self.code])
+
+        def poll():
+            code = next(polls)
+            if code is not None:
+                self.now -= 1
+                made = [sweep.changed(CONFIG, run) for run in sweep.assignments(TEXT)]
+                self.train(sweep._sharing(made, index, self.folder), sweep.place(self.folder, index), None)
+            return code
+
+        return types.SimpleNamespace(poll=poll)
+
+
+TEXT = "ppo.kl_coef=.02,.05,.1 seed=1,2"
+
+
+def test_processes_at_once_share_what_one_of_them_trains(tmp_path, monkeypatch):
+    """Runs 0, 2, 4 have one seed, 1, 3, 5 the other: 2 to 5 begin when the stages that they need are there."""
+    monkeypatch.setattr(sweep, "PAUSE", 0)
+    start = Processes(tmp_path / "kl")
+    ran(tmp_path / "kl", TEXT, processes=3, start=start)
+    assert start.order == [0, 1, 2, 3, 4, 5] and start.train.taken == ["sft", "reward"] * 4
+    assert start.at_once == [1, 2, 1, 2, 3, 1]  # the last one begins when three have ended
+    assert len(json.loads((tmp_path / "kl" / "table.json").read_text())["rows"]) == 3
+    message = error(ran, tmp_path / "bad", TEXT, processes=3, start=Processes(tmp_path / "bad", code=2))
+    assert message.startswith("--sweep: 6 of 6 runs have failed; see ")
 
 
 def test_another_sweep_in_the_folder_is_refused(tmp_path):

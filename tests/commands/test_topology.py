@@ -112,3 +112,23 @@ def test_what_to_change_first(peaks, state, changes, words):
 def test_without_libtpu_one_line_says_what_to_install(monkeypatch):
     monkeypatch.setitem(__import__("sys").modules, "libtpu", None)
     assert "pip install rlhf_jax[tpu]" in error(topology._compile, None, 0, "v5e:2x2")
+
+
+@pytest.mark.parametrize(
+    ("peak", "start", "found"),
+    [
+        (lambda batch: 2 + batch / 100, 64, (1392, 1400)),  # 15.92 and 16 GiB
+        (lambda batch: 2 + batch / 100, 4096, (1392, 1400)),
+        (lambda batch: 2 + (batch / 100) ** 1.3, 64, (760, 768)),  # 15.97 and 16.14
+        (lambda batch: 17, 64, (0, 8)),
+        (lambda batch: 3 + batch, 1, (8, 16)),
+    ],
+)
+def test_the_largest_batch_is_searched(peak, start, found):
+    tried = []
+    assert topology.search(lambda batch: tried.append(batch) or peak(batch), 8, start, 15.99) == found
+    assert len(tried) <= 8 and len(set(tried)) == len(tried)
+
+
+def test_a_batch_that_always_fits_has_no_end():
+    assert topology.search(lambda batch: 1, 8, 8, 16, most=4) == (64, 0)

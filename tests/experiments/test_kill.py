@@ -278,7 +278,7 @@ def test_hosts_that_differ_or_do_not_come_are_refused_in_one_line(whole, start, 
     line, run, _ = whole
     line, log = [*line, f"--workdir={run}"], tmp_path / "log"
     codes, _ = start.hosts(line, log, more=((), ("--config.sft.lr=0.5",)))
-    why = "hosts: sft.lr: expected 0.0003, as host 0 has, got 0.5 on host 1"
+    why = "hosts: sft.lr: expected 0.002, as host 0 has, got 0.5 on host 1"
     assert codes == [2, 2] and said(log)[-1] == f"ppo_summarize.py: host 1: {why}"
     assert said(tmp_path / "log.1") == [f"ppo_summarize.py: {why}"]
     where = ("--config.hosts.coordinator=localhost:9", "--config.hosts.count=2", "--config.hosts.index=1")

@@ -144,23 +144,6 @@ def test_fields_that_do_not_go_together_are_one_line(fields, command, tmp_path):
     assert not (tmp_path / "run").exists()
 
 
-MINE = "def verb(rows, texts):\n    return [2 + (row['record']['verb'] in text) for row, text in zip(rows, texts)]\n"
-
-
-def test_a_reward_that_is_not_learned_needs_no_reward_model(command, small, tmp_path):
-    """A function of rows sees the record that a post was written from."""
-    (tmp_path / "mine.py").write_text(MINE)
-    fields = {"reward": f"{tmp_path}/mine.py:verb", "sft.steps": 1, "ppo.steps": 1, "ppo.epochs": 1}
-    flags = [f"--config.{field}={value}" for field, value in fields.items()]
-    small = [flag for flag in small if not flag.startswith("--config.reward.schedule")]  # it has no effect
-    result = command(f"--workdir={tmp_path}/run", *flags, before=small)
-    assert (result.code, result.err) == (0, "")
-    summary = json.loads((tmp_path / "run" / "summary.json").read_text())
-    assert 2 <= summary["ppo/reward"] <= 3 and 2 <= summary["ppo/reward_sft"] <= 3
-    assert "ppo/gold" in summary
-    assert not (tmp_path / "run" / "reward").exists() and "reward/accuracy" not in summary
-
-
 def test_a_config_has_a_name_in_any_folder(command, tmp_path):
     """An argument that is not there is known only to the file; a file of the name comes first."""
     elsewhere = (

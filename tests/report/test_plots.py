@@ -290,3 +290,12 @@ def test_spread_labels_keep_their_order_and_distance(heights):
     assert np.mean(placed) == pytest.approx(np.mean(heights))
     apart = heights == sorted(heights) and (np.diff(heights) >= 0.1).all()
     assert not apart or placed.tolist() == heights
+
+
+def test_a_line_for_each_run_of_a_sweep(tmp_path):
+    """The fields and the metric are columns; the values of a field stand in their order, the best run is drawn last."""
+    points = {"lr": [(1e-3, 3.0), (1e-4, 1.0), (1e-5, 2.0)], "kind": [("a", 3.0), ("b", 1.0), ("b", 2.0)]}
+    figure = plots.parallel(points, "gold", tmp_path / "sweep.png", title="three runs")
+    runs = [list(line.get_ydata()) for line in figure.axes[0].lines if len(line.get_ydata()) == 3]
+    assert runs == [[0.5, 1, 0], [0, 1, 0.5], [1, 0, 1]]
+    assert {"0.001", "a", "b", "1", "3"} <= set(texts(figure)) and is_picture(tmp_path / "sweep.png")

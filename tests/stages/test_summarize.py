@@ -661,27 +661,27 @@ def test_a_damaged_checkpoint_is_noted_and_put_aside_and_the_run_ends_as_ever(wh
 # More steps, other configs, other processes
 
 
-def test_a_stage_that_is_given_more_steps_is_as_if_it_had_had_them(config, tmp_path):
-    """run(2N) = run(N), then on to 2N: the result of the first half was saved apart from its training."""
-    constant = changed(config, sft={"schedule": "constant", "save_every": 0}, reward={"schedule": "constant"})
-    for steps, workdir in (3, "twice"), (6, "twice"), (6, "once"):
-        stages(changed(constant, sft={"steps": steps}), tmp_path / workdir).one("sft")
-    for steps, workdir in (3, "twice"), (6, "twice"), (6, "reward once"):
-        if workdir == "reward once":
-            for folder in "sft", "text":
-                shutil.copytree(tmp_path / "twice" / folder, tmp_path / workdir / folder)
-        stages(changed(constant, sft={"steps": 6}, reward={"steps": steps}), tmp_path / workdir).one("reward")
-    for stage, ours, theirs in ("sft", "twice", "once"), ("reward", "twice", "reward once"):
-        assert logged(tmp_path / ours, stage) == logged(tmp_path / theirs, stage)
-        assert numbers(json.loads((tmp_path / ours / stage / "summary.json").read_text())) == numbers(
-            json.loads((tmp_path / theirs / stage / "summary.json").read_text())
-        )
-        for step in (None, 6):
-            assert_trees_equal(
-                checkpoint.load(tmp_path / ours / stage, step), checkpoint.load(tmp_path / theirs / stage, step)
-            )
-    fewer = stages(changed(constant, sft={"steps": 4}), tmp_path / "once")
-    assert error(fewer.one, "sft") == f"sft.steps: expected at least 6, which {tmp_path}/once/sft has done, got 4"
+def test_a_stage_that_is_given_more_steps_is_as_if_it_had_had_them(whole, tmp_path):
+    """run(2N) = run(N), then on to 2N: the result of the first half was saved apart from its training.
+
+    Of a reward model, whose result is its last state normalized."""
+
+    def run(folder, steps, *finished):
+        changes = {"schedule": "constant", "save_every": 0, "steps": steps}
+        return branch(whole.steps, tmp_path / folder, *finished, reward=changes)
+
+    run("twice", 3, "sft").one("reward")
+    run("twice", 6).one("reward")
+    run("once", 6, "sft").one("reward")
+    twice, once = tmp_path / "twice", tmp_path / "once"
+    assert logged(twice, "reward") == logged(once, "reward")
+    summaries = [json.loads((run / "reward" / "summary.json").read_text()) for run in (twice, once)]
+    assert numbers(summaries[0]) == numbers(summaries[1])
+    for step in (None, 6):
+        assert_trees_equal(checkpoint.load(twice / "reward", step), checkpoint.load(once / "reward", step))
+    assert (
+        error(run("once", 4).one, "reward") == f"reward.steps: expected at least 6, which {once}/reward has done, got 4"
+    )
 
 
 def test_two_processes_do_not_write_to_one_workdir(config, tmp_path):
@@ -717,7 +717,7 @@ def run_stage(steps, stage):
 
 @pytest.mark.parametrize(
     ("name", "field", "place"),
-    [("sft", "policy", "decoder.py"), ("reward", "reward", "decoder.py"), ("ppo", "value", "decoder.py")],
+    [("reward", "reward", "decoder.py"), ("ppo", "value", "decoder.py")],
 )
 def test_an_update_that_is_not_finite_is_not_made_and_can_be_made_again(name, field, place, whole, tmp_path):
     """A parameter that overflows, put into a checkpoint: what comes of it stops the run, and the place is found."""
@@ -725,7 +725,7 @@ def test_an_update_that_is_not_finite_is_not_made_and_can_be_made_again(name, fi
     steps = branch(whole.steps, tmp_path, *earlier, **{name: {"save_every": 2, "eval_every": 0}})
     stage = steps.make(name)
     huge = jax.tree.map(lambda x: x, getattr(stage.state, field))
-    trunk = huge if name == "sft" else huge["trunk"]
+    trunk = huge["trunk"]
     trunk["ln_f"] = trunk["ln_f"] | {"scale": trunk["ln_f"]["scale"] * 3e38}
     before = jax.tree.map(np.array, huge)
     state = stage.state.replace(**{field: huge})

@@ -108,3 +108,9 @@ def test_a_record_of_before_a_field_existed_has_its_default(tmp_path):
         ({"new": {"x": 1}}, "new.x = None, not 1"),
     ):
         assert words in error(there.check, "sft", older | now | changes)
+
+
+def test_a_bucket_is_no_folder():
+    assert error(Workdir, "gs://bucket/run") == (
+        "workdir: gs://bucket/run: expected a folder; a bucket is mounted as one (docs/tpu.md)"
+    )

@@ -1,0 +1,48 @@
+#!/usr/bin/env bash
+# A job on all workers of a Cloud TPU slice, started again after each preemption until it is done (docs/tpu.md).
+#
+#   NAME=rlhf ZONE=us-west4-a TYPE=v5litepod-16 MOUNT=10.0.0.2:/share RUN=runs/demo \
+#       bash experiments/cluster/tpu.sh ppo_summarize --config=ppo_summarize:gpt2 --config.mesh.fsdp=4
+#
+# MOUNT is an NFS share, such as Filestore, that all workers see as the workdir's place; RUN is the workdir in it.
+# SOURCE is what pip installs; SPOT=0 takes a slice that is not preempted; KEEP=1 leaves it there at the end.
+set -uo pipefail
+
+: "${NAME:?}" "${ZONE:?}" "${TYPE:?}" "${MOUNT:?}" "${RUN:?}"
+: "${VERSION:=v2-alpha-tpuv5-lite}" "${SOURCE:=rlhf_jax[tpu]}" "${SPOT:=1}" "${KEEP:=0}" "${PAUSE:=60}"
+[ $# -gt 0 ] || { echo "tpu.sh: expected a command of rlhf-jax and its flags, got none" >&2; exit 2; }
+
+tpu() { gcloud compute tpus tpu-vm "$@" --zone="$ZONE" --quiet; }
+on_all() { tpu ssh "$NAME" --worker=all --command="$1"; }
+state() { tpu describe "$NAME" --format='value(state)' 2> /dev/null; }
+
+create() {
+    case "$(state)" in
+        READY) return ;;
+        "") ;;
+        *) tpu delete "$NAME" ;; # preempted: it never comes back by itself
+    esac
+    spot=()
+    [ "$SPOT" = 0 ] || spot=(--spot)
+    tpu create "$NAME" --accelerator-type="$TYPE" --version="$VERSION" "${spot[@]}" || return 1
+    on_all "set -e
+        sudo apt-get update -q && sudo apt-get install -yq nfs-common python3-venv
+        sudo mkdir -p /mnt/run && sudo mount -t nfs $MOUNT /mnt/run && sudo chmod 777 /mnt/run
+        python3 -m venv ~/venv && ~/venv/bin/pip install --quiet '$SOURCE'"
+}
+
+command="cd /mnt/run && ~/venv/bin/rlhf-jax $(printf '%q ' "$@") --workdir=$RUN"
+while true; do
+    if create; then
+        on_all "$command" # the workers find each other
+        code=$?
+        # 0: done. 2: bad input, 4: a number is not finite, 5: out of memory; to start again would not help.
+        case $code in
+            0 | 2 | 4 | 5) break ;;
+        esac
+        echo "tpu.sh: exit code $code, the slice is $(state); again in $PAUSE s" >&2
+    fi
+    sleep "$PAUSE" # also for the port of the last start
+done
+[ "$KEEP" = 1 ] || tpu delete "$NAME"
+exit "$code"
