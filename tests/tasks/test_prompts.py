@@ -135,9 +135,7 @@ def test_rows_of_a_notebook_are_checked_as_those_of_files():
     ):
         assert error(given([*rows, bad]).rows, "sft") == f"rows[9]: {message}"
     same = [{"prompt": "a", "label": str(i)} for i in range(9)]
-    expected = (
-        "expected rows to train on and rows to hold out (0.5 of all), got 9 rows with 1 different prompt: none is "
-    )
+    expected = "expected rows to train on and rows to hold out (0.5 of all), got 9 rows with 1 different prompt: none"
     assert error(given(same).rows, "sft").startswith(expected)
 
 
