@@ -4,7 +4,7 @@ PY := .venv/bin/python
 # Large pages for large arrays: the updates of a small model take a fifth less time. Heeded by glibc alone.
 export GLIBC_TUNABLES ?= glibc.malloc.hugetlb=1
 
-.PHONY: demo see test lint docs notebook wheel clean
+.PHONY: demo see test lint docs pictures notebook wheel clean
 
 demo: .venv/installed  ## the main job on the embedded task: fine-tuning, reward model, PPO
 	$(PY) experiments/ppo_summarize.py --config=configs/ppo_summarize.py --workdir=runs/demo
@@ -23,6 +23,14 @@ lint: .venv/installed-test
 
 docs: .venv-docs/installed  ## the documentation as a site, in site/; a broken link is an error
 	NO_MKDOCS_2_WARNING=1 .venv-docs/bin/mkdocs build --clean  # not --quiet: strict counts what is logged
+
+# The runs that the pictures are drawn from; docs/pictures.py names the command of each.
+DEMO ?= runs/demo
+OVER ?= runs/over
+REUSE ?= runs/reuse
+
+pictures: .venv/installed-test  ## the pictures of README and docs, from finished runs; a missing run is an error
+	$(PY) docs/pictures.py --demo=$(DEMO) --over=$(OVER) --reuse=$(REUSE)
 
 notebook: .venv/installed  ## runs the notebook at small sizes; tests/test_readme.py checks that its two files agree
 	RUNS=$$(mktemp -d) && RLHF_JAX_SMALL=1 RLHF_JAX_RUNS=$$RUNS MPLBACKEND=agg $(PY) docs/notebooks/from_the_article.py && rm -r $$RUNS

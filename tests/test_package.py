@@ -1,5 +1,6 @@
 """What `import rlhf_jax` gives, what is installed, and the command rlhf-jax."""
 
+import ast
 import importlib.metadata
 import sys
 import tomllib
@@ -101,3 +102,67 @@ def test_it_runs_the_file_as_python_does(run, monkeypatch, tmp_path):
     run("small", "--to", f"{tmp_path}/out")
     sys.modules.pop("launch", None)
     assert (tmp_path / "out").read_text() == f"{[f'{tmp_path}/small.py', '--to', f'{tmp_path}/out']} 5"
+
+
+FUNCTIONS = (ast.FunctionDef, ast.AsyncFunctionDef, ast.Lambda, ast.GeneratorExp)
+COMPREHENSIONS = (ast.ListComp, ast.SetComp, ast.DictComp)
+
+
+def _names(nodes, kind):
+    """The names that are loaded or stored (`kind`) in the nodes, however deep."""
+    return {
+        each.id
+        for node in nodes
+        for each in ast.walk(node)
+        if isinstance(each, ast.Name) and isinstance(each.ctx, kind)
+    }
+
+
+def _inside(node, kinds, stop):
+    """The outermost nodes of `kinds` within a node, without what is within nodes of `stop`."""
+    for child in ast.iter_child_nodes(node):
+        if isinstance(child, kinds):
+            yield child
+        if not isinstance(child, stop):
+            yield from _inside(child, kinds, stop)
+
+
+def _arguments(function):
+    return (
+        {each.arg for each in ast.walk(function.args) if isinstance(each, ast.arg)}
+        if hasattr(function, "args")
+        else set()
+    )
+
+
+def clashes(source, path):
+    """Where Python 3.12.1 and 3.13.0 lose a variable of an outer function: (path, line, name).
+
+    They inline a comprehension into its function. A name that the comprehension assigns, and that a lambda beside it
+    captures from further out, is then unbound in the lambda.
+    """
+    for function in ast.walk(ast.parse(source)):
+        if not isinstance(function, FUNCTIONS):
+            continue
+        targets = _names(
+            [each.target for found in _inside(function, COMPREHENSIONS, FUNCTIONS) for each in found.generators],
+            ast.Store,
+        )
+        own = {
+            each.id
+            for each in _inside(function, ast.Name, (*FUNCTIONS, *COMPREHENSIONS))
+            if isinstance(each.ctx, ast.Store)
+        }
+        captured = set()
+        for inner in _inside(function, FUNCTIONS, (*FUNCTIONS, *COMPREHENSIONS)):
+            captured |= _names([inner], ast.Load) - _names([inner], ast.Store) - _arguments(inner)
+        for name in (targets & captured) - own - _arguments(function):
+            yield path, function.lineno, name
+
+
+def test_no_comprehension_hides_a_variable_that_a_lambda_captures():
+    bad = "def f(key):\n    def g():\n        return (lambda: key)(), [key for key in 'ab']\n    return g\n"
+    assert list(clashes(bad, "bad")) == [("bad", 2, "key")]
+    paths = [path for part in ("rlhf_jax", "experiments") for path in (ROOT / part).rglob("*.py")]
+    assert len(paths) > 100
+    assert [each for path in paths for each in clashes(path.read_text("utf-8"), str(path))] == []

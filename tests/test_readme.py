@@ -11,8 +11,10 @@ import numpy as np
 import pytest
 
 from rlhf_jax import config as configs
+from rlhf_jax.commands.reuse import UPDATES
 from rlhf_jax.data import sources
 from rlhf_jax.models import decoder, heads
+from rlhf_jax.report import plots
 from rlhf_jax.text import char
 
 ROOT = Path(__file__).parents[1]
@@ -206,6 +208,51 @@ def test_everything_of_the_reference_has_a_docstring(name):
     nodes = [node for node in nodes if isinstance(node, ast.Module | ast.FunctionDef | ast.ClassDef)]
     public = [node for node in nodes if not getattr(node, "name", "").startswith("_")]
     assert [node.name for node in public if not ast.get_docstring(node)] == []
+
+
+# The pictures
+
+
+@pytest.fixture(scope="module")
+def pictures():
+    """docs/pictures.py."""
+    spec = importlib.util.spec_from_file_location("pictures", ROOT / "docs" / "pictures.py")
+    module = importlib.util.module_from_spec(spec)
+    spec.loader.exec_module(module)
+    return module
+
+
+def test_every_picture_is_made_by_the_target(pictures):
+    assert {path.name for path in (ROOT / "docs").glob("*.png")} == {*pictures.RUNS, *pictures.STOPS}
+
+
+def test_the_command_of_its_run_stands_under_every_picture():
+    found = [(text, rest) for text in PAGES.values() for rest in re.split(r"!\[.*?\]\(.*?\.png\)", text)[1:]]
+    assert len(found) >= 10
+    for _, rest in found:
+        assert re.match(r"\n\n\*`(make|python) ", rest), rest[:80]
+
+
+def test_a_missing_run_is_named_with_its_command(pictures, tmp_path):
+    found = pictures.draw(dict.fromkeys(("demo", "over", "reuse"), tmp_path), tmp_path)
+    assert len(found) == len(pictures.RUNS) and list(tmp_path.iterdir()) == []
+    needed = tmp_path / "ppo" / "metrics.jsonl"
+    assert found[0] == f"pipeline.png is not drawn: {needed} is missing. It is made by: make demo"
+
+
+def test_pictures_are_drawn_from_numbers(pictures, tmp_path):
+    uses = {count: dict.fromkeys(plots.REUSE, 1.0) for count in "1248"}
+    points = [{"label": "best of 2", "kl": float(n), "proxy": 0.1 * n, "gold": 0.0} for n in range(1, 5)]
+    curve = {"kind": "best_of_n", "a": 1.0, "b": 0.5, "most": 2.0, "peak": None, "peak_ci95": None, "points": points}
+    for name, found in (
+        ("reuse", {"reuse": dict.fromkeys(UPDATES, uses)}),
+        ("overoptimization", {"best_of_n": curve, "settings": {}}),
+    ):
+        (tmp_path / name).mkdir()
+        (tmp_path / name / "summary.json").write_text(json.dumps(found))
+    missing = pictures.draw(dict.fromkeys(("demo", "over", "reuse"), tmp_path), tmp_path)
+    assert [line.split()[0] for line in missing] == ["pipeline.png"]
+    assert sorted(path.name for path in tmp_path.glob("*.png")) == ["over_optimization.png", "reuse.png"]
 
 
 # The notebook

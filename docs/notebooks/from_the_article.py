@@ -218,6 +218,7 @@ for lam, label in ((1.0, "lambda 1: return - value"), (0.95, "lambda .95"), (0.0
     plt.plot(np.asarray(advantage_BR[0])[shown], label=label)
 plt.legend()
 plt.title("Advantages of one text")
+plt.xlabel("character")
 plt.show()
 white_BR = masked.whiten(advantage_BR, response_BR)
 print(f"whitened: mean {masked.mean(white_BR, response_BR):.1e}, variance {masked.var(white_BR, response_BR):.4f}")
@@ -311,7 +312,8 @@ for sign, color in ((1, "tab:blue"), (-1, "tab:red")):
 plt.xlim(0, 2)
 plt.ylim(-1.6, 2.2)
 plt.legend()
-plt.title(f"Every token on the clipped objective; clipped: {aux['clip_fraction']:.2f}")
+plt.ylabel("loss")
+plt.title(f"The clipped loss of every token; clipped: {aux['clip_fraction']:.2f}")
 plt.xlabel("w")
 plt.show()
 

@@ -135,8 +135,9 @@ def split(rows: list[dict], fraction: float, seed: int, column: str = "prompt") 
         (held_out if int.from_bytes(digest[:8]) < fraction * 2**64 else train).append(row)
     if not train or not held_out:
         kinds = len({row[column] for row in rows})
-        expected = f"expected at least one row on each side, got {kinds} different {column}{'s' * (kinds > 1)}"
-        raise InputError(f"{fraction} of {len(rows)} rows held out: {expected}")
+        got = f"got {len(rows)} rows with {kinds} different {column}{'s' * (kinds > 1)}"
+        empty = "none is left to train on" if held_out else "none is held out"
+        raise InputError(f"expected rows to train on and rows to hold out ({fraction} of all), {got}: {empty}")
     return train, held_out
 
 

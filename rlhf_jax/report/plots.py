@@ -29,6 +29,7 @@ PANEL, SINGLE = (4.0, 2.75), (5.5, 3.5)  # inches: one panel among others, one a
 DASHED = 0, (4, 3)
 STEPS: dict[str, Any] = dict(nbins=5, steps=(1, 2, 5, 10), integer=True, min_n_ticks=1)  # ticks of a step axis
 LONGEST = 14  # characters of a component's name
+FEW = 20  # points of a curve that are drawn large
 WIDE = 9  # characters of a title in an inch
 
 
@@ -268,7 +269,7 @@ def compare(curves, path, *, metric):
 def over_optimization(points, fits, path):
     """Gold and the learned reward over sqrt(KL), with the curve of each fit: {kind: arrays} and {kind: Fit}.
 
-    Small points are those of a prompt or a run, large ones are means where several have the same KL.
+    Points with the same KL are drawn as their mean. More than FEW points are small.
     """
     titles = {"best_of_n": "Best of n", "rl": "Reinforcement learning"}
     panels = []
@@ -515,10 +516,8 @@ def _gains(axes, points, fit, title):
         gain_N = getattr(points, name)
         kl_M, place_N = np.unique(points.kl, return_inverse=True)
         mean_M = np.bincount(place_N, gain_N) / np.bincount(place_N)
-        if len(kl_M) < len(gain_N):
-            axes.plot(np.sqrt(kl_M), mean_M, "o", color=color, markersize=4, label=name)
-        else:
-            axes.plot(np.sqrt(points.kl), gain_N, ".", color=color, markersize=4, alpha=0.6, label=name)
+        looks = {"marker": "o"} if len(kl_M) <= FEW else {"marker": ".", "alpha": 0.6}
+        axes.plot(np.sqrt(kl_M), mean_M, linestyle="", color=color, markersize=4, label=name, **looks)
         label = "learned reward" if name == "proxy" else name
         ends.append((mean_M[-1], f"{label} {_number(mean_M[-1])}", color))
     d_N = np.linspace(fit.most / 100, fit.most, 200)

@@ -38,8 +38,8 @@ def language_model(name: str, setup: Setup, config: supervised.Config, policy) -
         drawn = setup.over(starts, lambda batch: sample(state.policy, batch, key), len(questions))
         texts = setup.decode(drawn["response"], drawn["mask"])
         rows = setup.task.judge(questions, texts) | {"eos_rate": drawn["eos_rate"], "length": drawn["mask"].sum(axis=1)}
-        numbers |= {key: float(np.mean(values)) for key, values in rows.items()}
-        shown = [{key: row[key] for key in ("prompt", "label") if key in row} for row in questions]
+        numbers |= {column: float(np.mean(values)) for column, values in rows.items()}
+        shown = [{column: row[column] for column in ("prompt", "label") if column in row} for row in questions]
         samples = [row | {"completion": text} for row, text in zip(shown, texts, strict=True)]
         first = {name: array[:SHOWN] for name, array in held_out.items()} | {"logp_NT": logp_NT[:SHOWN]}
         held = {"nats_N": nats_N, "tokens_N": tokens_N}

@@ -117,7 +117,7 @@ def test_pairs_that_are_cut_to_the_same_are_left_out_and_noted():
 def test_too_few_texts_to_hold_any_out_are_an_error(tmp_path):
     path = tmp_path / "s.txt"
     path.write_text("One.<|endoftext|>Two.")
-    with pytest.raises(InputError, match="data.held_out: .*expected at least one row on each side"):
+    with pytest.raises(InputError, match="data.held_out: .*expected rows to train on and rows to hold out"):
         corpus.load(corpus.Config(kind="stories", source="file", path=str(path), held_out=1e-6), seed=1)
 
 
