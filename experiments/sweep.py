@@ -9,7 +9,6 @@
 The same command continues a stopped sweep. A stage that another run has finished with the same config is not repeated.
 """
 
-import subprocess
 import sys
 from pathlib import Path
 
@@ -46,6 +45,8 @@ def main():
 
 def begin(index):
     """One run as a process of its own, with its output beside its workdir."""
+    import subprocess
+
     log = sweep.place(Path(WORKDIR.value).expanduser(), index).with_suffix(".log")
     log.parent.mkdir(parents=True, exist_ok=True)
     line = [sys.executable, *sys.argv, "--processes=1", f"--index={index}"]

@@ -75,11 +75,12 @@ def assignments(text: str, samples: int = 1) -> list[dict[str, Any]]:
 
 def _of_file(path):
     if not path.is_file():
-        raise InputError(f"--sweep: {path}: expected a Python file with a function sweep, found none")
+        raise InputError(f"--sweep: {path}: expected a Python file with a function sweep(), found none")
     function = runpy.run_path(str(path)).get("sweep")
     runs = function() if callable(function) else None
     if not isinstance(runs, list) or not runs or not all(isinstance(run, dict) and run for run in runs):
-        raise InputError(f"--sweep: {path}: expected a function sweep() that returns a list of {{field: value}}")
+        expected = "expected FIELD=VALUES, or a function sweep() that returns a list of {field: value}"
+        raise InputError(f"--sweep: {path}: {expected}")
     return runs
 
 

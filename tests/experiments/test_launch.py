@@ -128,7 +128,7 @@ def test_a_flag_that_cannot_be_is_one_line(flags, words, forks, tmp_path):
             [SWEEP, CONFIG, "--workdir=x", "--sweep=ppo.kl_coeff=1"],
             "--sweep: ppo.kl_coeff: no such field; did you mean",
         ),
-        ([SWEEP, CONFIG, "--workdir=x"], "--sweep: expected FIELD=VALUES or a file, got none"),
+        ([SWEEP, CONFIG, "--workdir=x"], "--sweep: configs/ppo_summarize.py: expected FIELD=VALUES, or a function"),
     ],
 )
 def test_a_flag_that_a_command_does_not_read_is_refused(line, words, forks):
