@@ -19,7 +19,7 @@ from ml_collections import ConfigDict
 
 from rlhf_jax import alarms
 from rlhf_jax import config as configs
-from rlhf_jax.algorithms import policy_gradient
+from rlhf_jax.algorithms import POLICY, policy_gradient
 from rlhf_jax.config import Evaluation, Reward, Supervised, Text
 from rlhf_jax.data import corpus
 from rlhf_jax.errors import InputError
@@ -45,28 +45,19 @@ def tweets():
         sft=Supervised(**adam, lr=5e-4, steps=500, batch=64, eval_every=100),
         reward=Reward(kind="sentiment", lr=1e-3, warmup=20, adam_b2=0.95, steps=150, batch=32, eval_every=50),
         **configs.policies(
-            lr=1e-4,
-            steps=100,
+            lr=5e-5,
+            schedule="linear",
+            steps=400,
             batch=32,
             temperature=1.0,
-            kl_coef=0.03,
+            kl_coef=0.06,
+            kl_target=4.5,  # adaptive: stays below the limit of 5 nats
+            kl_horizon=1_000,
             value_init="zero",
             missing_eos="subtract",
             missing_eos_penalty=0.0,  # a tweet that is cut at 31 characters is not worse
-            eval_every=10,
-        )
-        | {
-            "policy_gradient": policy_gradient.Config(
-                lr=5e-5,
-                schedule="linear",
-                steps=400,
-                batch=32,
-                kl_coef=0.06,
-                kl_target=4.5,  # adaptive: stays below the limit of 5 nats
-                kl_horizon=1_000,
-                eval_every=20,
-            )
-        },
+            eval_every=20,
+        ),
         evaluation=Evaluation(prompts=512, batch=512, temperature=1.0, result="best"),
     )
 
@@ -79,7 +70,7 @@ def made():
         data=dataclasses.replace(config.data, source="made"),
         pretrain=dataclasses.replace(config.pretrain, steps=600, eval_every=200),
         sft=dataclasses.replace(config.sft, steps=200),
-        policy_gradient=dataclasses.replace(config.policy_gradient, steps=200),
+        **{name: dataclasses.replace(getattr(config, name), steps=200) for name in POLICY},
     )
 
 
