@@ -4,7 +4,7 @@
 
 :made (the default)  tweets generated from a seed. 2 CPU cores: 4 minutes; mean VADER .60 -> .84 at 2.5 nats (seed 1)
 :tweets              real tweets: --config.data.path=tweets.csv, with the columns text and sentiment. 2 CPU cores: 5 to
-                     10 minutes; mean VADER .24 -> .77, .26 -> .78, .27 -> .76 (seeds 1 to 3) at 4.4 nats.
+                     10 minutes; mean VADER .24 -> .73, .27 -> .74, .26 -> .77 (seeds 1 to 3) at 4.4 nats.
                      To download them: --config.data.source=hub --config.data.skip_bad=true
 :article             the same with the article's own policy gradient, for comparison: each token's return is the score
                      minus its own KL penalty; no baseline, no limits. Mean VADER .24 -> .97 at 41 nats, the same few
