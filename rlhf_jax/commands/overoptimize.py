@@ -86,6 +86,8 @@ def study(config, workdir, settings: Settings, reporter=None, stop=None) -> dict
         raise InputError(
             "config: expected a learned reward on the embedded world (data.source = world), whose gold is known"
         )
+    if least := [size for size in settings.sizes if size < config.reward.batch]:
+        raise InputError(f"pairs: expected at least reward.batch = {config.reward.batch}, got {least[0]}")
     train(config, workdir, settings, reporter, stop)
     rewards, gold_QO = sample(workdir, settings, reporter)
     by_name = {name: best_of_n(reward_QO, gold_QO, settings.n) for name, reward_QO in rewards.items()}

@@ -190,13 +190,18 @@ def test_a_warning_is_not_worse_than_what_the_judge_says(run):
 
 
 @pytest.mark.parametrize(
-    ("numbers", "verdict"),
-    [({"accuracy_prefers_own_prompt": 0.3}, doctor.WARN), ({"accuracy_of_longer": 0.84}, doctor.FAIL)],
-    ids=["style", "length"],
+    ("changes", "verdict"),
+    [
+        ({"evaluation": CALIBRATED | {"accuracy_prefers_own_prompt": 0.3}}, doctor.WARN),
+        ({"evaluation": CALIBRATED | {"accuracy_of_longer": 0.84}}, doctor.FAIL),
+        ({"rows": {"ppo": [PPO[0]] + [PPO[1] | {"explained_variance": 0.05}] * 9}}, doctor.WARN),
+        ({"rows": {"ppo": [PPO[0]] + [PPO[1] | {"explained_variance": 0.01}] * 9}}, doctor.FAIL),
+    ],
+    ids=["style", "length", "poor values", "constant values"],
 )
-def test_style_alone_is_no_failure_and_length_alone_is_one(numbers, verdict, run):
+def test_what_is_a_failure_and_what_a_warning(changes, verdict, run):
     """Style alone can be worth a lot: healthy reward models of the embedded world do not read the post."""
-    (wrong,) = (e for e in doctor.examine(run(evaluation=CALIBRATED | numbers)) if e.verdict != doctor.PASS)
+    (wrong,) = (e for e in doctor.examine(run(**changes)) if e.verdict != doctor.PASS)
     assert wrong.verdict == verdict
 
 

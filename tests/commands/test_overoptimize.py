@@ -90,6 +90,7 @@ def test_the_fits_are_those_of_the_curves(studied):
         ({"seeds": 0}, "seeds: expected at least 1"),
         ({"pairs": "100,1.5"}, "pairs: expected different whole numbers of at least 1, with commas, or nothing"),
         ({"pairs": "0"}, "pairs: expected different whole numbers"),
+        ({"pairs": "100,31"}, "pairs: expected at least reward.batch = 64, got 31"),
         ({"pairs": "7,7"}, "pairs: expected different whole numbers"),
     ],
 )
@@ -106,3 +107,30 @@ def test_gold_must_be_known_and_the_reward_learned(changes, tmp_path):
         overoptimize.study, config, tmp_path / "run", Settings()
     )
     assert not (tmp_path / "run").exists()
+
+
+def test_each_reward_model_has_its_pairs_and_each_run_its_coefficient(tmp_path, monkeypatch):
+    """All of them on the fine-tuning of the study's own workdir; the runs on its reward model, too."""
+    trained, runs = [], []
+
+    class Stages:
+        names = ("sft", "reward", "ppo")
+
+        def __init__(self, config, workdir, _):
+            self.config, self.path = config, workdir.path
+
+        def finished(self, name):
+            return name == "sft"
+
+        def one(self, name, _):
+            trained.append((self.path, name, self.config.data.world_preferences, self.config.sft.from_))
+
+    monkeypatch.setattr(overoptimize.pipeline, "Stages", Stages)
+    monkeypatch.setattr(overoptimize.pipeline, "run", lambda config, path, *_: runs.append((path, config)))
+    overoptimize.train(configs.Config(), tmp_path, SETTINGS, Recorder())
+    fewer = overoptimize.of_pairs(tmp_path, 100)
+    assert trained == [(tmp_path, "reward", 8_000, ""), (fewer, "reward", 100, str(tmp_path))]
+    for coef, (path, config) in zip((0.0, 0.05), runs, strict=True):
+        assert path == overoptimize.place(tmp_path, coef)
+        assert (config.ppo.kl_coef, config.seeds, config.data.world_preferences) == (coef, 2, 8_000)
+        assert config.sft.from_ == config.reward.from_ == str(tmp_path)

@@ -8,7 +8,7 @@ from rlhf_jax.algorithms import ppo
 from rlhf_jax.commands import benchmark, topology
 from rlhf_jax.config import Config
 from rlhf_jax.models import decoder
-from tests.support import changed, error
+from tests.support import Recorder, changed, error
 
 
 def test_a_topology_is_a_chip_and_a_number():
@@ -132,3 +132,22 @@ def test_the_largest_batch_is_searched(peak, start, found):
 
 def test_a_batch_that_always_fits_has_no_end():
     assert topology.search(lambda batch: 1, 8, 8, 16, most=4) == (64, 0)
+
+
+@pytest.mark.parametrize(
+    ("parts", "said"),
+    [
+        ({}, "ppo.batch = 1600 fits; 1616 does not"),  # a hundredth of a GiB an episode, 16 chips of 16 GiB
+        ({"lanes": 96}, "ppo.batch = 1536 fits; 1632 does not"),
+        ({"microbatches": 10}, "ppo.batch = 1600 fits; 1760 does not"),
+    ],
+    ids=["chips", "lanes", "slices"],
+)
+def test_the_largest_batch_divides_as_the_config_needs(parts, said, monkeypatch):
+    def plan(config, ids, name):
+        assert (ids, name) == (800, "v5e:4x4")
+        return {"programs": {"draw": {"peak": 2**30}, "update": {"peak": config.ppo.batch * 2**30 // 100}}}
+
+    monkeypatch.setattr(topology, "plan", plan)
+    config = changed(Config(), ppo={"batch": 960, **parts})
+    assert topology.largest_batch(config, 800, "v5e:4x4", Recorder()) == said

@@ -21,6 +21,16 @@ def test_runs_that_differ_widen_it():
     assert bootstrap.two_level(np.ones((3, 4))) == (1, (1, 1))
 
 
+def test_how_much_the_bootstrap_over_runs_is_widened(monkeypatch):
+    """Five runs: t = 2.7764 of four degrees of freedom, and sqrt(5 / 4); one run: not at all."""
+    monkeypatch.setattr(bootstrap, "_ends", lambda parts: (0.4, 0.7))
+    values = np.tile([0.0, 1.0], (5, 5))  # mean .5
+    factor = 2.7764 / 1.96 * np.sqrt(5 / 4)
+    _, ends = bootstrap.two_level(values, resamples=1)
+    assert ends == pytest.approx((0.5 - 0.1 * factor, 0.5 + 0.2 * factor), abs=1e-4)
+    assert bootstrap.two_level(values[:1], resamples=1)[1] == (0.4, 0.7)
+
+
 def test_it_is_reproducible_and_its_parts_do_not_matter(monkeypatch):
     values = np.random.default_rng(1).random((3, 20))
     assert bootstrap.two_level(values, resamples=50) == bootstrap.two_level(values, resamples=50)

@@ -1,7 +1,7 @@
 """A run that is killed again and again, wherever it is, ends as one that never was.
 
 Five kills, each where it hurts; `--kills=50` makes it fifty, most of them at random moments. Half are of either job.
-And one that is asked to stop while it evaluates, and one of two processes, which ends as one process would.
+And one that gets a signal while it evaluates, and one of two processes, which ends as one process would.
 """
 
 import glob

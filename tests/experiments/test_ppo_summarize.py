@@ -206,7 +206,7 @@ def test_a_number_that_is_not_finite_ends_the_run(command, tmp_path):
 
 @pytest.fixture(scope="module")
 def stopped(small, tmp_path_factory):
-    """Fine-tuning that was asked to stop after its first step: the command, its workdir and how it ended."""
+    """Fine-tuning that had a signal to stop after its first step: the command, its workdir and how it ended."""
     workdir = tmp_path_factory.mktemp("run")
     line = [sys.executable, SFT, f"--workdir={workdir}", *small, "--config.sft.steps=400"]
     with subprocess.Popen(line, cwd=ROOT, text=True, stdout=subprocess.PIPE, stderr=subprocess.PIPE) as process:
@@ -221,8 +221,8 @@ def stopped(small, tmp_path_factory):
 
 def test_a_run_that_is_asked_to_stop_saves_and_says_so(stopped):
     assert stopped.code == 3
-    told = r"sft_summarize.py: stopped after step (\d+) of 400; the same command goes on from there\n"
-    assert re.fullmatch(told, stopped.err), stopped.err
+    line = r"sft_summarize.py: stopped after step (\d+) of 400; the same command goes on from there\n"
+    assert re.fullmatch(line, stopped.err), stopped.err
 
 
 def test_a_run_that_was_stopped_goes_on_to_the_end(stopped, command):
@@ -241,9 +241,9 @@ def test_a_run_that_was_stopped_goes_on_to_the_end(stopped, command):
     assert {"seconds", "seed", "sft/gold", "reward/accuracy", "ppo/gold_ci95", "ppo/win_rate"} <= summary.keys()
     before = on_disk(stopped.workdir)
     assert_refused(command(workdir, "--config.sft.lr=0.5"), "workdir: ", "was made with sft.lr = 0.002, not 0.5")
-    for out, code, told in (("new", 0, ""), ("new", 2, "export_hf.py: .*: expected a new or an empty folder.*\n")):
+    for out, code, line in (("new", 0, ""), ("new", 2, "export_hf.py: .*: expected a new or an empty folder.*\n")):
         exported = command(workdir, f"--out={stopped.workdir.parent / out}", script=EXPORT, before=[])
-        assert exported.code == code and re.fullmatch(told, exported.err), exported.err
+        assert exported.code == code and re.fullmatch(line, exported.err), exported.err
     assert (stopped.workdir.parent / "new" / "README.md").exists()
     assert on_disk(stopped.workdir) == before
 
