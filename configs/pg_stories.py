@@ -51,6 +51,7 @@ def stories():
             value_init="zero",
             missing_eos="subtract",
             missing_eos_penalty=0.0,  # a story that is cut at 63 tokens is not worse
+            ended=False,
             eval_every=10,
         )
         | {

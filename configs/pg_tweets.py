@@ -56,6 +56,7 @@ def tweets():
             value_init="zero",
             missing_eos="subtract",
             missing_eos_penalty=0.0,  # a tweet that is cut at 31 characters is not worse
+            ended=False,
             eval_every=20,
         ),
         evaluation=Evaluation(prompts=512, batch=512, temperature=1.0, result="best"),

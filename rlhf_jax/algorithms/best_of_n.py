@@ -1,6 +1,6 @@
 """Best-of-n distillation (rejection-sampling fine-tuning; Llama 2, arXiv 2307.09288, sec. 3.2.3). Trains `policy`.
 
-Of n completions of a prompt, the best that ended is kept; the policy is fine-tuned on what was kept, and again:
+Of n completions of a prompt, the best is kept, of those that ended; the policy is fine-tuned on them, and again:
 
     loss = mean of -log p over the tokens of the kept completions
 
@@ -25,6 +25,7 @@ class Config(policy.Config):
     """Sizes are those of the published TL;DR recipe."""
 
     group: int = number(4, least=2)  # n, completions of each prompt, in rows next to each other; batch counts them all
+    ended: bool = True  # only a completion that ended can be kept; False: the best by its score after missing_eos
     epochs: int = number(1, least=1)  # passes over a rollout
     kl: str = choice("off", *policy.KLS)
     whiten_advantages: bool = False
@@ -42,17 +43,17 @@ class Config(policy.Config):
 
 
 def estimate(rollout, kl_coef, *, config):
-    """The rollout with a weight for each row: of a group, the best that ended has one, the others 0.
+    """The rollout with a weight for each row: of a group, the best (that ended) has one, the others 0.
 
     The weights' mean over the tokens of the rollout is 1, so the loss is a mean over the kept tokens.
     """
-    mask_BR, eos_QO = rollout.mask_BR, rollout.eos_B.reshape(-1, config.group)
-    score_QO = rollout.score_B.reshape(-1, config.group)
-    best_QO = jnp.arange(config.group) == jnp.argmax(jnp.where(eos_QO, score_QO, -jnp.inf), axis=1, keepdims=True)
-    kept_B = (best_QO & eos_QO).reshape(-1)
+    mask_BR, final_B = rollout.mask_BR, policy.scored(rollout, config)
+    final_QO = final_B.reshape(-1, config.group)
+    able_QO = rollout.eos_B.reshape(-1, config.group) | (not config.ended)
+    best_QO = jnp.arange(config.group) == jnp.argmax(jnp.where(able_QO, final_QO, -jnp.inf), axis=1, keepdims=True)
+    kept_B = (best_QO & able_QO).reshape(-1)
     share = masked.mean(kept_B[:, None] * jnp.ones(mask_BR.shape), mask_BR)
     weight_BR = jnp.where(mask_BR & kept_B[:, None], 1 / jnp.maximum(share, 1e-8), 0.0)
-    final_B = policy.scored(rollout, config)
     return rollout.replace(
         returns_BR=jnp.where(mask_BR, final_B[:, None], 0), raw_advantages_BR=weight_BR, advantages_BR=weight_BR
     )

@@ -13,11 +13,11 @@ import numpy as np
 from rlhf_jax import jsonfile
 from rlhf_jax.commands import report
 from rlhf_jax.errors import InputError
-from rlhf_jax.evaluate import bootstrap, interval, seeds
+from rlhf_jax.evaluate import best_of_n, bootstrap, interval, seeds
 from rlhf_jax.report import metrics, plots
 from rlhf_jax.training.workdir import Workdir, flat
 
-NUMBERS = ("kl_exact", "distinct2", "eos_rate", "length")  # of the summary, after the score
+NUMBERS = ("kl_exact", "best_of_n_at_kl", "distinct2", "eos_rate", "length")  # of the summary, after the score
 METRICS = ("gold", "reward", "score", "exact")  # what runs are compared by: the first that all of them have
 
 
@@ -51,6 +51,12 @@ class Run:
         """[N]: 1 where the policy beats the one before it on a held-out prompt, .5 for a tie, where the samples say."""
         name, found = report.gains(self.samples, self.stage, (metric, "score"))
         return (np.sign([each["gain"] for each in found]) + 1) / 2 if name else None
+
+    def best_of_n(self, metric) -> np.ndarray:
+        """[M, 2]: exact KL and metric of the best of n samples of the policy before, where all answer one prompt."""
+        scores = [each.get(f"{metric}_sft") for each in self.samples]
+        points = [] if None in scores else [(nats, score) for _, score, nats in best_of_n.curve(scores)]
+        return np.array(points).reshape(-1, 2)
 
     @property
     def setting(self) -> tuple:
@@ -128,7 +134,8 @@ def compare(places: list[str], out: str, reporter) -> dict:
             tables[title] = (header, [list(map(_cell, row)) for row in rows])
     for header, rows in tables.values():
         reporter.table(header, rows)
-    plots.compare({run.name: run.curve(metric) for run in runs}, out, metric=metric)
+    curves = {run.name: run.curve(metric) for run in runs}
+    plots.compare(curves, out, metric=metric, best_of_n=[run.best_of_n(metric) for run in runs])
     path = Path(out)
     made = [report.Section(title, tables=[(tuple(header), _texts(rows))]) for title, (header, rows) in tables.items()]
     made.append(report.Section("Curves", pictures=[("curves", path)] if path.exists() and path.stat().st_size else []))

@@ -257,12 +257,15 @@ def reuse(results, path):
 
 
 @_styled
-def compare(curves, path, *, metric):
-    """The metric of several runs over iterations, samples, seconds and exact KL: {name: arrays [N] by axis}."""
+def compare(curves, path, *, metric, best_of_n=()):
+    """The metric of several runs over iterations, samples, seconds and exact KL: {name: arrays [N] by axis}.
+
+    best_of_n: curves of best-of-n, [M, 2] of KL and metric each, to set beside the last.
+    """
     axes_of = {"iterations": "iteration", "samples": "completions", "seconds": "seconds", "kl": "exact KL (nats)"}
-    return _save(
-        [partial(_curves, curves=curves, x=x, label=label, metric=metric) for x, label in axes_of.items()], path
-    )
+    beside = {x: best_of_n if x == "kl" else () for x in axes_of}
+    parts = {"curves": curves, "metric": metric}
+    return _save([partial(_curves, **parts, x=x, label=axes_of[x], beside=beside[x]) for x in axes_of], path)
 
 
 @_styled
@@ -498,8 +501,11 @@ def _reuse(axes, results, name):
     _label_ends(axes, ends)
 
 
-def _curves(axes, curves, x, label, metric):
+def _curves(axes, curves, x, label, metric, beside):
     ends = []
+    for points_M2 in beside:
+        axes.plot(*points_M2.T, linestyle=DASHED, color=GREY, linewidth=1)
+        ends += [(points_M2[-1, 1], "best of n", GREY)] if len(points_M2) and not ends else []
     for i, (name, arrays) in enumerate(curves.items()):
         x_N, y_N = arrays[x], arrays["value"]
         if not len(y_N):

@@ -234,7 +234,7 @@ def _estimates(file, algorithm):
         yield _logged(file, "group", "groups_equal", equal.mean())
     elif algorithm in ("online_dpo", "best_of_n"):
         yield Claim("returns", "rollout.returns_BR", returns, np.where(mask, final[:, None], 0))
-        expected = _better(final) if algorithm == "online_dpo" else _kept(file, mask, config["group"])
+        expected = _better(final) if algorithm == "online_dpo" else _kept(file, mask, final, config)
         yield Claim("group", "rollout.raw_advantages_BR", raw, np.where(mask, expected[:, None], 0))
     elif algorithm in ("policy_gradient", "reinforce_pp"):
         if config["reward_to_go"]:
@@ -465,12 +465,12 @@ def _better(final):
     return np.sign(pairs - pairs[:, ::-1]).reshape(-1)
 
 
-def _kept(file, mask, group):
-    """The weights of the best completion of each group that ended: their mean over the tokens is 1."""
-    score, eos = (file[f"rollout.{name}"].reshape(-1, group) for name in ("score_B", "eos_B"))
-    eos = eos.astype(bool)
-    best = np.arange(group) == np.where(eos, score, -np.inf).argmax(axis=1)[:, None]
-    kept = (best & eos).reshape(-1)
+def _kept(file, mask, final, config):
+    """The weights of the best completion of each group (that ended): their mean over the tokens is 1."""
+    group = config["group"]
+    able = file["rollout.eos_B"].reshape(-1, group).astype(bool) | (not config.get("ended", True))
+    best = np.arange(group) == np.where(able, final.reshape(-1, group), -np.inf).argmax(axis=1)[:, None]
+    kept = (best & able).reshape(-1)
     return kept * mask.sum() / max(mask[kept].sum(), 1)
 
 

@@ -168,3 +168,8 @@ def test_best_of_n_keeps_the_best_that_ended(drawn):
     state, numbers = learn(best_of_n, config, (table, other, apply, none))
     np.testing.assert_array_equal(state.policy, table)
     assert numbers["kept"] == 0
+    how = dict(ended=False, missing_eos="subtract", missing_eos_penalty=0.0)
+    state, numbers = learn(best_of_n, dataclasses.replace(config, **how), drawn)  # row 0 did not end, and 9 is the most
+    assert (numbers["kept"], numbers["score_kept"]) == (1, 9)
+    state, numbers = learn(best_of_n, dataclasses.replace(config, ended=False), drawn)  # it has -1 here
+    assert (numbers["kept"], numbers["score_kept"]) == (1, 2)

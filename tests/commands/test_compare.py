@@ -61,6 +61,16 @@ def test_two_runs_on_the_same_prompts(tmp_path, reporter):
     assert (tmp_path / "out.png").exists()
 
 
+def test_best_of_n_of_the_policy_before(tmp_path):
+    """Scores 0 to 19: the best of 2 of them is 2/3 (20 + 1) - 1 = 13 on average, log 2 - 1/2 nats away."""
+    place = leave(tmp_path / "a", "rloo", 0.1)
+    assert compare.read(place)[0].best_of_n("gold").shape == (0, 2)  # each sample has its own prompt
+    lines = [json.dumps({"reward_sft": i, "reward_rl": 0.0}) + "\n" for i in range(20)]
+    (tmp_path / "a" / "rloo" / "samples.jsonl").write_text("".join(lines))
+    found = compare.read(place)[0].best_of_n("reward")
+    np.testing.assert_allclose(found, [[0, 9.5], [np.log(2) - 0.5, 13]], atol=1e-9)
+
+
 def test_other_prompts_are_not_paired(tmp_path, reporter):
     places = [leave(tmp_path / "a", "rloo", 0.1), leave(tmp_path / "b", "grpo", 0.1, prompts="abce")]
     results = compare.compare(places, str(tmp_path / "out.png"), reporter)

@@ -72,7 +72,7 @@ function* claims(file, manifest) {
     yield claim("group", "rollout.raw_advantages_BR", each((i) => of[Math.floor(i / R)]));
   } else if (algorithm === "online_dpo" || algorithm === "best_of_n") {
     yield claim("returns", "rollout.returns_BR", each((i) => final[Math.floor(i / R)]));
-    const of = algorithm === "online_dpo" ? rows.map((b) => Math.sign(final[b] - final[b ^ 1])) : kept(score, eos, length, config.group);
+    const of = algorithm === "online_dpo" ? rows.map((b) => Math.sign(final[b] - final[b ^ 1])) : kept(final, config.ended === false ? null : eos, length, config.group);
     yield claim("group", "rollout.raw_advantages_BR", each((i) => of[Math.floor(i / R)]));
   } else if ("reward_to_go" in config) {
     const per_token = each((i) => final[Math.floor(i / R)] - beta * k1[i]);
@@ -88,10 +88,10 @@ function* claims(file, manifest) {
   yield* update(file, algorithm, { B, R, mask, logp, logged, claim, scored });
 }
 
-// The weights [B] of the best completion of each prompt that ended: their mean over the tokens is 1.
+// The weights [B] of the best completion of each prompt (of those with EOS, unless eos is null): their mean over the tokens is 1.
 function kept(score, eos, length, O) {
   const best = Array.from(score, (_, b) => {
-    const first = b - (b % O), ended = [...Array(O).keys()].map((o) => first + o).filter((i) => eos[i]);
+    const first = b - (b % O), ended = [...Array(O).keys()].map((o) => first + o).filter((i) => !eos || eos[i]);
     return ended.reduce((top, i) => (top < 0 || score[i] > score[top] ? i : top), -1) === b;
   });
   const tokens = (of) => length.reduce((n, l, b) => n + (of(b) ? l : 0), 0);

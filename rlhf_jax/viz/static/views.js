@@ -307,7 +307,7 @@ const klView = {
 const ESTIMATES = {
   ppo: "Was this token better than the value model expected? δ compares one step: the reward, plus the next value, against this value. The advantage adds up later δ, each step discounted by γλ: with λ = 0 it trusts the value model alone, with λ = 1 the rest of the episode alone.",
   online_dpo: "Of two completions of a prompt, the one with the higher score is the better: its tokens have +1, those of the other −1. There is no value model, and no size of the difference.",
-  best_of_n: "Of the completions of a prompt, the best that ended is kept: its tokens weigh the same, those of the others nothing. There is no value model.",
+  best_of_n: "Of the completions of a prompt, the best is kept (of those that ended, where “ended” is set): its tokens weigh the same, those of the others nothing. There is no value model.",
   group: "A completion is one action: all of its tokens have one return, and one advantage over the other completions of the prompt.",
   policy_gradient: "A token’s return is what came after it; the baseline is what the other rollouts got. Their difference is the advantage.",
 };
