@@ -243,7 +243,7 @@ def test_which_fields_are_choices():
         *("pretrain.loss_on", "sft.loss_on", "ppo.value_init", "policy_gradient.baseline", "reinforce_pp.baseline"),
         *(f"{name}.{field}" for name in POLICY for field in ("missing_eos", "reduction", "kl")),
         *(f"{name}.{field}" for name in ("rloo", "grpo", "dr_grpo", "dapo") for field in ("baseline", "scale")),
-        *("dpo.loss", "dpo.total", "online_dpo.loss"),
+        *(f"{name}.{field}" for name in ("dpo", "online_dpo") for field in ("loss", "total")),
     }
     assert having("summarize", "choices") == both | {"data.source", "data.cut", "data.world_labels"}
     assert having("write", "choices") == both | {"data.kind", "data.source", "data.sentiment"}
