@@ -102,7 +102,7 @@ class Reward(preference.Config):
     # another workdir whose finished reward model is used; config and files must agree
     from_: str = fields.path(neutral=True)
     # Train a second reward model, which only evaluates (stage `judge`). Half of the prompts' pairs train it, and the
-    # other half the reward model.
+    # other half the reward model, or DPO.
     holdout_judge: bool = False
 
 
@@ -163,7 +163,10 @@ class Config:
                 for field in _names(self, name):
                     if field != f"{name}.steps":
                         yield field, f"{name}.steps is 0"
-        if not self.learned:
+        if not self.sampled:
+            for name in ("alarms", "evaluation.result", "evaluation.best_by"):
+                yield name, f"algorithm is {self.algorithm}, which learns from pairs"
+        if not (self.learned or self.judged):
             for field in _names(self, "reward"):
                 if field != "reward.kind":
                     yield field, f"reward is {self.reward.kind}" if self.sampled else f"algorithm is {self.algorithm}"
@@ -180,6 +183,11 @@ class Config:
     def learned(self):
         """Whether the reward is a reward model."""
         return self.reward.kind == LEARNED and self.sampled
+
+    @property
+    def judged(self):
+        """Whether a second reward model, which no policy learns from, evaluates the policies."""
+        return self.reward.kind == LEARNED and self.reward.holdout_judge
 
     @property
     def named(self):
@@ -269,8 +277,8 @@ def parse(values: Mapping, kind: type = Config, path: str = "") -> Any:
 def stages(config) -> list[str]:
     """The names of the stages of a run, in their order."""
     before = [name for name in ("pretrain", "sft") if getattr(config, name).steps]
-    models = REWARD_MODELS if config.reward.holdout_judge else ("reward",)
-    return [*before, *(models if config.learned else ()), rl_name(config)]
+    models = [name for name, made in zip(REWARD_MODELS, (config.learned, config.judged), strict=True) if made]
+    return [*before, *models, rl_name(config)]
 
 
 def rl_name(config) -> str:
@@ -299,7 +307,7 @@ def sections(config, stage) -> list[str]:
     names = stages(config)
     before = names[: names.index(stage) + 1]
     found = ["seed", "task", "text", "data", "model", "lora", "evaluation"]
-    found += [name for name in before if name in ("pretrain", "sft", "reward")]
+    found += dict.fromkeys(section(config, name) for name in before if name != rl_name(config))
     if stage == names[-1]:
         found += ["algorithm", config.algorithm, "alarms", "seeds"]
     return found
@@ -424,8 +432,8 @@ def _reward(config, _):
     """Problems with the choice of stages and reward, and with what the algorithm needs of the reward."""
     if config.pretrain.steps and config.task != "write":
         yield "pretrain.steps", "0, as only task = write has plain texts to pretrain on"
-    if config.learned and not config.reward.steps:
-        yield "reward.steps", "more than 0 where the reward is learned"
+    if (config.learned or config.judged) and not config.reward.steps:
+        yield "reward.steps", f"more than 0 where {'the reward' if config.learned else 'a hold-out judge'} is learned"
     if config.reward.kind == "gold" and getattr(config.data, "source", "") != "world":
         others = ", ".join(name for name in function.NAMED if name != "gold")
         expected = f"learned, {others} or path/to/file.py:function where no row has a record (data.source)"
@@ -434,8 +442,7 @@ def _reward(config, _):
         reward = function.load(config.reward.kind)  # its own InputError names what is wrong
         if reward.takes_rows and config.task == "write":
             yield "reward.kind", "a function of texts alone where task is write, whose rows hold nothing"
-    judged = config.learned and config.reward.holdout_judge
-    if config.alarms.over_optimization and not judged and getattr(config.data, "source", "") != "world":
+    if config.alarms.over_optimization and not config.judged and getattr(config.data, "source", "") != "world":
         yield "alarms.over_optimization", "0 where there is neither gold (data.source) nor reward.holdout_judge"
     if config.algorithm == "ppo" and config.ppo.value_init == "reward" and not config.learned:
         yield "ppo.value_init", f"zero or auto where reward is {config.reward.kind}, as there is no reward model"

@@ -238,18 +238,23 @@ class Stages:
         scalar, section = setup.apply.scalar, config.rl
         key = jax.random.fold_in(setup.key("rl"), seed)  # not split: a seed samples the same alone and among others
         sides = ("_before", "_after") if config.task == "write" else ("_sft", "")
+
+        def model(stage):
+            """The reward model of a stage: (its parameters, a reward)."""
+            params = self.parameters(stage, "reward", scalar.zero_head(policy))
+            how = {field: getattr(section, field) for field in ("lanes", "widths") if hasattr(section, field)}
+            sampling = setup.sampling(section.temperature, **how)
+            placed = sharding.place(params, setup.mesh) if stage == "judge" else params
+            return params, learned.Learned(setup.apply, placed, sampling, setup.jit)
+
+        judge = model("judge")[1] if config.judged else None
         reward: Reward
-        judge: Reward | None = None
         if not config.sampled:
             measure = function.load(config.reward.kind) if config.named else None
-            return dpo(name, setup, section, policy, measure, key=key, sides=sides)
+            parts = {"judge": judge, "only": self._only(name), "key": key, "sides": sides}
+            return dpo(name, setup, section, policy, measure, **parts)
         if config.learned:
-            params = self.parameters("reward", "reward", scalar.zero_head(policy))
-            sampling = setup.sampling(section.temperature, lanes=section.lanes, widths=section.widths)
-            reward = learned.Learned(setup.apply, params, sampling, setup.jit)
-            if "judge" in self.names:
-                other = sharding.place(self.parameters("judge", "reward", scalar.zero_head(policy)), setup.mesh)
-                judge = learned.Learned(setup.apply, other, sampling, setup.jit)
+            params, reward = model("reward")
         else:
             params, reward = None, function.load(config.reward.kind, self.reporter.waiting)
         algorithm, value = ALGORITHMS[config.algorithm], None
@@ -379,9 +384,9 @@ class Stages:
         self.workdir.write_json(report.ABOUT, {"command": report.command_line(), "data": data})
 
     def _only(self, name):
-        """The places of the pairs that a reward model is trained on, where two share them; else None: all."""
-        both = name in configs.REWARD_MODELS and self.config.reward.holdout_judge
-        return half(self.setup, judge=name == "judge") if both else None
+        """The places of the pairs that a stage is trained on, where it shares them with the judge; else None: all."""
+        shares = self.config.judged and self._kind(name) == "preferences"
+        return half(self.setup, judge=name == "judge") if shares else None
 
     def _fit(self, stage, depends, workdir, stop):
         config = configs.tree(self.config)

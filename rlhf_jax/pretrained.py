@@ -389,6 +389,7 @@ def _from_run(folder: Path, stage: str) -> Pretrained:
     if not stage and not policies:
         raise InputError(f"{folder}: expected a run with a finished stage that has a policy; there is none yet")
     stage, tokenizer = stage or policies[-1], text.load(folder / "text")
+    scorer = "judge" if stage == "judge" else "reward"
 
     model = dataclasses.replace(config.model, vocab_size=config.model.vocab_size or tokenizer.vocab_size)
 
@@ -400,7 +401,7 @@ def _from_run(folder: Path, stage: str) -> Pretrained:
         model,
         tokenizer,
         params=None if stage in configs.REWARD_MODELS else read(stage, "policy"),
-        reward=read("judge" if stage == "judge" else "reward", "reward") if "reward" in finished else None,
+        reward=read(scorer, "reward") if scorer in finished else None,
         max_tokens=config.data.response_length,
     )
 

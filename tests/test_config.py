@@ -386,7 +386,8 @@ def test_every_field_is_read(field):
         ({"reward": "sentiment"}, ["sft", "ppo"]),
         ({"algorithm": "grpo"}, ["sft", "reward", "grpo"]),
         ({"reward.holdout_judge": True}, ["sft", "reward", "judge", "ppo"]),
-        ({"reward.holdout_judge": True, "algorithm": "dpo"}, ["sft", "dpo"]),
+        ({"reward.holdout_judge": True, "algorithm": "dpo"}, ["sft", "judge", "dpo"]),
+        ({"reward.holdout_judge": True, "algorithm": "dpo", "reward.kind": "gold"}, ["sft", "dpo"]),
         ({"algorithm": "dpo"}, ["sft", "dpo"]),  # it needs no reward model
         ({"algorithm": "dpo", "reward": "gold"}, ["sft", "dpo"]),
         ({"reward": "gold", "algorithm": "policy_gradient", "sft.steps": 0}, ["policy_gradient"]),

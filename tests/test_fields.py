@@ -243,7 +243,7 @@ def test_which_fields_are_choices():
         *("pretrain.loss_on", "sft.loss_on", "ppo.value_init", "policy_gradient.baseline", "reinforce_pp.baseline"),
         *(f"{name}.{field}" for name in POLICY for field in ("missing_eos", "reduction", "kl")),
         *(f"{name}.{field}" for name in ("rloo", "grpo", "dr_grpo", "dapo") for field in ("baseline", "scale")),
-        *("dpo.loss", "dpo.total", "online_dpo.loss"),
+        *(f"{name}.{field}" for name in ("dpo", "online_dpo") for field in ("loss", "total")),
     }
     assert having("summarize", "choices") == both | {"data.source", "data.cut", "data.world_labels"}
     assert having("write", "choices") == both | {"data.kind", "data.source", "data.sentiment"}
@@ -396,7 +396,10 @@ UNUSED = [
     ("summarize", MINE, "data.pair_length"),
     ("summarize", MINE, "reward.lr"),
     ("summarize", MINE, "reward.normalize_before"),
-    ("summarize", {"algorithm": "dpo"}, "reward.holdout_judge"),
+    ("summarize", {"algorithm": "dpo"}, "reward.lr"),
+    ("summarize", {"algorithm": "dpo", "reward.kind": "gold"}, "reward.holdout_judge"),
+    *(("summarize", {"algorithm": "dpo"}, f"evaluation.{name}") for name in ("result", "best_by")),
+    ("summarize", {"algorithm": "dpo"}, "alarms.over_optimization"),
     ("summarize", MINE, "sft.lr"),
     ("summarize", MINE, "model.dropout"),
     ("summarize", {"reward.kind": "gold"}, "reward.from"),
@@ -463,8 +466,7 @@ ALWAYS = {
     *(f"model.{name}" for name in ("kv_heads", "feed_forward", "feed_forward_size", "norm", "qk_norm", "biases")),
     *("lora.rank", "mesh.data", "mesh.fsdp", "mesh.tensor"),
     *(f"hosts.{name}" for name in ("coordinator", "count", "index", "wait", "lost")),
-    *(f"alarms.{name}" for name in ("distinct2", "repeat_rate", "entropy", "length", "kl_exact", "over_optimization")),
-    *(f"evaluation.{name}" for name in ("prompts", "batch", "temperature", "samples", "result", "best_by")),
+    *(f"evaluation.{name}" for name in ("prompts", "batch", "temperature", "samples")),
     *("keep.last", "keep.best", "guard.action", "trace.every", "log", "doctor"),
 }
 

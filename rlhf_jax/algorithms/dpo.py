@@ -52,7 +52,12 @@ class Config(optim.Config):
     @property
     def mean(self) -> bool:
         """Whether a completion's log-prob is a mean over its tokens."""
-        return self.total == "mean" or (self.total == "auto" and self.loss == "ipo")
+        return averaged(self.total, self.loss)
+
+
+def averaged(total: str, loss: str) -> bool:
+    """Whether a completion's log-prob is a mean over its tokens, by the fields of a config."""
+    return total == "mean" or (total == "auto" and loss == "ipo")
 
 
 def init(policy, key, *, tx):

@@ -39,10 +39,6 @@ class Config(policy.Config):
         """Fields without effect, and why."""
         yield from super().unused()
         yield "gamma", "a completion is one action, with one advantage"
-        if self.epochs * self.minibatches == 1:
-            why = "a rollout has one optimizer step (epochs x minibatches), before which nothing has moved"
-            yield "clip", why
-            yield "clip_high", why
 
 
 def clip_problems(config):

@@ -8,7 +8,7 @@ import math
 
 import jax.numpy as jnp
 
-from rlhf_jax.algorithms import policy
+from rlhf_jax.algorithms import dpo, policy
 from rlhf_jax.fields import choice, number
 from rlhf_jax.ops import losses, masked
 
@@ -25,6 +25,8 @@ class Config(policy.Config):
     beta: float = number(0.1, above=0)  # reward per nat of log pi - log pi_ref: larger stays closer to the reference
     loss: str = choice("sigmoid", *losses.DPO)  # of a pair: ops/losses.py, dpo
     smoothing: float = number(0.0, least=0, below=0.5)  # share of pairs taken to be swapped
+    # Log-prob of a completion: the sum or the mean of its tokens'. auto: mean where loss is ipo, else sum.
+    total: str = choice("auto", "auto", *dpo.TOTALS)
     kl: str = choice("off", *policy.KLS)
     whiten_advantages: bool = False
     reduction: str = choice("sequence", *masked.REDUCTIONS)  # must stay: a pair has one loss
@@ -63,14 +65,15 @@ def loss(params, batch, *, config, apply):
         params["policy"], batch.tokens_BT, batch.attend_BT, R, temperature=config.temperature
     )
     _, aux = losses.ppo_policy(logp_BR, batch.logp_BR, batch.advantages_BR, mask_BR, clip=math.inf)  # what is logged
-    sums_QO, ref_QO = (masked.sum(x_BR, mask_BR, axis=1).reshape(-1, 2) for x_BR in (logp_BR, batch.logp_ref_BR))
+    total = masked.mean if dpo.averaged(config.total, config.loss) else masked.sum
+    logp_QO, ref_QO = (total(x_BR, mask_BR, axis=1).reshape(-1, 2) for x_BR in (logp_BR, batch.logp_ref_BR))
     sign_Q = batch.advantages_BR[::2, 0]
     first_Q = sign_Q > 0
 
     def side(x_QO, chosen):
         return jnp.where(first_Q == chosen, x_QO[:, 0], x_QO[:, 1])
 
-    pairs = (side(sums_QO, True), side(sums_QO, False), side(ref_QO, True), side(ref_QO, False))
+    pairs = (side(logp_QO, True), side(logp_QO, False), side(ref_QO, True), side(ref_QO, False))
     pair_Q = losses.dpo(*pairs, beta=config.beta, kind=config.loss, smoothing=config.smoothing)
     pair_BR = jnp.repeat(jnp.where(sign_Q == 0, 0.0, pair_Q), 2)[:, None] * jnp.ones(mask_BR.shape)
     value = masked.mean(pair_BR, mask_BR, weight_B=batch.weight_B)

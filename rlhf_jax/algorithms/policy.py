@@ -87,6 +87,11 @@ class Config(optim.Config):
         elif not self.kl_coef:
             yield "kl_target", "kl_coef is 0, and only scaled by this"
             yield "kl_horizon", "kl_coef is 0"
+        if self.epochs * self.minibatches == 1:
+            why = "a rollout has one optimizer step (epochs x minibatches), before which nothing has moved"
+            for name in ("clip", "clip_high", "value_clip"):
+                if hasattr(self, name):
+                    yield name, why
 
     @property
     def updates(self):

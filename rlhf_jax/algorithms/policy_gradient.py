@@ -57,13 +57,18 @@ def baseline(returns_B, kind):
 
     Only the last is independent of the episode itself, so that it keeps the gradient of a sum over episodes unbiased.
     The loss here is a mean over tokens, and with responses of unequal lengths that is a ratio estimator: its bias is
-    O(1/B). A batch of one has no others, and no baseline.
+    O(1/B). A batch of one has no others, and no baseline. Equal returns are their own baseline, without a rounding
+    error.
     """
     if kind == "none":
         return jnp.zeros_like(returns_B)
     if kind == "mean":
-        return jnp.full_like(returns_B, jnp.mean(returns_B))
-    return (jnp.sum(returns_B) - returns_B) / jnp.maximum(returns_B.shape[0] - 1, 1)
+        mean_B = jnp.full_like(returns_B, jnp.mean(returns_B))
+    elif len(returns_B) == 1:
+        return jnp.zeros_like(returns_B)
+    else:
+        mean_B = (jnp.sum(returns_B) - returns_B) / (len(returns_B) - 1)
+    return jnp.where(jnp.ptp(returns_B) == 0, returns_B, mean_B)
 
 
 def estimate(rollout, kl_coef, *, config):

@@ -30,14 +30,6 @@ class Config(policy.Config):
     value_init: str = choice("auto", "auto", "reward", "zero")
     whiten_rewards: bool = False  # scale the token rewards of a rollout to variance 1; their mean stays
 
-    def unused(self):
-        """Fields without effect, and why."""
-        yield from super().unused()
-        if self.epochs * self.minibatches == 1:
-            why = "a rollout has one optimizer step (epochs x minibatches), before which nothing has moved"
-            yield "clip", why
-            yield "value_clip", why
-
 
 def estimate(rollout, kl_coef, *, config):
     """The rollout with advantages and returns: from here on they are constants."""

@@ -2,7 +2,8 @@
 
 A run is the folder of a stage that trained a policy by reward or preference (runs/demo/ppo), or a workdir, which stands
 for all of its stages of that kind. A gain over the first run is a paired difference where both have the same held-out
-prompts in the same order; otherwise it is left out. Runs that differ in their seed alone are also one row together.
+prompts of one task in the same order; otherwise it is left out. Runs that differ in their seed alone are also one row
+together.
 """
 
 import dataclasses
@@ -18,7 +19,7 @@ from rlhf_jax.report import metrics, plots
 from rlhf_jax.training.workdir import Workdir, flat
 
 NUMBERS = ("kl_exact", "best_of_n_at_kl", "distinct2", "eos_rate", "length")  # of the summary, after the score
-METRICS = ("gold", "reward", "score", "exact")  # what runs are compared by: the first that all of them have
+METRICS = ("gold", "judge", "reward", "score", "exact")  # what runs are compared by: the first that all of them have
 
 
 @dataclasses.dataclass(frozen=True)
@@ -37,20 +38,17 @@ class Run:
         """Completions, or pairs, an iteration."""
         return self.config[f"{self.config['section']}.batch"]
 
+    def _gains(self, metric) -> list[dict]:
+        """What the samples say of the metric, before and after; the column `score` is that of the reward."""
+        return report.gains(self.samples, self.stage, (metric, "score") if metric == "reward" else (metric,))[1]
+
     def scores(self, metric) -> np.ndarray | None:
         """The metric [N] of each held-out completion, where the samples have it."""
-        for row in self.samples[:1]:
-            if isinstance(row.get(self.stage), dict):
-                name = metric if metric in row[self.stage] else "score"
-                return np.array([each[self.stage][name] for each in self.samples]) if name in row[self.stage] else None
-            if f"{metric}_rl" in row:
-                return np.array([each[f"{metric}_rl"] for each in self.samples])
-        return None
+        return np.array([each["last"] for each in found]) if (found := self._gains(metric)) else None
 
     def wins(self, metric) -> np.ndarray | None:
         """[N]: 1 where the policy beats the one before it on a held-out prompt, .5 for a tie, where the samples say."""
-        name, found = report.gains(self.samples, self.stage, (metric, "score"))
-        return (np.sign([each["gain"] for each in found]) + 1) / 2 if name else None
+        return (np.sign([each["gain"] for each in found]) + 1) / 2 if (found := self._gains(metric)) else None
 
     def best_of_n(self, metric) -> np.ndarray:
         """[M, 2]: exact KL and metric of the best of n samples of the policy before, where all answer one prompt."""
@@ -212,7 +210,8 @@ def numbers(run: Run, first: Run, metric: str) -> dict:
     found = {metric: run.summary[metric], "ci95": None, "gain": None, "gain_ci95": None}
     if scores_N is not None:
         found["ci95"] = interval.mean_ci95(scores_N)
-        if run is not first and others_N is not None and run.prompts == first.prompts:
+        same = (run.task, run.prompts) == (first.task, first.prompts)
+        if run is not first and others_N is not None and same:
             found["gain"], found["gain_ci95"] = interval.paired_gain(scores_N, others_N)
     found |= {name: run.summary.get(name) for name in NUMBERS}
     return found | {"samples": run.summary["steps"] * run.batch, "seconds": run.summary["seconds"]}

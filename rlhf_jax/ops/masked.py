@@ -33,10 +33,12 @@ def whiten(x, mask, *, shift_mean=True):
     """x scaled to variance 1 under the mask, and to mean 0 unless shift_mean is False; 0 outside the mask.
 
     Divides by sqrt(var + 1e-8) with the biased variance, as OpenAI's 2019 code does
-    (arXiv 2403.17031, detail "whitening"). shift_mean=False adds the mean back.
+    (arXiv 2403.17031, detail "whitening"). shift_mean=False adds the mean back. Equal entries are 0 apart from it, and
+    not a rounding error, which the division would make 10,000 times as large.
     """
     centre = mean(x, mask)
-    white = (x - centre) * jax.lax.rsqrt(var(x, mask) + 1e-8)
+    equal = jnp.max(jnp.where(mask, x, -jnp.inf)) == jnp.min(jnp.where(mask, x, jnp.inf))
+    white = jnp.where(equal, 0, x - centre) * jax.lax.rsqrt(var(x, mask) + 1e-8)
     if not shift_mean:
         white = white + centre
     return jnp.where(mask, white, 0)

@@ -29,6 +29,7 @@ PANEL, SINGLE = (4.0, 2.75), (5.5, 3.5)  # inches: one panel among others, one a
 DASHED = 0, (4, 3)
 STEPS: dict[str, Any] = dict(nbins=5, steps=(1, 2, 5, 10), integer=True, min_n_ticks=1)  # ticks of a step axis
 LONGEST = 14  # characters of a component's name
+MARKERS = "osD^vPX"  # of runs; with ten colours, seventy differ
 FEW = 20  # points of a curve that are drawn large
 WIDE = 9  # characters of a title in an inch
 
@@ -262,10 +263,16 @@ def compare(curves, path, *, metric, best_of_n=()):
 
     best_of_n: curves of best-of-n, [M, 2] of KL and metric each, to set beside the last.
     """
-    axes_of = {"iterations": "iteration", "samples": "completions", "seconds": "seconds", "kl": "exact KL (nats)"}
+    axes_of = {
+        "iterations": "iteration",
+        "samples": "completions",
+        "seconds": "seconds",
+        "kl": "exact KL from the reference (nats)",
+    }
     beside = {x: best_of_n if x == "kl" else () for x in axes_of}
     parts = {"curves": curves, "metric": metric}
-    return _save([partial(_curves, **parts, x=x, label=axes_of[x], beside=beside[x]) for x in axes_of], path)
+    panels = [partial(_curves, **parts, x=x, label=axes_of[x], beside=beside[x]) for x in axes_of]
+    return _save(panels, path, columns=2, legend=True)
 
 
 @_styled
@@ -297,8 +304,11 @@ def _components(rows):
     return Panel("Reward components", "mean of a rollout", tuple(curves))
 
 
-def _save(plotters, path, *, columns=3, title=None):
-    """Writes a Figure to `path`, with a cell for each of `plotters`, which are functions of axes."""
+def _save(plotters, path, *, columns=3, title=None, legend=False):
+    """Writes a Figure to `path`, with a cell for each of `plotters`, which are functions of axes.
+
+    legend: what the curves of the first cell are, two in a line under the cells.
+    """
     if not plotters:
         return None
     columns = min(columns, len(plotters))
@@ -314,6 +324,11 @@ def _save(plotters, path, *, columns=3, title=None):
     if title:
         lines = [_short(line, int(WIDE * width * columns)) for line in title.split("\n")]
         figure.suptitle("\n".join(lines), x=0.012, ha="left")
+    if legend:
+        handles, names = figure.axes[0].get_legend_handles_labels()
+        figure.set_figheight(figure.get_figheight() + 0.2 * -(-len(names) // 2))
+        names = [_short(name, int(WIDE * width)) for name in names]
+        figure.legend(handles, names, loc="outside lower left", ncols=2, frameon=False, fontsize="small")
     layout.execute(figure)  # here, because savefig would draw twice for it
     Path(path).parent.mkdir(parents=True, exist_ok=True)
     figure.savefig(path)
@@ -502,18 +517,16 @@ def _reuse(axes, results, name):
 
 
 def _curves(axes, curves, x, label, metric, beside):
-    ends = []
     for points_M2 in beside:
         axes.plot(*points_M2.T, linestyle=DASHED, color=GREY, linewidth=1)
-        ends += [(points_M2[-1, 1], "best of n", GREY)] if len(points_M2) and not ends else []
+    if ends := [tuple(points_M2[-1]) for points_M2 in beside if len(points_M2)]:
+        axes.annotate("best of n", max(ends), (4, 0), textcoords="offset points", color=GREY, va="center")
     for i, (name, arrays) in enumerate(curves.items()):
-        x_N, y_N = arrays[x], arrays["value"]
-        if not len(y_N):
-            continue
-        (line,) = axes.plot(x_N, y_N, ".-", color=f"C{i}", linewidth=1.5, markersize=4)
-        ends.append((y_N[-1], f"{name} {_number(y_N[-1])}", line.get_color()))
-    axes.set(title=f"Held-out {metric}", xlabel=label, ylabel=metric)
-    _label_ends(axes, ends)
+        if len(y_N := arrays["value"]):
+            looks = {"color": f"C{i % 10}", "marker": MARKERS[i % len(MARKERS)], "markersize": 4, "linewidth": 1.2}
+            axes.plot(arrays[x], y_N, label=f"{name} {_number(y_N[-1])}", **looks)
+    axes.set(title=f"By {label.partition(' (')[0]}", xlabel=label, ylabel=f"held-out {metric}")
+    _ticks(axes, nbins=5, steps=(1, 2, 5, 10))
 
 
 def _gains(axes, points, fit, title):

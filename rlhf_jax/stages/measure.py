@@ -104,17 +104,20 @@ def measurement(setup, config, reward, holdout=None, part=None):
     return measure
 
 
-def passes(setup, config, part=None):
-    """A function state -> {"pass_1", "pass_2", "pass_4", ...}: pass@k of the held-out questions; {} without answers."""
+def passes(setup, config, state, sides, part=None):
+    """{"pass_1" and the suffix of a side, "pass_2", "pass_4", ...}: pass@k of the held-out questions.
+
+    The sides are the reference and the policy of a state, at the training temperature. {} where no answer is right.
+    """
     arrays, questions = questions_of(setup, part)
     draws, sampling = setup.evaluation.draws, setup.sampling(config.temperature)
     once = setup.jit(functools.partial(sample, apply=setup.apply, sampling=sampling))
 
-    def measure(state):
+    def measure(policy):
         columns = []
         for i in range(draws if draws > 1 else 0):
             key = jax.random.fold_in(setup.key("evaluation"), i)
-            found = setup.over(arrays, lambda batch, key=key: once(state.policy, batch, key), len(questions))
+            found = setup.over(arrays, lambda batch, key=key: once(policy, batch, key), len(questions))
             judged = setup.task.judge(questions, setup.decode(found["response"], found["mask"]))
             if "exact" not in judged:
                 return {}
@@ -122,7 +125,8 @@ def passes(setup, config, part=None):
         sizes = [2**i for i in range(draws.bit_length())] if columns else []
         return {f"pass_{k}": float(pass_at_k(np.stack(columns, axis=1), k).mean()) for k in sizes}
 
-    return measure
+    both = zip(sides, (state.reference, state.policy), strict=True)
+    return {f"{name}{suffix}": value for suffix, policy in both for name, value in measure(policy).items()}
 
 
 def judge(task, reward, rows, texts):
@@ -166,8 +170,9 @@ def known(names, metric):
 
 
 def metric_of(measured, reward):
-    """The number that a policy is judged by: gold where it is known, then the reward, then the task's own; or None."""
-    names = ("gold", reward.metric if reward else "", "exact", "reward")
+    """The number that a policy without a reward of its own has as its score: what only measures it, then the task's own,
+    then gold, then the hold-out judge's; or None."""
+    names = (reward.metric if reward else "", "exact", "reward", "gold", "judge")
     return next((name for name in names if name in measured.rows), None)
 
 
@@ -190,16 +195,19 @@ def samples(measured, state, config, metric):
     `total` is what the algorithm maximizes: the score after the rule for a missing EOS, minus the KL penalty with the
     current coefficient.
     """
-    rows = {
-        name: measured.rows[name] for name in dict.fromkeys((metric, "kl", "judge", "gold")) if name in measured.rows
-    }
+    rows = measured.rows
     score_N = np.asarray(policy_algorithm.final_score(
-        rows[metric], measured.rows["eos_rate"], missing_eos=config.missing_eos, penalty=config.missing_eos_penalty
+        rows[metric], rows["eos_rate"], missing_eos=config.missing_eos, penalty=config.missing_eos_penalty
     ))  # fmt: skip
-    rows["total"] = score_N - float(state.kl_coef) * rows["kl"]
-    named = {"score" if name == metric else name: values for name, values in rows.items()}
+    return columns(measured, metric, total=score_N - float(state.kl_coef) * rows["kl"])
+
+
+def columns(measured, metric, **more):
+    """Completions, each with its score (the number `metric`, if any), its other numbers, and `more` arrays [N]."""
+    names = {"score": metric} | {name: name for name in ("kl", "judge", "gold", "exact")}
+    found = {name: measured.rows[each] for name, each in names.items() if each in measured.rows} | more
     return [
-        {"completion": text} | {name: float(values[i]) for name, values in named.items()}
+        {"completion": text} | {name: float(values[i]) for name, values in found.items()}
         for i, text in enumerate(measured.texts)
     ]
 

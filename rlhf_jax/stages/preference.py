@@ -131,10 +131,16 @@ def dpo(
     policy,
     reward: rewards.Reward | None = None,
     *,
+    judge: rewards.Reward | None = None,
+    only=None,
     key=None,
     sides: tuple[str, str] = ("_sft", ""),
 ) -> Stage:
-    """The stage that trains `policy` on (prompt, chosen, rejected). `reward`, if any, only measures the policy."""
+    """The stage that trains `policy` on (prompt, chosen, rejected).
+
+    reward, judge: a reward, and a reward model of other pairs, that only measure the policy; if any. only: the places
+    of the training pairs; None: all.
+    """
     apply = setup.apply
     encoded, rows = setup.arrays("preferences"), setup.task.rows("preferences").held_out
     tx = optim.adamw(config, config.steps)
@@ -153,7 +159,7 @@ def dpo(
         return {"chosen_ref_N": chosen_N, "rejected_ref_N": rejected_N}
 
     train_refs, held_out_refs = referred(encoded.train), referred(encoded.held_out)
-    measured = measure.measurement(setup, config, reward)
+    measured = measure.measurement(setup, config, reward, judge)
 
     def step(state, batch, record=False):
         state, numbers = learn(state, batch)
@@ -181,7 +187,8 @@ def dpo(
         last, ci95 = evaluated.details
         metric = measure.metric_of(last, reward)
         numbers = measure.compare(before, last, sides, metric) | {"accuracy_ci95": ci95}
-        first, now = (_completions(found, metric) for found in (before, last))
+        numbers |= measure.passes(setup, config, state, sides)
+        first, now = (measure.columns(found, metric) for found in (before, last))
         samples = measure.side_by_side(name, setup.questions("prompts")[1], first, now, (), metric, setup.task)
 
         def plot(rows, folder, run):
@@ -197,25 +204,15 @@ def dpo(
         name=name,
         config=config,
         state=state,
-        batch_at=setup.batch_at("preferences", config.batch, "rl", f"{name}.batch", more=train_refs),
+        batch_at=setup.batch_at("preferences", config.batch, "rl", f"{name}.batch", more=train_refs, only=only),
         step=step,
         learn=learn,
         evaluate=lambda state: evaluation(state, measured(state)),
         best=("accuracy", max),
         result=("policy",),
         summarize=summarize,
-        headlines=("accuracy", "score", "reward", "gold", "win_rate", "kl_exact", "eos_rate"),
+        headlines=("accuracy", "score", "reward", "judge", "gold", "win_rate", "kl_exact", "eos_rate"),
         first=evaluation(state, before),
         frozen=("reference",),
         guard=setup.guard,
     )
-
-
-def _completions(measured, metric):
-    """Columns of samples.jsonl: completions with their scores, where the policy is judged by a number."""
-    if metric is None:
-        return [{"completion": text} for text in measured.texts]
-    return [
-        {"completion": text, "score": float(score)}
-        for text, score in zip(measured.texts, measured.rows[metric], strict=True)
-    ]

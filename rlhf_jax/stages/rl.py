@@ -336,10 +336,7 @@ class _Parts:
             fresh = jax.random.fold_in(self.setup.key("evaluation"), 1)
             first, last = self.final(state.replace(policy=state.reference), fresh), self.final(state, fresh)
         numbers = measure.compare(first, last, self.sides, metric)
-        passes = measure.passes(self.setup, self.config, self.shares[1])
-        for suffix, policy in zip(self.sides, (state.reference, state.policy), strict=True):
-            found = passes(state.replace(policy=policy))
-            numbers |= {f"{key}{suffix}": value for key, value in found.items()}
+        numbers |= measure.passes(self.setup, self.config, state, self.sides, self.shares[1])
         curve = best_of_n.curve(first.rows[metric]) if task.same_prompt else None
         if curve:
             numbers["best_of_n_at_kl"] = best_of_n.at_kl(first.rows[metric], numbers["kl_exact"])

@@ -488,6 +488,8 @@ def _pair_loss(h, config):
 def _pair_losses(logp, reference, mask, advantages, config):
     """The loss of its pair at each token; 0 where the completions are equal. Arrays [..., rows, R]."""
     gain = np.where(mask, logp - reference, 0).sum(axis=-1)
+    if config.get("total") == "mean" or (config.get("total") == "auto" and config["loss"] == "ipo"):
+        gain = gain / np.maximum(mask.sum(axis=-1), 1)
     sign = advantages[..., 0]
     h = (gain * sign).reshape(*gain.shape[:-1], -1, 2).sum(axis=-1)
     loss = np.where(sign[..., ::2] == 0, 0, _pair_loss(h, config))

@@ -150,6 +150,13 @@ def test_online_dpo_by_hand(drawn):
     assert numbers["groups_equal"] == 0.25
     sliced, _ = learn(online_dpo, dataclasses.replace(config, microbatches=4), drawn)
     assert_close(sliced.policy, state.policy, atol=1e-6)
+    # IPO's h is of means over tokens, as DPO's; total: sum is the option. Lengths are 4, 1, 3, 2, 4, 2.
+    mean_B = gain_B / jnp.array([4, 1, 3, 2, 4, 2, 1, 3])
+    for total, each_B in (("auto", mean_B), ("sum", gain_B)):
+        ipo = dataclasses.replace(config, loss="ipo", total=total)
+        h = np.array([each_B[1] - each_B[0], each_B[3] - each_B[2], each_B[4] - each_B[5]])
+        found = learn(online_dpo, ipo, drawn)[1]["policy_loss"]
+        assert_close(found, ((h - 1 / 0.6) ** 2).sum() / 4, atol=1e-5)
 
 
 def test_best_of_n_keeps_the_best_that_ended(drawn):

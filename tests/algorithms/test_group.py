@@ -23,6 +23,7 @@ SGD = optax.sgd(1.0)  # its step is the gradient
 GROUPED = [name for name, each in POLICY.items() if hasattr(each.Config, "scale")]
 REDUCTIONS = ("token", "sequence", "constant")
 LENGTHS = np.array([4, 1, 3, 2, 4, 2, 1, 3])  # of two groups of four
+PAIRS = {"online_dpo": {"group": 2, "loss": "ipo"}}  # of means over tokens
 
 
 def config(name, **changes):
@@ -82,11 +83,12 @@ def test_groups_without_spread_are_counted(drawn):
 # The loss
 
 
-@pytest.mark.parametrize("name", [*GROUPED, "reinforce_pp"])
+@pytest.mark.parametrize("name", [name for name in POLICY if name != "ppo"])
 def test_a_first_epoch_is_on_policy(name, drawn):
-    _, numbers = learn(drawn, name, config(name))
-    assert numbers["clip_fraction"] == 0
-    assert_close(numbers["ratio"], 1, atol=1e-5)
+    """invariant 5; PPO's, which needs values, is in test_ppo.py."""
+    _, numbers = learn(drawn, name, config(name, **PAIRS.get(name, {})))
+    assert numbers.get("clip_fraction", 0) == 0
+    assert_close([numbers["ratio"], numbers["approx_kl"]], [1, 0], atol=1e-5)
 
 
 @pytest.mark.parametrize("reduction", REDUCTIONS)
@@ -225,6 +227,8 @@ def test_fields_without_effect():
         **dict.fromkeys(("clip", "clip_high"), found["clip"]),
     }
     assert "kl_coef" not in fields.unused(config("grpo"))
+    assert {"clip", "clip_high"} <= fields.unused(config("reinforce_pp", epochs=1)).keys()
+    assert not {"clip", "clip_high"} & fields.unused(config("reinforce_pp", epochs=1, minibatches=2)).keys()
 
 
 # The trace
@@ -238,8 +242,7 @@ def manifest(name):
 @pytest.mark.parametrize("name", ["rloo", "grpo", "dapo", "reinforce_pp", "policy_gradient", "online_dpo", "best_of_n"])
 def test_the_verifiers_recompute_each_part(name, drawn, node):
     """What a loss hands out, in Python and in the page; and both find a breach of an advantage."""
-    pair = {"group": 2} if name == "online_dpo" else {}
-    section = config(name, epochs=2, kl_coef=0.2, entropy_coef=0.1, **pair)
+    section = config(name, epochs=2, kl_coef=0.2, entropy_coef=0.1, **PAIRS.get(name, {}))
     _, numbers = learn(drawn, name, section, record=True)
     recorded = numbers.pop("record")
     rollout = {key: value for key, value in vars(recorded["rollout"]).items() if value is not None}

@@ -80,6 +80,14 @@ def test_leave_one_out_looks_at_the_others_alone(returns):
     close(pg.baseline(returns_B, "leave_one_out"), others, atol=1e-5)
 
 
+@pytest.mark.parametrize("kind", ["mean", "leave_one_out"])
+def test_equal_returns_teach_exactly_nothing(kind):
+    """The mean of 32 times .1 is not .1 in float32, and a whitening makes a rounding error large."""
+    returns_B = jnp.full(32, 0.1, jnp.float32)
+    np.testing.assert_array_equal(pg.baseline(returns_B, kind), returns_B)
+    assert (pg.baseline(returns_B.at[0].set(0.2), kind) != returns_B).any()
+
+
 def test_a_batch_of_one_has_no_others():
     close(pg.baseline(jnp.array([3.0]), "leave_one_out"), [0])
 

@@ -122,3 +122,31 @@ def test_an_algorithm_over_tasks_is_an_interquartile_mean(tmp_path, reporter):
     assert row[:4] == ["rloo", 2, 5, pytest.approx((0.3 * 0.5 + 0.4 + 0.5 + 0.6 + 0.7 + 0.8 * 0.5) / 5)]
     assert row[4][0] < row[3] < row[4][1]
     assert compare.over_tasks(runs[:9], "gold")[1] == []
+
+
+def run(scores, task="sort", **summary):
+    rows = [
+        {"prompt": str(i), "sft": {"completion": "", **each}, "rloo": {"completion": "", **each}}
+        for i, each in enumerate(scores)
+    ]
+    config = {"section": "rloo", "rloo.batch": 8, "task": task, "algorithm": "rloo"}
+    return compare.Run(f"{task}/rloo", config, {"steps": 1, "seconds": 1.0} | summary, [], rows, "rloo")
+
+
+def test_the_score_of_a_sample_is_the_reward_and_no_other_number():
+    """A run by `partial` has another score than `exact`, which it is compared by where another run has no reward."""
+    alone, both = (
+        run([{"score": 0.5}, {"score": 0.25}]),
+        run([{"score": 0.5, "exact": 0.0}, {"score": 1.0, "exact": 1.0}]),
+    )
+    np.testing.assert_array_equal(alone.scores("reward"), [0.5, 0.25])
+    assert alone.scores("exact") is None and alone.wins("exact") is None
+    np.testing.assert_array_equal(both.scores("exact"), [0, 1])
+
+
+def test_the_same_prompts_of_another_task_are_not_paired():
+    """31452= is a question of sorting and of reversing."""
+    scores = [{"score": 1.0}, {"score": 0.0}]
+    first = run(scores, reward=0.5)
+    assert compare.numbers(run(scores, "reverse", reward=0.5), first, "reward")["gain"] is None
+    assert compare.numbers(run(scores, reward=0.5), first, "reward")["gain"] == 0

@@ -141,3 +141,12 @@ def test_a_weight_of_one_changes_no_bit():
     x_BR = jax.random.normal(jax.random.key(0), (2, 3))
     weight_B = masked.row_weights(LENGTHS, "token", length=3)
     assert masked.mean(x_BR, LENGTHS, weight_B=weight_B) == masked.mean(x_BR, LENGTHS)
+
+
+@pytest.mark.parametrize("value", [0.1, 0.7, -3e7])
+def test_equal_entries_are_whitened_to_exactly_nothing(value):
+    """In float32 their mean may be a rounding error away, which a division by 1e-4 would make an advantage."""
+    mask = jnp.arange(333) % 3 > 0
+    x = jnp.where(mask, jnp.float32(value), jnp.nan)
+    np.testing.assert_array_equal(masked.whiten(x, mask), jnp.zeros(333))
+    assert jnp.isnan(masked.whiten(x.at[1].set(jnp.nan), mask)[1])  # what is not finite is not hidden

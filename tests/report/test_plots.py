@@ -3,6 +3,7 @@ import numpy as np
 import pytest
 from hypothesis import given
 from hypothesis import strategies as st
+from matplotlib.backends.backend_agg import FigureCanvasAgg
 from matplotlib.figure import Figure
 from matplotlib.image import imread
 
@@ -299,3 +300,22 @@ def test_a_line_for_each_run_of_a_sweep(tmp_path):
     runs = [list(line.get_ydata()) for line in figure.axes[0].lines if len(line.get_ydata()) == 3]
     assert runs == [[0.5, 1, 0], [0, 1, 0.5], [1, 0, 1]]
     assert {"0.001", "a", "b", "1", "3"} <= set(texts(figure)) and is_picture(tmp_path / "sweep.png")
+
+
+def test_eight_runs_are_named_once_beside_nothing(tmp_path):
+    """Each panel has its axis in its title; the names stand under all panels, within the picture."""
+    value_N, names = np.linspace(0, 1, 5), [f"a_workdir_with_a_long_name_{i}/online_dpo" for i in range(8)]
+    arrays = {
+        x: np.arange(5) * scale for x, scale in (("iterations", 10), ("samples", 2560), ("seconds", 7.5), ("kl", 0.2))
+    }
+    figure = plots.compare({name: arrays | {"value": value_N} for name in names}, tmp_path / "a.png", metric="gold")
+    assert [axes.get_title("left") for axes in figure.axes] == [
+        *("By iteration", "By completions", "By seconds", "By exact KL from the reference")
+    ]
+    (legend,) = figure.legends
+    renderer = FigureCanvasAgg(figure).get_renderer()
+    around = legend.get_window_extent(renderer)
+    assert len(legend.get_texts()) == 8 and around.y0 >= 0 and around.x1 <= figure.bbox.width
+    assert all(axes.get_tightbbox(renderer).y0 >= around.y1 for axes in figure.axes)
+    looks = {(line.get_color(), line.get_marker()) for line in figure.axes[0].lines}
+    assert len(looks) == 8 and is_picture(tmp_path / "a.png")

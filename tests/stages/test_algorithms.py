@@ -50,9 +50,12 @@ def test_each_algorithm_leaves_numbers_and_a_policy(workdir):
         assert np.isfinite(summary[f"{name}/kl_exact"]) and 0 <= summary[f"{name}/exact"] <= 1
         assert differ(trained(steps, name, "policy"), trained(steps, "sft", "policy"))
         assert json.loads((folder / name / "config.json").read_text())["section"] == name
-    row, summary = logged(folder, "grpo")[1], runs["grpo"][1]
+        for side in "_sft", "":
+            assert 0 <= summary[f"{name}/pass_1{side}"] <= summary[f"{name}/pass_2{side}"] <= 1
+    row = logged(folder, "grpo")[1]
     assert row["grpo/kl"] == pytest.approx(0, abs=1e-4) and "grpo/reward" in row
-    assert 0 <= summary["grpo/pass_1"] <= summary["grpo/pass_2"] <= 1
+    before = {name: runs[name][1][f"{name}/pass_2_sft"] for name in runs}
+    assert before["grpo"] == before["dpo"]  # the same policy, with the same noise
 
 
 def test_dpo_reads_pairs_and_needs_no_reward_model(workdir):

@@ -16,7 +16,7 @@ import pytest
 import rlhf_jax
 from rlhf_jax import checkpoint, pipeline
 from rlhf_jax import config as configs
-from rlhf_jax.algorithms import ppo
+from rlhf_jax.algorithms import dpo, ppo
 from rlhf_jax.config import Reward, Supervised
 from rlhf_jax.data import sources
 from rlhf_jax.data.tldr import format_query
@@ -260,6 +260,27 @@ def test_the_judges_score_is_that_of_its_model(judged):
         whole_N = np.array([len(ids) < 19 for ids in eos])  # a text that was cut has no EOS
         found_N = np.array([row[side]["judge"] for row in rows])
         np.testing.assert_allclose(found_N[whole_N], scores[whole_N], atol=1e-4)
+
+
+def test_dpo_has_the_judge_of_its_workdir_and_the_other_half_of_the_pairs(judged):
+    """It needs no reward model. The judge that was trained beside the one of PPO is its own."""
+    there, _ = judged
+    config = changed(there.config, algorithm="dpo", dpo=dpo.Config(lr=1e-2, steps=2, batch=8, eval_every=1))
+    steps = stages(config, there.workdir.path)
+    summary = steps.all()
+    assert steps.names == ["sft", "judge", "dpo"]
+    assert [note for note in steps.reporter.notes if note.startswith("judge")] == [
+        "judge: finished with this config, skipped"
+    ]
+    rows, index_N = steps.setup.task.rows("preferences").train, steps.setup.arrays("preferences").train["index_N"]
+    others = {rows[index_N[at]]["prompt"] for at in half(steps.setup, judge=False)}
+    assert {rows[i]["prompt"] for i in np.asarray(steps.make("dpo").batch_at(0)["index_B"])} <= others
+    assert {"dpo/judge", "dpo/judge_sft", "dpo/judge_ci95"} <= summary.keys()
+    assert "dpo/eval_judge" in logged(steps.workdir, "dpo")[0]
+    found = samples(steps.workdir, "dpo")
+    for side, name in (("sft", "judge_sft"), ("dpo", "judge")):
+        assert summary[f"dpo/{name}"] == pytest.approx(np.mean([row[side]["judge"] for row in found]), abs=1e-5)
+    assert rlhf_jax.load(steps.workdir.path).reward is None
 
 
 def test_the_prompts_that_choose_a_policy_do_not_measure_it(judged):

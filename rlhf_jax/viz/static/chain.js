@@ -106,7 +106,9 @@ export function priced(laid, c, k) {
 
 // The loss [B] of each completion's pair, rows 2q and 2q + 1; 0 where the two are equally good.
 export function pairLosses(now, { B, R, mask, logp_ref, raw, pairs }) {
-  const gain = perRow(Float64Array.from(mask, (m, i) => (m ? now[i] - logp_ref[i] : 0)), mask, R);
+  const sums = perRow(Float64Array.from(mask, (m, i) => (m ? now[i] - logp_ref[i] : 0)), mask, R), lengths = perRow(mask, mask, R);
+  const averaged = pairs.total === "mean" || (pairs.total === "auto" && pairs.loss === "ipo");
+  const gain = sums.map((sum, b) => (averaged ? sum / Math.max(lengths[b], 1) : sum));
   return Array.from({ length: B }, (_, b) => {
     const sign = raw[b * R], h = sign * (gain[b] - gain[b ^ 1]);
     return sign ? losses.dpo(h, pairs.beta, pairs.loss, pairs.smoothing) : 0;
