@@ -256,6 +256,15 @@ def reuse(results, path):
     return _save(panels, path, title="One rollout, used again")
 
 
+SCALING = {  # {name of a count of commands/topology.py: (title, unit, what it is divided by)}
+    "flops": ("work", "GFLOP", 1e9),
+    "traffic": ("memory read and written", "GB", 1e9),
+    "collectives": ("received from others", "MB", 1e6),
+    "peak": ("peak of memory", "MiB", 2**20),
+}
+DIVIDED = "draw", "judge", "update"  # programs
+
+
 @_styled
 def compare(curves, path, *, metric):
     """The metric of several runs over iterations, samples, seconds and exact KL: {name: arrays [N] by axis}."""
@@ -277,6 +286,13 @@ def over_optimization(points, fits, path):
         name, comma, by = kind.partition(",")  # "best_of_n, 100 pairs": by another reward model
         panels.append(partial(_gains, points=points[kind], fit=fits[kind], title=f"{titles[name]}{comma}{by}"))
     return _save(panels, path, columns=2, title="Gain over the fine-tuned policy")
+
+
+@_styled
+def scaling(points, path):
+    """What a device does among ever more, of the points of commands/topology.py: scaling; axes are logarithmic."""
+    panels = [partial(_scaling, points=points, name=name, program=program) for name in SCALING for program in DIVIDED]
+    return _save(panels, path, title="A device among ever more: compiled, not timed")
 
 
 def bare(rows, stage):
@@ -394,8 +410,9 @@ def _ticks(axes, **where):
 
 def _label_ends(axes, ends):
     """Writes each (value, text, color) to the right of the axes, near the height of its value, without overlap."""
-    low, high = axes.get_ylim()
-    heights = [float(np.clip((value - low) / (high - low), 0, 1)) for value, _, _ in ends]
+    scaled = axes.yaxis.get_transform().transform  # of a logarithmic axis too
+    low, high, *values = scaled([*axes.get_ylim(), *(value for value, _, _ in ends)])
+    heights = [float(np.clip((value - low) / (high - low), 0, 1)) for value in values]
     for height, (_, text, color) in zip(spread(heights, gap=0.075), ends, strict=True):
         axes.annotate(text, (1, height), (4, 0), "axes fraction", "offset points", color=color, va="center")
 
@@ -495,6 +512,23 @@ def _reuse(axes, results, name):
         ends.append((values[-1], update.replace("_", " "), color))
     axes.set_xscale("log", base=2)
     axes.set(title=title, ylabel=unit, xlabel="gradient steps on the rollout", xticks=uses, xticklabels=uses)
+    _label_ends(axes, ends)
+
+
+def _scaling(axes, points, name, program):
+    title, unit, one = SCALING[name]
+    ends = []
+    for kind, line in (("strong", "-"), ("weak", "--")):
+        for mesh, color in (("data", BLUE), ("fsdp", AMBER)):
+            own = [point for point in points if (point["scaling"], point["mesh"]) == (kind, mesh)]
+            devices_N = np.array([point["devices"] for point in own])
+            values_N = np.array([point["programs"][program][name] for point in own]) / one
+            seen_N = np.where(values_N > 0, values_N, np.nan)  # one device sends nothing
+            axes.plot(devices_N, seen_N, f"{line}o", color=color, linewidth=1.5, markersize=3.5)
+            ends.append((values_N[-1], f"{kind}, {mesh} {_number(values_N[-1])}", color))
+    axes.set_xscale("log", base=2)
+    axes.set_yscale("log")
+    axes.set(title=f"{program}: {title}", ylabel=unit, xlabel="devices", xticks=devices_N, xticklabels=devices_N)
     _label_ends(axes, ends)
 
 

@@ -58,6 +58,40 @@ def test_the_products_of_an_iteration_are_those_of_the_cost_model():
     assert 1 <= found["update"] / expected["update"] < 1.15
 
 
+def test_a_deep_model_is_on_the_line_through_two_shallow_ones(monkeypatch):
+    def plans(several, *_):
+        for config in several:
+            peak = 100 + 7 * config.model.layers
+            yield {"state": {"optimizer": peak}, "programs": {"update": {"peak": peak}}, "chips": 4}
+
+    monkeypatch.setattr(topology, "plans", plans)
+    found = topology.shallow(changed(Config(), model={"layers": 48}), 800, "v5e:2x2", (2, 4))
+    assert found == {"state": {"optimizer": 436}, "programs": {"update": {"peak": 436}}, "chips": 4}
+
+
+def test_work_is_divided_among_devices():
+    """Compiled on 1 and 2 devices: strong scaling has half the work of one, weak scaling all of it."""
+    config = changed(
+        Config(),
+        data={"prompt_length": 8, "response_length": 4},
+        model={"layers": 1, "heads": 2, "head_size": 8, "width": 16, "vocab_size": 50, "context": 32},
+        ppo={"batch": 16, "epochs": 1},
+    )
+    reporter = Recorder()
+    points = topology.scaling(config, 50, 3, reporter)
+    assert [(point["scaling"], point["mesh"], point["devices"]) for point in points] == [
+        (kind, axis, devices) for kind in ("strong", "weak") for axis in ("data", "fsdp") for devices in (1, 2)
+    ]
+    alone = points[0]["programs"]
+    for point in points:
+        programs = point["programs"]
+        assert programs.keys() == {"draw", "judge", "reward", "update"}
+        assert all(1 <= share <= 1.25 for share in topology.divided(point, points[0]).values())
+        half = 2 if (point["scaling"], point["devices"]) == ("strong", 2) else 1
+        assert programs["update"]["flops"] == pytest.approx(alone["update"]["flops"] / half, rel=0.25)
+        assert (programs["update"]["collectives"] > 0) == (point["devices"] == 2)
+
+
 PROGRAM = """HloModule jit_learn
 %body (p: f32[8,4]) -> f32[8,4] {
   %ag = bf16[8,4]{1,0} all-gather(bf16[2,4]{1,0} %p), dimensions={0}
@@ -111,7 +145,7 @@ def test_what_to_change_first(peaks, state, changes, words):
 
 def test_without_libtpu_one_line_says_what_to_install(monkeypatch):
     monkeypatch.setitem(__import__("sys").modules, "libtpu", None)
-    assert "pip install rlhf_jax[tpu]" in error(topology._compile, None, 0, "v5e:2x2")
+    assert "pip install rlhf_jax[tpu]" in error(topology._chips, "v5e:2x2")
 
 
 @pytest.mark.parametrize(
