@@ -55,7 +55,7 @@ def main():
         raise InputError(f"--depths: expected {expected}; got {','.join(DEPTHS.value)}")
     configs.check(config, devices=devices, files=False)
     notes = configs.check_given(config, given)
-    if not chip:
+    if not chip and not SCALING.value:
         sharding.devices()
     ids = IDS.get(config.text.kind, config.text.vocab_size)
     with Reporter() as reporter:
@@ -76,10 +76,14 @@ def main():
                 reporter.note(topology.largest_batch(config, ids, TOPOLOGY.value, reporter))
             return
         if SCALING.value:
-            points = topology.scaling(config, ids, devices, reporter)
-            folder = Path(SCALING.value).expanduser()
+            folder, points = Path(SCALING.value).expanduser(), []
             folder.mkdir(parents=True, exist_ok=True)
-            (folder / "scaling.json").write_text(json.dumps({"points": points}, indent=1) + "\n")
+            for point in topology.scaling(config, ids, devices):
+                points.append(point)
+                (folder / "scaling.json").write_text(json.dumps({"points": points}))
+                shares = topology.divided(point, points[0])
+                shares = ", ".join(f"{name} {share:.3f}" for name, share in shares.items())
+                reporter.note(f"{point['scaling']}, {point['mesh']} {point['devices']}: FLOPs, of a share: {shares}")
             plots.scaling(points, folder / "scaling.png")
             return
         sizes = memory.rl(config, ids, DEVICES.value)

@@ -216,15 +216,15 @@ def shallow(config, vocab_size, topology, depths):
     return line(low, high)
 
 
-def scaling(config, vocab_size, most, reporter):
+def scaling(config, vocab_size, most):
     """What a device has to do among 1, 2, 4, ... and at most `most` virtual CPU devices; compiled, not run.
 
-    [{"scaling", "mesh", "devices", "programs": as in `plan`}]. strong: all devices share the config's batch; weak: each
-    has one of its own. mesh: the axis, data or fsdp, that has all of them.
+    Yields {"scaling", "mesh", "devices", "programs": as in `plan`}. strong: all devices share the config's batch; weak:
+    each has one of its own. mesh: the axis, data or fsdp, that has all of them.
     """
     section = config.rl
     points, several = [], []
-    for kind, axis, power in itertools.product(("strong", "weak"), ("data", "fsdp"), range(most.bit_length())):
+    for power, kind, axis in itertools.product(range(most.bit_length()), ("strong", "weak"), ("data", "fsdp")):
         devices = 2**power
         points.append({"scaling": kind, "mesh": axis, "devices": devices})
         times = devices if kind == "weak" else 1
@@ -235,10 +235,7 @@ def scaling(config, vocab_size, most, reporter):
     for point, each in zip(points, several, strict=True):
         if each not in known:
             known[each] = next(planned)["programs"]
-        point["programs"] = known[each]
-        shares = ", ".join(f"{name} {share:.2f}" for name, share in divided(point, points[0]).items())
-        reporter.note(f"{point['scaling']}, {point['mesh']} {point['devices']}: FLOPs, of a share: {shares}")
-    return points
+        yield point | {"programs": known[each]}
 
 
 def divided(point, alone):

@@ -517,6 +517,9 @@ def _reuse(axes, results, name):
 
 def _scaling(axes, points, name, program):
     title, unit, one = SCALING[name]
+    axes.set_xscale("log", base=2)
+    if any(point["programs"][program][name] for point in points):
+        axes.set_yscale("log")
     ends = []
     for kind, line in (("strong", "-"), ("weak", "--")):
         for mesh, color in (("data", BLUE), ("fsdp", AMBER)):
@@ -526,8 +529,6 @@ def _scaling(axes, points, name, program):
             seen_N = np.where(values_N > 0, values_N, np.nan)  # one device sends nothing
             axes.plot(devices_N, seen_N, f"{line}o", color=color, linewidth=1.5, markersize=3.5)
             ends.append((values_N[-1], f"{kind}, {mesh} {_number(values_N[-1])}", color))
-    axes.set_xscale("log", base=2)
-    axes.set_yscale("log")
     axes.set(title=f"{program}: {title}", ylabel=unit, xlabel="devices", xticks=devices_N, xticklabels=devices_N)
     _label_ends(axes, ends)
 

@@ -77,10 +77,9 @@ def test_work_is_divided_among_devices():
         model={"layers": 1, "heads": 2, "head_size": 8, "width": 16, "vocab_size": 50, "context": 32},
         ppo={"batch": 16, "epochs": 1},
     )
-    reporter = Recorder()
-    points = topology.scaling(config, 50, 3, reporter)
-    assert [(point["scaling"], point["mesh"], point["devices"]) for point in points] == [
-        (kind, axis, devices) for kind in ("strong", "weak") for axis in ("data", "fsdp") for devices in (1, 2)
+    points = list(topology.scaling(config, 50, 3))
+    assert [(point["devices"], point["scaling"], point["mesh"]) for point in points] == [
+        (devices, kind, axis) for devices in (1, 2) for kind in ("strong", "weak") for axis in ("data", "fsdp")
     ]
     alone = points[0]["programs"]
     for point in points:

@@ -299,3 +299,36 @@ def test_a_line_for_each_run_of_a_sweep(tmp_path):
     runs = [list(line.get_ydata()) for line in figure.axes[0].lines if len(line.get_ydata()) == 3]
     assert runs == [[0.5, 1, 0], [0, 1, 0.5], [1, 0, 1]]
     assert {"0.001", "a", "b", "1", "3"} <= set(texts(figure)) and is_picture(tmp_path / "sweep.png")
+
+
+def test_a_device_among_ever_more_is_a_line_for_each_scaling_and_mesh(tmp_path):
+    """Strong scaling falls by three decades of the axis' four; what is nothing has a number and no line."""
+    points = [
+        {
+            "scaling": kind,
+            "mesh": mesh,
+            "devices": devices,
+            "programs": {
+                name: {"flops": 1e12 / devices, "traffic": 1e9, "collectives": 0.0, "peak": 2**20}
+                for name in plots.DIVIDED
+            },
+        }
+        for kind in ("strong", "weak")
+        for mesh in ("data", "fsdp")
+        for devices in (1, 10, 1000)
+    ]
+    figure = plots.scaling(points, tmp_path / "scaling.png")
+    assert len(figure.axes) == len(plots.SCALING) * len(plots.DIVIDED) and is_picture(tmp_path / "scaling.png")
+    work, sent = figure.axes[0], figure.axes[6]
+    assert [line.get_ydata().tolist() for line in work.lines] == [[1000, 100, 1]] * 4
+    assert [text.get_text() for text in work.texts][:2] == ["strong, data 1", "strong, fsdp 1"]
+    assert not any(np.isfinite(line.get_ydata()).any() for line in sent.lines)
+    assert sent.texts[0].get_text() == "strong, data 0"
+
+
+def test_the_end_of_a_line_on_a_logarithmic_axis_is_labelled_at_its_height():
+    axes = Figure().add_subplot()
+    axes.set_yscale("log")
+    axes.set_ylim(1, 10_000)
+    plots._label_ends(axes, [(10, "a quarter", plots.BLUE), (0, "none", plots.BLUE)])
+    assert [text.xy[1] for text in axes.texts] == pytest.approx([0.25, 0])
