@@ -82,8 +82,9 @@ def plans(several, vocab_size, topology):
     """
     environment = os.environ | ENVIRONMENT
     if isinstance(topology, int):
-        flags = f"{os.environ.get('XLA_FLAGS', '')} --xla_force_host_platform_device_count={topology}"
-        environment |= {"XLA_FLAGS": flags}
+        # Nothing is run: LLVM need not optimize what XLA has counted.
+        flags = f"--xla_backend_optimization_level=0 --xla_force_host_platform_device_count={topology}"
+        environment |= {"XLA_FLAGS": f"{os.environ.get('XLA_FLAGS', '')} {flags}"}
     else:
         parse(topology)
     request = {"configs": list(map(configs.tree, several)), "vocab_size": vocab_size, "topology": topology}
