@@ -259,7 +259,7 @@ def reuse(results, path):
 SCALING = {  # {name of a count of commands/topology.py: (title, unit, what it is divided by)}
     "flops": ("work", "GFLOP", 1e9),
     "traffic": ("memory read and written", "GB", 1e9),
-    "collectives": ("received from others", "MB", 1e6),
+    "collectives": ("collectives", "MB of results", 1e6),
     "peak": ("peak of memory", "MiB", 2**20),
 }
 DIVIDED = "draw", "judge", "update"  # programs
@@ -290,7 +290,7 @@ def over_optimization(points, fits, path):
 
 @_styled
 def scaling(points, path):
-    """What a device does among ever more, of the points of commands/topology.py: scaling; axes are logarithmic."""
+    """What a device does among ever more: the points of commands/topology.py: scaling."""
     panels = [partial(_scaling, points=points, name=name, program=program) for name in SCALING for program in DIVIDED]
     return _save(panels, path, title="A device among ever more: compiled, not timed")
 
@@ -516,18 +516,22 @@ def _reuse(axes, results, name):
 
 
 def _scaling(axes, points, name, program):
+    from matplotlib.ticker import LogLocator, NullLocator
+
     title, unit, one = SCALING[name]
     axes.set_xscale("log", base=2)
-    if any(point["programs"][program][name] for point in points):
+    if name != "collectives":  # there may be none
         axes.set_yscale("log")
+        axes.yaxis.set_major_locator(LogLocator(subs=(1, 2, 5)))
+        axes.yaxis.set_minor_locator(NullLocator())
+        axes.yaxis.set_major_formatter("{x:g}")
     ends = []
     for kind, line in (("strong", "-"), ("weak", "--")):
         for mesh, color in (("data", BLUE), ("fsdp", AMBER)):
             own = [point for point in points if (point["scaling"], point["mesh"]) == (kind, mesh)]
             devices_N = np.array([point["devices"] for point in own])
             values_N = np.array([point["programs"][program][name] for point in own]) / one
-            seen_N = np.where(values_N > 0, values_N, np.nan)  # one device sends nothing
-            axes.plot(devices_N, seen_N, f"{line}o", color=color, linewidth=1.5, markersize=3.5)
+            axes.plot(devices_N, values_N, f"{line}o", color=color, linewidth=1.5, markersize=3.5)
             ends.append((values_N[-1], f"{kind}, {mesh} {_number(values_N[-1])}", color))
     axes.set(title=f"{program}: {title}", ylabel=unit, xlabel="devices", xticks=devices_N, xticklabels=devices_N)
     _label_ends(axes, ends)
