@@ -533,7 +533,8 @@ def _scaling(axes, points, name, program):
             values_N = np.array([point["programs"][program][name] for point in own]) / one
             axes.plot(devices_N, values_N, f"{line}o", color=color, linewidth=1.5, markersize=3.5)
             ends.append((values_N[-1], f"{kind}, {mesh} {_number(values_N[-1])}", color))
-    axes.set(title=f"{program}: {title}", ylabel=unit, xlabel="devices", xticks=devices_N, xticklabels=devices_N)
+    ticks_N = devices_N[:: 1 + len(devices_N) // 7]  # 128 and 256 would touch
+    axes.set(title=f"{program}: {title}", ylabel=unit, xlabel="devices", xticks=ticks_N, xticklabels=ticks_N)
     _label_ends(axes, ends)
 
 
