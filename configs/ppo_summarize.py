@@ -9,8 +9,9 @@
                      the hub with --config.text.path=gpt2. To download rows too: --config.data.source=hub
                      --config.data.sft=trl-lib/tldr --config.data.columns.label=completion
                      --config.data.preferences=openai/summarize_from_feedback/comparisons --config.data.skip_bad=true
-:gpt2, :gpt2-medium  the published recipe on Reddit TL;DR (arXiv 2403.17031; see `published`). Weights, tokenizer and
-                     posts come from the hub, or from --config.model.init=FOLDER --config.text.path=FOLDER
+:gpt2, :gpt2-medium, :gpt2-large, :gpt2-xl   the published recipe on Reddit TL;DR (arXiv 2403.17031; see `published`).
+                     Weights, tokenizer and posts come from the hub, or from --config.model.init=FOLDER
+                     --config.text.path=FOLDER
 :gpt2-2019           the same with the controls of the first recipe (arXiv 1909.08593; see `first`)
 :pythia-160m         the model of the published recipe itself. To compare: at --config.ppo.lr=1e-5 the paper's first
                      update has approx KL 1.6e-7, .0029, .0056, .0081 and clip fraction 0, .025, .051, .073 (means over
@@ -59,6 +60,8 @@ def get_config(arg="tiny"):
         "files": files,
         "gpt2": lambda: published("openai-community/gpt2", preset("gpt2"), **GPT2_LENGTHS),
         "gpt2-medium": lambda: published("openai-community/gpt2-medium", preset("gpt2-medium"), **GPT2_LENGTHS),
+        "gpt2-large": lambda: published("openai-community/gpt2-large", preset("gpt2-large"), **GPT2_LENGTHS),
+        "gpt2-xl": lambda: published("openai-community/gpt2-xl", preset("gpt2-xl"), **GPT2_LENGTHS),
         "gpt2-2019": lambda: first("openai-community/gpt2", preset("gpt2"), **GPT2_LENGTHS),
         "pythia-160m": lambda: published(
             "EleutherAI/pythia-160m", preset("pythia-160m", vocab_size=50_304), **PYTHIA_LENGTHS

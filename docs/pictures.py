@@ -1,6 +1,6 @@
 """The pictures of README and docs, drawn from the numbers of finished runs: `make pictures`.
 
-    python docs/pictures.py --demo=runs/demo --over=runs/over --reuse=runs/reuse
+    python docs/pictures.py --demo=runs/demo --over=runs/over --reuse=runs/reuse --scaling=runs/scaling
 
 Nothing is trained. A picture whose run is missing stays as it is; its command is printed, and the exit code is 1. The
 page's pictures are those of the run in the package, by Chromium.
@@ -54,6 +54,11 @@ def over_optimization(run, out):
     plots.over_optimization(points, {kind: scaling.Fit(**each) for kind, each in found.items()}, out)
 
 
+def count(folder, out):
+    """FLOPs, bytes, messages and memory of a device among ever more."""
+    plots.scaling(jsonfile.read(folder / "scaling.json")["points"], out)
+
+
 def page(folder):
     """Two stops of the page's tour, into `folder`: a token, and the clip."""
     from playwright.sync_api import sync_playwright
@@ -98,6 +103,12 @@ RUNS = {
         "reuse/summary.json",
         reuse,
         "python experiments/reuse_rollouts.py, with the flags under the picture in docs/results.md",
+    ),
+    "scaling.png": (
+        "scaling",
+        "scaling.json",
+        count,
+        "python experiments/plan.py, with the flags under the picture in docs/scale.md",
     ),
 }
 

@@ -482,7 +482,7 @@ def get_config():
     return runpy.run_path(str(ROOT / "configs" / "ppo_summarize.py"))["get_config"]
 
 
-ARGUMENTS = ("tiny", "files", "gpt2", "gpt2-medium", "gpt2-2019", "pythia-160m")
+ARGUMENTS = ("tiny", "files", "gpt2", "gpt2-medium", "gpt2-large", "gpt2-xl", "gpt2-2019", "pythia-160m")
 ARGUMENTS += ("smollm2", "llama-3.2-1b", "qwen2.5-0.5b", "qwen3-0.6b")
 
 

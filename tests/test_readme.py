@@ -2,6 +2,7 @@
 
 import ast
 import importlib.util
+import itertools
 import json
 import re
 from pathlib import Path
@@ -234,7 +235,7 @@ def test_the_command_of_its_run_stands_under_every_picture():
 
 
 def test_a_missing_run_is_named_with_its_command(pictures, tmp_path):
-    found = pictures.draw(dict.fromkeys(("demo", "over", "reuse"), tmp_path), tmp_path)
+    found = pictures.draw(dict.fromkeys(("demo", "over", "reuse", "scaling"), tmp_path), tmp_path)
     assert len(found) == len(pictures.RUNS) and list(tmp_path.iterdir()) == []
     needed = tmp_path / "ppo" / "metrics.jsonl"
     assert found[0] == f"pipeline.png is not drawn: {needed} is missing. It is made by: make demo"
@@ -244,15 +245,21 @@ def test_pictures_are_drawn_from_numbers(pictures, tmp_path):
     uses = {count: dict.fromkeys(plots.REUSE, 1.0) for count in "1248"}
     points = [{"label": "best of 2", "kl": float(n), "proxy": 0.1 * n, "gold": 0.0} for n in range(1, 5)]
     curve = {"kind": "best_of_n", "a": 1.0, "b": 0.5, "most": 2.0, "peak": None, "peak_ci95": None, "points": points}
+    counts = dict.fromkeys(plots.DIVIDED, dict.fromkeys(plots.SCALING, 1.0))
+    points = [
+        {"scaling": kind, "mesh": mesh, "devices": devices, "programs": counts}
+        for kind, mesh, devices in itertools.product(("strong", "weak"), ("data", "fsdp"), (1, 2))
+    ]
     for name, found in (
-        ("reuse", {"reuse": dict.fromkeys(UPDATES, uses)}),
-        ("overoptimization", {"best_of_n": curve, "settings": {}}),
+        ("reuse/summary.json", {"reuse": dict.fromkeys(UPDATES, uses)}),
+        ("overoptimization/summary.json", {"best_of_n": curve, "settings": {}}),
+        ("scaling.json", {"points": points}),
     ):
-        (tmp_path / name).mkdir()
-        (tmp_path / name / "summary.json").write_text(json.dumps(found))
-    missing = pictures.draw(dict.fromkeys(("demo", "over", "reuse"), tmp_path), tmp_path)
+        (tmp_path / name).parent.mkdir(exist_ok=True)
+        (tmp_path / name).write_text(json.dumps(found))
+    missing = pictures.draw(dict.fromkeys(("demo", "over", "reuse", "scaling"), tmp_path), tmp_path)
     assert [line.split()[0] for line in missing] == ["pipeline.png"]
-    assert sorted(path.name for path in tmp_path.glob("*.png")) == ["over_optimization.png", "reuse.png"]
+    assert sorted(path.name for path in tmp_path.glob("*.png")) == ["over_optimization.png", "reuse.png", "scaling.png"]
 
 
 # The notebook

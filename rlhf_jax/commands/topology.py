@@ -15,12 +15,14 @@ if __name__ == "__main__":
     command.begin()  # the imports below take seconds
 
 import dataclasses
+import itertools
 import json
 import math
 import os
 import re
 import subprocess
 import sys
+import tempfile
 import time
 from typing import Any
 
@@ -69,19 +71,33 @@ def parse(topology):
 
 def plan(config, vocab_size, topology):
     """{"state": bytes by kind, "programs": {name: counts of a chip}, "chips"}; vocab_size as in memory.rl."""
-    parse(topology)
-    request = {"config": configs.tree(config), "vocab_size": vocab_size, "topology": topology}
-    done = subprocess.run(
-        [sys.executable, "-m", "rlhf_jax.commands.topology"],
-        input=json.dumps(request),
-        env=os.environ | ENVIRONMENT,
-        capture_output=True,
-        text=True,
-    )
-    if done.returncode == 0:
-        return json.loads(done.stdout.splitlines()[-1])
-    lines = done.stderr.strip().splitlines() or [f"exit code {done.returncode}"]
-    raise InputError(lines[-1].removeprefix("InputError: "))
+    [planned] = plans([config], vocab_size, topology)
+    return planned
+
+
+def plans(several, vocab_size, topology):
+    """Yields the `plan` of each config, from one process. topology: or a number of virtual CPU devices.
+
+    A mesh of fewer CPU devices has the first of them.
+    """
+    environment = os.environ | ENVIRONMENT
+    if isinstance(topology, int):
+        # Nothing is run: LLVM need not optimize what XLA has counted.
+        flags = f"--xla_backend_optimization_level=0 --xla_force_host_platform_device_count={topology}"
+        environment |= {"XLA_FLAGS": f"{os.environ.get('XLA_FLAGS', '')} {flags}"}
+    else:
+        parse(topology)
+    request = {"configs": list(map(configs.tree, several)), "vocab_size": vocab_size, "topology": topology}
+    command = [sys.executable, "-m", "rlhf_jax.commands.topology"]
+    pipes = {"stdin": subprocess.PIPE, "stdout": subprocess.PIPE, "text": True, "env": environment}
+    with tempfile.TemporaryFile("w+") as errors, subprocess.Popen(command, stderr=errors, **pipes) as child:
+        child.stdin.write(json.dumps(request))
+        child.stdin.close()
+        yield from (json.loads(line) for line in child.stdout if line.startswith('{"state"'))
+        if child.wait():
+            errors.seek(0)
+            lines = errors.read().strip().splitlines() or [f"exit code {child.returncode}"]
+            raise InputError(lines[-1].removeprefix("InputError: "))
 
 
 def seconds(counts, chip):
@@ -182,6 +198,58 @@ def search(peak, unit, start, limit, most=8):
     return fits * unit, does_not * unit
 
 
+def shallow(config, vocab_size, topology, depths):
+    """`plan` of all layers, from those of two depths: every number lies on the line through its two.
+
+    Programs of few layers compile in a fraction of the time. All layers cost the same, so FLOPs, bytes and messages are
+    those of the whole program; a deeper one may have its peak of memory elsewhere.
+    """
+    few, more = depths
+    models = (dataclasses.replace(config.model, layers=layers) for layers in depths)
+    low, high = plans([dataclasses.replace(config, model=model) for model in models], vocab_size, topology)
+    share = (config.model.layers - few) / (more - few)
+
+    def line(low, high):
+        if isinstance(low, dict):
+            return {name: line(low[name], high[name]) for name in low}
+        return low + share * (high - low)
+
+    return line(low, high)
+
+
+def scaling(config, vocab_size, most):
+    """What a device has to do among 1, 2, 4, ... and at most `most` virtual CPU devices; compiled, not run.
+
+    Yields {"scaling", "mesh", "devices", "programs": as in `plan`}. strong: all devices share the config's batch; weak:
+    each has one of its own. mesh: the axis, data or fsdp, that has all of them.
+    """
+    section = config.rl
+    points, several = [], []
+    for power, kind, axis in itertools.product(range(most.bit_length()), ("strong", "weak"), ("data", "fsdp")):
+        devices = 2**power
+        points.append({"scaling": kind, "mesh": axis, "devices": devices})
+        times = devices if kind == "weak" else 1
+        changed = dataclasses.replace(section, batch=section.batch * times, lanes=section.lanes * times)
+        mesh = sharding.Config(**{"data": 1, axis: devices})
+        several.append(dataclasses.replace(config, mesh=mesh, **{config.algorithm: changed}))
+    planned, known = plans(list(dict.fromkeys(several)), vocab_size, most), {}  # one device is the same four times
+    for point, each in zip(points, several, strict=True):
+        if each not in known:
+            known[each] = next(planned)["programs"]
+        yield point | {"programs": known[each]}
+
+
+def divided(point, alone):
+    """{program: FLOPs of a device over its share of those of one device alone}, of points of `scaling`.
+
+    1: the work is divided, and nothing is done twice.
+    """
+    share = point["devices"] if point["scaling"] == "strong" else 1
+    return {
+        name: counts["flops"] * share / alone["programs"][name]["flops"] for name, counts in point["programs"].items()
+    }
+
+
 def trips(jaxpr, whiles, depth=0):
     """(FLOPs of the products of a program with each loop body once, and with its trips).
 
@@ -230,19 +298,24 @@ def sent(program):
     return outside, inside
 
 
-def _compile(config, vocab_size, topology):
-    """What `plan` returns, computed in this process."""
+def _chips(topology):
+    """The devices of a topology of TPUs."""
     try:
         import libtpu  # noqa: F401
     except ImportError:
         raise InputError("--topology: expected libtpu, which is not installed; pip install rlhf_jax[tpu]") from None
-    chip, chips = parse(topology)
+    chip, _ = parse(topology)
     try:
-        devices = topologies.get_topology_desc(platform="tpu", topology_name=topology).devices
+        return topologies.get_topology_desc(platform="tpu", topology_name=topology).devices
     except Exception as error:  # libtpu's own, of any kind
         known = "|".join(chip.topologies)
         reason = str(error).splitlines()[0][:200]
         raise InputError(f"--topology: expected one such as {known}, got {topology!r} ({reason})") from None
+
+
+def _compile(config, vocab_size, topology):
+    """What `plan` returns, computed in this process."""
+    devices = jax.devices()[: config.mesh.data * config.mesh.fsdp] if isinstance(topology, int) else _chips(topology)
     mesh = sharding.mesh(config.mesh, devices)
     section, task = config.rl, tasks.load(config)
     state, base, programs = memory.compiled(config, vocab_size, section, mesh)
@@ -278,7 +351,7 @@ def _compile(config, vocab_size, topology):
             "collectives": outside + inside * ratio,
             "compile_seconds": time.monotonic() - began,
         }
-    return {"state": kinds, "programs": found, "chips": chips, "steps": section.steps}
+    return {"state": kinds, "programs": found, "chips": len(devices), "steps": section.steps}
 
 
 def _share(tree):
@@ -288,10 +361,12 @@ def _share(tree):
 
 
 def main():
-    """The child: reads a request from stdin, and writes the plan as JSON to stdout."""
+    """The child: reads a request from stdin, and writes each plan as a line of JSON to stdout."""
     request = json.loads(sys.stdin.read())
-    found = _compile(configs.parse(request["config"]), request["vocab_size"], request["topology"])
-    sys.stdout.write(json.dumps(found) + "\n")
+    for config in map(configs.parse, request["configs"]):
+        found = _compile(config, request["vocab_size"], request["topology"])
+        sys.stdout.write(json.dumps(found) + "\n")
+        sys.stdout.flush()
 
 
 if __name__ == "__main__":

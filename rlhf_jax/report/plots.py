@@ -257,6 +257,15 @@ def reuse(results, path):
     return _save(panels, path, title="One rollout, used again")
 
 
+SCALING = {  # {name of a count of commands/topology.py: (title, unit, what it is divided by)}
+    "flops": ("work", "GFLOP", 1e9),
+    "traffic": ("memory read and written", "GB", 1e9),
+    "collectives": ("collectives", "MB of results", 1e6),
+    "peak": ("peak of memory", "MiB", 2**20),
+}
+DIVIDED = "draw", "judge", "update"  # programs
+
+
 @_styled
 def compare(curves, path, *, metric, best_of_n=()):
     """The metric of several runs over iterations, samples, seconds and exact KL: {name: arrays [N] by axis}.
@@ -287,6 +296,13 @@ def over_optimization(points, fits, path):
         name, comma, by = kind.partition(",")  # "best_of_n, 100 pairs": by another reward model
         panels.append(partial(_gains, points=points[kind], fit=fits[kind], title=f"{titles[name]}{comma}{by}"))
     return _save(panels, path, columns=2, title="Gain over the fine-tuned policy")
+
+
+@_styled
+def scaling(points, path):
+    """What a device does among ever more: the points of commands/topology.py: scaling."""
+    panels = [partial(_scaling, points=points, name=name, program=program) for name in SCALING for program in DIVIDED]
+    return _save(panels, path, title="A device among ever more: compiled, not timed")
 
 
 def bare(rows, stage):
@@ -412,8 +428,9 @@ def _ticks(axes, **where):
 
 def _label_ends(axes, ends):
     """Writes each (value, text, color) to the right of the axes, near the height of its value, without overlap."""
-    low, high = axes.get_ylim()
-    heights = [float(np.clip((value - low) / (high - low), 0, 1)) for value, _, _ in ends]
+    scaled = axes.yaxis.get_transform().transform  # of a logarithmic axis too
+    low, high, *values = scaled([*axes.get_ylim(), *(value for value, _, _ in ends)])
+    heights = [float(np.clip((value - low) / (high - low), 0, 1)) for value in values]
     for height, (_, text, color) in zip(spread(heights, gap=0.075), ends, strict=True):
         axes.annotate(text, (1, height), (4, 0), "axes fraction", "offset points", color=color, va="center")
 
@@ -513,6 +530,29 @@ def _reuse(axes, results, name):
         ends.append((values[-1], update.replace("_", " "), color))
     axes.set_xscale("log", base=2)
     axes.set(title=title, ylabel=unit, xlabel="gradient steps on the rollout", xticks=uses, xticklabels=uses)
+    _label_ends(axes, ends)
+
+
+def _scaling(axes, points, name, program):
+    from matplotlib.ticker import LogLocator, NullLocator
+
+    title, unit, one = SCALING[name]
+    axes.set_xscale("log", base=2)
+    if name != "collectives":  # there may be none
+        axes.set_yscale("log")
+        axes.yaxis.set_major_locator(LogLocator(subs=(1, 2, 5)))
+        axes.yaxis.set_minor_locator(NullLocator())
+        axes.yaxis.set_major_formatter("{x:g}")
+    ends = []
+    for kind, line in (("strong", "-"), ("weak", "--")):
+        for mesh, color in (("data", BLUE), ("fsdp", AMBER)):
+            own = [point for point in points if (point["scaling"], point["mesh"]) == (kind, mesh)]
+            devices_N = np.array([point["devices"] for point in own])
+            values_N = np.array([point["programs"][program][name] for point in own]) / one
+            axes.plot(devices_N, values_N, f"{line}o", color=color, linewidth=1.5, markersize=3.5)
+            ends.append((values_N[-1], f"{kind}, {mesh} {_number(values_N[-1])}", color))
+    ticks_N = devices_N[:: 1 + len(devices_N) // 7]  # 128 and 256 would touch
+    axes.set(title=f"{program}: {title}", ylabel=unit, xlabel="devices", xticks=ticks_N, xticklabels=ticks_N)
     _label_ends(axes, ends)
 
 

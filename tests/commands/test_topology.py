@@ -1,5 +1,7 @@
 """Plans for TPUs, as far as they go without libtpu: what is counted, and what is refused."""
 
+import dataclasses
+
 import jax
 import jax.numpy as jnp
 import pytest
@@ -8,6 +10,7 @@ from rlhf_jax.algorithms import ppo
 from rlhf_jax.commands import benchmark, topology
 from rlhf_jax.config import Config
 from rlhf_jax.models import decoder
+from rlhf_jax.training import sharding
 from tests.support import Recorder, changed, error
 
 
@@ -56,6 +59,60 @@ def test_the_products_of_an_iteration_are_those_of_the_cost_model():
     assert 1 <= found["draw"] / (expected["prefill"] + expected["decode"]) < 1.15
     assert 1 <= (found["judge"] + found["reward"]) / expected["score"] < 1.15
     assert 1 <= found["update"] / expected["update"] < 1.15
+
+
+def test_a_deep_model_is_on_the_line_through_two_shallow_ones(monkeypatch):
+    def plans(several, *_):
+        for config in several:
+            peak = 100 + 7 * config.model.layers
+            yield {"state": {"optimizer": peak}, "programs": {"update": {"peak": peak}}, "chips": 4}
+
+    monkeypatch.setattr(topology, "plans", plans)
+    found = topology.shallow(changed(Config(), model={"layers": 48}), 800, "v5e:2x2", (2, 4))
+    assert found == {"state": {"optimizer": 436}, "programs": {"update": {"peak": 436}}, "chips": 4}
+
+
+def test_each_point_of_a_scaling_has_its_mesh_and_batch(monkeypatch):
+    """Weak scaling has the batch and the lanes on each device. One device is compiled once."""
+    compiled = []
+
+    def plans(several, ids, most):
+        compiled.extend(several)
+        for config in several:
+            flops = config.ppo.batch / (config.mesh.data * config.mesh.fsdp)
+            yield {"state": {}, "programs": {"update": {"flops": flops}}, "chips": most}
+
+    monkeypatch.setattr(topology, "plans", plans)
+    points = list(topology.scaling(changed(Config(), ppo={"batch": 64, "lanes": 16}), 50, 3))
+    assert [(point["devices"], point["scaling"], point["mesh"]) for point in points] == [
+        (devices, kind, axis) for devices in (1, 2) for kind in ("strong", "weak") for axis in ("data", "fsdp")
+    ]
+    found = [(config.mesh.data, config.mesh.fsdp, config.ppo.batch, config.ppo.lanes) for config in compiled]
+    assert found == [(1, 1, 64, 16), (2, 1, 64, 16), (1, 2, 64, 16), (2, 1, 128, 32), (1, 2, 128, 32)]
+    assert [topology.divided(point, points[0]) for point in points] == [{"update": 1.0}] * 8
+    twice = {"scaling": "strong", "devices": 2, "programs": points[0]["programs"]}  # as much as one alone
+    assert topology.divided(twice, points[0]) == {"update": 2.0}
+
+
+def test_work_is_divided_among_eight_cpu_devices():
+    """At most 1.25 eighths of the FLOPs of one; and gradients, at least, are sent."""
+    config = changed(
+        Config(),
+        algorithm="policy_gradient",
+        data={"prompt_length": 24, "response_length": 8},
+        model={"layers": 1, "heads": 2, "head_size": 32, "width": 64, "vocab_size": 97, "context": 32},
+        reward={"kind": "sentiment"},
+        policy_gradient={"batch": 64},
+    )
+    meshes = sharding.Config(data=1), sharding.Config(data=1, fsdp=8)
+    one, eight = topology.plans([dataclasses.replace(config, mesh=mesh) for mesh in meshes], 97, 8)
+    assert (one["chips"], eight["chips"]) == (1, 8)
+    point = {"scaling": "strong", "devices": 8, "programs": eight["programs"]}
+    shares = topology.divided(point, one)
+    assert shares.keys() == {"draw", "judge", "update"} and max(shares.values()) <= 1.25, shares
+    assert min(shares.values()) > 0.9
+    assert [planned["programs"]["update"]["collectives"] > 0 for planned in (one, eight)] == [False, True]
+    assert eight["state"]["optimizer"] < one["state"]["optimizer"] / 4
 
 
 PROGRAM = """HloModule jit_learn
@@ -111,7 +168,7 @@ def test_what_to_change_first(peaks, state, changes, words):
 
 def test_without_libtpu_one_line_says_what_to_install(monkeypatch):
     monkeypatch.setitem(__import__("sys").modules, "libtpu", None)
-    assert "pip install rlhf_jax[tpu]" in error(topology._compile, None, 0, "v5e:2x2")
+    assert "pip install rlhf_jax[tpu]" in error(topology._chips, "v5e:2x2")
 
 
 @pytest.mark.parametrize(

@@ -41,3 +41,18 @@ def test_a_flag_that_cannot_be_is_one_line(plan):
     result = plan("--config=configs/ppo_summarize.py", "--devices=3")
     assert (result.code, result.err.count("\n"), result.out) == (2, 1, ""), result.err
     assert result.err.startswith("plan.py: sft.batch: expected a multiple of ")
+
+
+@pytest.mark.parametrize(
+    ("flags", "said"),
+    [
+        (["--depths=1,2"], "--depths: expected none without --topology"),
+        (["--depths=1", "--topology=v5e:2x2"], "--depths: expected two numbers of layers, the first below "),
+        (["--depths=1,2", "--topology=v5e:2x2"], "--depths: expected two numbers of layers, the first below "),
+        (["--scaling=there", "--topology=v5e:2x2"], "--scaling: expected none with --topology"),
+    ],
+)
+def test_what_cannot_be_counted_is_one_line(flags, said, plan):
+    result = plan("--config=configs/ppo_summarize.py", *flags)  # of one layer
+    assert (result.code, result.err.count("\n"), result.out) == (2, 1, ""), result.err
+    assert result.err.startswith(f"plan.py: {said}")

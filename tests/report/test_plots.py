@@ -319,3 +319,36 @@ def test_eight_runs_are_named_once_beside_nothing(tmp_path):
     assert all(axes.get_tightbbox(renderer).y0 >= around.y1 for axes in figure.axes)
     looks = {(line.get_color(), line.get_marker()) for line in figure.axes[0].lines}
     assert len(looks) == 8 and is_picture(tmp_path / "a.png")
+
+
+def test_a_device_among_ever_more_is_a_line_for_each_scaling_and_mesh(tmp_path):
+    """Quantities are rows, programs are columns; the collectives' axis alone is linear, as there may be none."""
+    points = [
+        {
+            "scaling": kind,
+            "mesh": mesh,
+            "devices": devices,
+            "programs": {
+                name: {"flops": 1e12 / devices, "traffic": 1e9, "collectives": 0.0, "peak": 2**20}
+                for name in plots.DIVIDED
+            },
+        }
+        for kind in ("strong", "weak")
+        for mesh in ("data", "fsdp")
+        for devices in (1, 10, 1000)
+    ]
+    figure = plots.scaling(points, tmp_path / "scaling.png")
+    assert len(figure.axes) == len(plots.SCALING) * len(plots.DIVIDED) and is_picture(tmp_path / "scaling.png")
+    work, sent = figure.axes[0], figure.axes[6]
+    assert [line.get_ydata().tolist() for line in work.lines] == [[1000, 100, 1]] * 4
+    assert [text.get_text() for text in work.texts][:2] == ["strong, data 1", "strong, fsdp 1"]
+    assert (work.get_yscale(), sent.get_yscale()) == ("log", "linear")
+    assert sent.texts[0].get_text() == "strong, data 0"
+
+
+def test_the_end_of_a_line_on_a_logarithmic_axis_is_labelled_at_its_height():
+    axes = Figure().add_subplot()
+    axes.set_yscale("log")
+    axes.set_ylim(1, 10_000)
+    plots._label_ends(axes, [(10, "a quarter", plots.BLUE), (0, "none", plots.BLUE)])
+    assert [text.xy[1] for text in axes.texts] == pytest.approx([0.25, 0])
