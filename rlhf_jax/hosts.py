@@ -10,6 +10,7 @@ A run of one process has none of this: every function here then returns at once.
 import atexit
 import contextlib
 import dataclasses
+import functools
 import json
 import os
 import re
@@ -171,7 +172,7 @@ def start(config: Config) -> None:
     atexit.register(_leave)
     _beat()
     threading.Thread(target=_watch, daemon=True).start()
-    _connect_devices()
+    _connect_devices(_group.address)
 
 
 def _cluster(config):
@@ -201,11 +202,10 @@ def _meet(config):
     own address, too, so that a second process 0 on another host is found.
     """
     meeting = _Meeting(config) if config.index == 0 else None
-    host, port = re.fullmatch(r"\[?(.+?)\]?:(\d+)", config.coordinator).groups()
     until, why = time.monotonic() + config.wait, ""
     while time.monotonic() < until and not (meeting and meeting.problem):
         try:
-            with socket.create_connection((host, int(port)), timeout=5) as there:
+            with socket.create_connection(_host_and_port(config.coordinator), timeout=5) as there:
                 there.sendall(json.dumps([config.index, config.count]).encode() + b"\n")
                 lines = there.makefile("rb")
                 if lines.readline() != GREETING:  # the service of the last run, which ends soon; or another program
@@ -236,7 +236,7 @@ class _Meeting:
         self.thread.start()
 
     def _listen(self):
-        config, port = self._config, int(self._config.coordinator.rpartition(":")[2])
+        config, (_, port) = self._config, _host_and_port(self._config.coordinator)
         until = time.monotonic() + config.wait
         # A run that was killed holds the port until the others have ended.
         busy = min(until, time.monotonic() + config.lost + GRACE + 5)
@@ -323,11 +323,29 @@ class _Service:
             self._process.communicate("\n", timeout=10)
 
 
-def _connect_devices():
+def _connect_devices(address):
     """Connects the devices of all processes now, while they are at the same place: later, one may compile for long."""
+    from jax._src.lib import _jax
     from jax.experimental import multihost_utils
 
-    multihost_utils.sync_global_devices("start")
+    # CPUs send with Gloo, which would announce what this host's own name stands for, often 127.0.1.1.
+    gloo = functools.partial(_jax.make_gloo_tcp_collectives, hostname=_own_address(*_host_and_port(address)))
+    with mock.patch.object(_jax, "make_gloo_tcp_collectives", gloo):
+        multihost_utils.sync_global_devices("start")
+
+
+def _own_address(host, port):
+    """The address of this host in the network through which it reaches another one."""
+    family, *_, there = socket.getaddrinfo(host, port, type=socket.SOCK_DGRAM)[0]
+    with socket.socket(family, socket.SOCK_DGRAM) as way:
+        way.connect(there)  # nothing is sent
+        return way.getsockname()[0]
+
+
+def _host_and_port(address):
+    """10.0.0.2:8476 or [fd00::2]:8476"""
+    host, _, port = address.rpartition(":")
+    return host.strip("[]"), int(port)
 
 
 def wait(name: str) -> None:

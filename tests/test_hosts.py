@@ -6,6 +6,8 @@ import threading
 import time
 
 import pytest
+from jax._src.lib import _jax
+from jax.experimental import multihost_utils
 
 from rlhf_jax import hosts
 from rlhf_jax.errors import InputError
@@ -113,3 +115,17 @@ def test_an_evaluation_stops_between_two_batches_where_all_do(monkeypatch):
     assert reached == [0, 1, 2]
     hosts.pause()
     assert stop()  # then the step is saved
+
+
+def test_a_host_announces_the_address_by_which_it_reaches_the_first(monkeypatch):
+    """Its own name often stands for 127.0.1.1, where no other host finds it."""
+    announced = []
+
+    def connect(name):
+        _jax.make_gloo_tcp_collectives(distributed_client=None)
+
+    monkeypatch.setattr(_jax, "make_gloo_tcp_collectives", lambda **how: announced.append(how["hostname"]))
+    monkeypatch.setattr(multihost_utils, "sync_global_devices", connect)
+    for address in "127.0.0.1:8476", "[::1]:8476":
+        hosts._connect_devices(address)
+    assert announced == ["127.0.0.1", "::1"]
