@@ -10,8 +10,11 @@ A run of one process has none of this: every function here then returns at once.
 import atexit
 import contextlib
 import dataclasses
+import functools
 import json
+import os
 import re
+import socket
 import subprocess
 import sys
 import threading
@@ -26,6 +29,8 @@ from rlhf_jax.errors import BAD_INPUT, STOPPED, InputError
 
 POLL = 0.5  # seconds between two looks at what the other hosts say
 LONGEST = 7 * 24 * 3600 * 1000  # milliseconds that a host waits for another one, which lives: `_watch` finds the dead
+GREETING = b"rlhf_jax\n"  # of process 0, where all meet
+GRACE = 10  # seconds after `lost` in which the others have ended, where process 0 was killed
 HEARTBEAT = 60  # seconds after `lost` in which JAX itself ends the process, with many lines
 FOLDER = "rlhf_jax/"  # of our keys in the coordination service
 
@@ -33,7 +38,7 @@ FOLDER = "rlhf_jax/"  # of our keys in the coordination service
 # line of its input it stops at once; at the end of its input, after the seconds that the others need.
 SERVICE = """
 import sys, time
-from jax._src.lib import _jax
+from jaxlib import _jax  # without JAX itself, which takes seconds
 address, count, grace, heartbeat = sys.argv[1], *map(int, sys.argv[2:])
 try:
     service = _jax.get_distributed_runtime_service(address, count, heartbeat_timeout=heartbeat, shutdown_timeout=300)
@@ -61,7 +66,8 @@ class Config:
     def problems(self):
         """Checks that no field can make alone."""
         alone = self.count == 1
-        if self.coordinator and not re.fullmatch(r"[^\s:]+:\d+|\[[^\]\s]+\]:\d+", self.coordinator):
+        found = re.fullmatch(r"(?:[^\s:]+|\[[^\]\s]+\]):(\d+)", self.coordinator)
+        if self.coordinator and not (found and 0 < int(found[1]) < 2**16):
             yield "coordinator", "HOST:PORT, such as 10.0.0.2:8476"
         if self.coordinator and alone:
             yield "coordinator", "nothing where hosts.count is 1"
@@ -88,6 +94,7 @@ class _Group:
     # Of a stop: calls of `stops`, the first one at which all stop, and the line of the process that had the signal.
     looks: int = 0
     stop_at: int | None = None
+    leave: Callable[[], None] | None = None  # of `pauses`: what `pause` calls
     lock: Any = dataclasses.field(default_factory=threading.RLock)
 
 
@@ -118,6 +125,8 @@ def start(config: Config) -> None:
     fields.check(config, "hosts.")
     if _group is not None or config.count == 1 or (not config.coordinator and not _cluster(config)):
         return
+    if config.coordinator:
+        _meet(config)
     import jax
     from jax._src import distributed
     from jax._src.lib import _jax
@@ -163,7 +172,7 @@ def start(config: Config) -> None:
     atexit.register(_leave)
     _beat()
     threading.Thread(target=_watch, daemon=True).start()
-    _connect_devices()
+    _connect_devices(_group.address)
 
 
 def _cluster(config):
@@ -186,11 +195,107 @@ def _cluster(config):
     return None
 
 
+def _meet(config):
+    """Returns when all processes have come to the coordinator's address, each once: JAX would wait for others in vain.
+
+    Raises InputError where one does not come, comes twice, or expects another number of them. Process 0 comes to its
+    own address, too, so that a second process 0 on another host is found.
+    """
+    meeting = _Meeting(config) if config.index == 0 else None
+    until, why = time.monotonic() + config.wait, ""
+    while time.monotonic() < until and not (meeting and meeting.problem):
+        try:
+            with socket.create_connection(_host_and_port(config.coordinator), timeout=5) as there:
+                there.sendall(json.dumps([config.index, config.count]).encode() + b"\n")
+                lines = there.makefile("rb")
+                if lines.readline() != GREETING:  # the service of the last run, which ends soon; or another program
+                    raise OSError("something else answers there")
+                there.settimeout(config.wait + 5)  # process 0 says something before that
+                if not (line := lines.readline()):
+                    raise OSError("it has left")
+                problem = json.loads(line)
+        except OSError as error:
+            why = error.strerror or str(error)
+        else:
+            if problem:
+                raise InputError(problem)
+            return meeting and meeting.thread.join()  # until the port is free again
+        time.sleep(POLL)
+    if meeting and meeting.problem:  # before process 0 has come itself
+        meeting.thread.join()  # until the others know it, too
+        raise InputError(meeting.problem)
+    raise InputError(f"hosts.coordinator: expected process 0 at {config.coordinator}, waited {config.wait} s ({why})")
+
+
+class _Meeting:
+    """The thread of process 0 that listens where all processes come."""
+
+    def __init__(self, config):
+        self._config, self.problem = config, ""
+        self.thread = threading.Thread(target=self._listen, daemon=True)
+        self.thread.start()
+
+    def _listen(self):
+        config, (_, port) = self._config, _host_and_port(self._config.coordinator)
+        until = time.monotonic() + config.wait
+        # A run that was killed holds the port until the others have ended.
+        busy = min(until, time.monotonic() + config.lost + GRACE + 5)
+        how = {"family": socket.AF_INET6, "dualstack_ipv6": True} if socket.has_dualstack_ipv6() else {}
+        while True:
+            try:
+                with socket.create_server(("", port), **how) as listener:
+                    return self._meet(listener, until)
+            except OSError as error:
+                if time.monotonic() > busy:
+                    why = os.strerror(error.errno) if error.errno else error
+                    self.problem = f"hosts.coordinator: expected a free port, got {port} ({why})"
+                    return
+            time.sleep(POLL)
+
+    def _meet(self, listener, until):
+        """Waits for all, and says to each what is wrong, or nothing."""
+        count = self._config.count
+        guests, places = [], {}  # connections; {index: one of them}
+        listener.settimeout(POLL)
+        while len(places) < count and not self.problem:
+            if time.monotonic() > until:
+                none = ", ".join(str(i) for i in range(count) if i not in places)
+                when = f"within {self._config.wait} s"
+                self.problem = f"hosts.index: expected 0 to {count - 1} {when}, did not come: {none}"
+                break
+            with contextlib.suppress(OSError, ValueError, TypeError):  # nobody; another program
+                guests.append(guest := listener.accept()[0])
+                guest.settimeout(5)
+                index, theirs = json.loads(guest.makefile("rb").readline())
+                guest.sendall(GREETING)
+                if theirs != count:
+                    self.problem = f"hosts.count: expected {count}, as process 0 has, got {theirs} in process {index}"
+                elif index in places and not _gone(places[index]):
+                    two = " and ".join(each.getpeername()[0].removeprefix("::ffff:") for each in (places[index], guest))
+                    once = f"each of 0 to {count - 1} once"
+                    self.problem = f"hosts.index: expected {once}, got {index} twice (from {two})"
+                places[index] = guest
+        for guest in guests:
+            with guest, contextlib.suppress(OSError):
+                guest.sendall(json.dumps(self.problem).encode() + b"\n")
+
+
+def _gone(guest):
+    """Whether the other side of a connection has closed it."""
+    guest.settimeout(0)
+    try:
+        return not guest.recv(1, socket.MSG_PEEK)
+    except BlockingIOError:
+        return False
+    except OSError:
+        return True
+
+
 class _Service:
     """The coordination service, in its own process: what `jax.distributed` calls of it."""
 
     def __init__(self, config, address, processes):
-        args = (address, processes, config.lost + 10, config.lost + HEARTBEAT)
+        args = (address, processes, config.lost + GRACE, config.lost + HEARTBEAT)
         line = [sys.executable, "-c", SERVICE, *map(str, args)]
         until = time.monotonic() + config.wait * 2 / 3
         while True:
@@ -218,11 +323,29 @@ class _Service:
             self._process.communicate("\n", timeout=10)
 
 
-def _connect_devices():
+def _connect_devices(address):
     """Connects the devices of all processes now, while they are at the same place: later, one may compile for long."""
+    from jax._src.lib import _jax
     from jax.experimental import multihost_utils
 
-    multihost_utils.sync_global_devices("start")
+    # CPUs send with Gloo, which would announce what this host's own name stands for, often 127.0.1.1.
+    gloo = functools.partial(_jax.make_gloo_tcp_collectives, hostname=_own_address(*_host_and_port(address)))
+    with mock.patch.object(_jax, "make_gloo_tcp_collectives", gloo):
+        multihost_utils.sync_global_devices("start")
+
+
+def _own_address(host, port):
+    """The address of this host in the network through which it reaches another one."""
+    family, *_, there = socket.getaddrinfo(host, port, type=socket.SOCK_DGRAM)[0]
+    with socket.socket(family, socket.SOCK_DGRAM) as way:
+        way.connect(there)  # nothing is sent
+        return way.getsockname()[0]
+
+
+def _host_and_port(address):
+    """10.0.0.2:8476 or [fd00::2]:8476"""
+    host, _, port = address.rpartition(":")
+    return host.strip("[]"), int(port)
 
 
 def wait(name: str) -> None:
@@ -305,6 +428,24 @@ def stops() -> bool:
     with group.lock:  # held while they agree
         group.looks += 1
         return group.stop_at is not None and group.looks >= group.stop_at
+
+
+@contextlib.contextmanager
+def pauses(leave: Callable[[], None]) -> Iterator[None]:
+    """Inside this context `pause` calls leave() where all processes stop."""
+    group = _group
+    assert group is not None
+    group.leave = leave
+    try:
+        yield
+    finally:
+        group.leave = None
+
+
+def pause() -> None:
+    """Between two batches of an evaluation, where all processes can stop: they come here equally often."""
+    if (group := _group) and group.leave and stops():
+        group.leave()
 
 
 def _agree(group):

@@ -49,6 +49,7 @@ MAY_IMPORT = {
         "evaluate",
         "training",
         "report",
+        "hosts",
     },
     "report/metrics": {"report/trackers"},
     "report/trackers": set(),

@@ -5,12 +5,15 @@
 #       bash experiments/cluster/tpu.sh ppo_summarize --config=ppo_summarize:gpt2 --config.mesh.fsdp=4
 #
 # MOUNT is an NFS share, such as Filestore, that all workers see as the workdir's place; RUN is the workdir in it.
+# A slice of one worker needs none: with BUCKET=gs://bucket/demo in its place, the workdir is on the worker's own disk,
+# is copied to the bucket every EVERY seconds, and comes back from there to the next slice.
 # SOURCE is what pip installs; SPOT=0 takes a slice that is not preempted; KEEP=1 leaves it there at the end.
 set -uo pipefail
 
-: "${NAME:?}" "${ZONE:?}" "${TYPE:?}" "${MOUNT:?}" "${RUN:?}"
+: "${NAME:?}" "${ZONE:?}" "${TYPE:?}" "${MOUNT=}" "${BUCKET=}" "${RUN:?}" "${EVERY:=300}"
 : "${VERSION:=v2-alpha-tpuv5-lite}" "${SOURCE:=rlhf_jax[tpu]}" "${SPOT:=1}" "${KEEP:=0}" "${PAUSE:=60}"
 [ $# -gt 0 ] || { echo "tpu.sh: expected a command of rlhf-jax and its flags, got none" >&2; exit 2; }
+[ -n "$MOUNT$BUCKET" ] || { echo "tpu.sh: expected MOUNT, or BUCKET for a slice of one worker, got none" >&2; exit 2; }
 
 tpu() { gcloud compute tpus tpu-vm "$@" --zone="$ZONE" --quiet; }
 on_all() { tpu ssh "$NAME" --worker=all --command="$1"; }
@@ -27,11 +30,25 @@ create() {
     tpu create "$NAME" --accelerator-type="$TYPE" --version="$VERSION" "${spot[@]}" || return 1
     on_all "set -e
         sudo apt-get update -q && sudo apt-get install -yq nfs-common python3-venv
-        sudo mkdir -p /mnt/run && sudo mount -t nfs $MOUNT /mnt/run && sudo chmod 777 /mnt/run
+        ${MOUNT:+sudo mkdir -p /mnt/run && sudo mount -t nfs $MOUNT /mnt/run && sudo chmod 777 /mnt/run}
         python3 -m venv ~/venv && ~/venv/bin/pip install --quiet '$SOURCE'"
 }
 
-command="cd /mnt/run && ~/venv/bin/rlhf-jax $(printf '%q ' "$@") --workdir=$RUN"
+command="~/venv/bin/rlhf-jax $(printf '%q ' "$@") --workdir=$RUN"
+if [ -n "$MOUNT" ]; then
+    command="cd /mnt/run && $command"
+else
+    sync="gcloud storage rsync --recursive --quiet"
+    # A summary marks a stage as finished, so that it comes after the rest. What has been removed is removed at the end.
+    copy="$sync --exclude='.*summary\.json' $RUN $BUCKET && $sync --delete-unmatched-destination-objects $RUN $BUCKET"
+    command="mkdir -p $RUN && { ! gcloud storage ls $BUCKET || $sync $BUCKET $RUN; } || exit 1
+        (while sleep $EVERY; do $copy; done) & copies=\$!
+        $command
+        code=\$?
+        kill \$copies
+        $copy
+        exit \$code"
+fi
 while true; do
     if create; then
         on_all "$command" # the workers find each other

@@ -11,7 +11,7 @@ from typing import Any, NamedTuple
 import jax
 import numpy as np
 
-from rlhf_jax import generate, text
+from rlhf_jax import generate, hosts, text
 from rlhf_jax.data import batches
 from rlhf_jax.errors import InputError
 from rlhf_jax.rollout import Apply
@@ -187,6 +187,7 @@ class Setup:
         size += -size % sharding.shards(self.mesh)
         parts = []
         for start in range(0, count, size):
+            hosts.pause()
             batch = batches.take(arrays, np.arange(start, start + size) % count)
             parts.append(sharding.gather(function(sharding.shard(batch, self.mesh))))
         return jax.tree.map(lambda *x: np.concatenate(x)[:count], *parts)

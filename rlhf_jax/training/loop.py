@@ -276,8 +276,8 @@ class Stop:
         return self._mode(False)
 
     def evaluating(self):
-        """As `at_once` for one process. Several finish their evaluation, as none may leave the others alone in it."""
-        return self.later() if hosts.several() else self.at_once()
+        """As `at_once` for one process. Several stop before the same batch: none may leave the others alone in it."""
+        return hosts.pauses(self._stopped) if hosts.several() else self.at_once()
 
     @contextlib.contextmanager
     def _mode(self, raises):
@@ -291,7 +291,10 @@ class Stop:
 
     def _check(self, message=f"stopped; {AGAIN}"):
         if self.requested and self._raises:
-            raise Stopped(message)
+            self._stopped(message)
+
+    def _stopped(self, message=f"stopped; {AGAIN}"):
+        raise Stopped(message)
 
 
 @contextlib.contextmanager

@@ -283,5 +283,5 @@ def test_hosts_that_differ_or_do_not_come_are_refused_in_one_line(whole, start, 
     assert said(tmp_path / "log.1") == [f"ppo_summarize.py: {why}"]
     where = ("--config.hosts.coordinator=localhost:9", "--config.hosts.count=2", "--config.hosts.index=1")
     assert start([*line, *where, "--config.hosts.wait=1"], tmp_path / "alone")[0] == 2
-    what = "expected process 0 at localhost:9, which does not answer; waited 1 s"
+    what = "expected process 0 at localhost:9, waited 1 s (Connection refused)"
     assert said(tmp_path / "alone") == [f"ppo_summarize.py: hosts.coordinator: {what}"]

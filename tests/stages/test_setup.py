@@ -1,9 +1,12 @@
 """What the stages of a run have in common: keys, held-out questions, texts of responses, rows on the device."""
 
+from unittest import mock
+
 import jax
 import numpy as np
 import pytest
 
+from rlhf_jax import hosts
 from rlhf_jax.data import batches
 from rlhf_jax.stages import PURPOSES
 from tests.support import changed, smallest, stages
@@ -56,10 +59,11 @@ def test_a_device_batch_at_a_time_is_as_one_big_batch(size, rows, shapes, config
         seen.append(len(batch["x_BP"]))
         return {"sum": batch["x_BP"].sum(axis=1), "pair": (batch["index_B"], 2 * batch["x_BP"])}
 
-    ours = setup.over(ARRAYS, function, rows)
+    with mock.patch.object(hosts, "pause", lambda: seen.append("pause")):
+        ours = setup.over(ARRAYS, function, rows)
     expected = {"sum": ARRAYS["x_NP"].sum(axis=1), "pair": (ARRAYS["index_N"], 2 * ARRAYS["x_NP"])}
     jax.tree.map(np.testing.assert_array_equal, ours, jax.tree.map(lambda x: x[:rows], expected))
-    assert seen == shapes
+    assert seen[::2] == ["pause"] * len(shapes) and seen[1::2] == shapes
     assert all(isinstance(x, np.ndarray) for x in jax.tree.leaves(ours))
 
 
