@@ -29,9 +29,11 @@ DEMO ?= runs/demo
 OVER ?= runs/over
 REUSE ?= runs/reuse
 SCALING ?= runs/scaling
+FRONTIER ?= runs/frontier
 
 pictures: .venv/installed-test  ## the pictures of README and docs, from finished runs; a missing run is an error
-	$(PY) docs/pictures.py --demo=$(DEMO) --over=$(OVER) --reuse=$(REUSE) --scaling=$(SCALING)
+	$(PY) docs/pictures.py --demo=$(DEMO) --over=$(OVER) --reuse=$(REUSE) --scaling=$(SCALING) \
+	    --frontier=$(FRONTIER)
 
 notebook: .venv/installed  ## runs the notebook at small sizes; tests/test_readme.py checks that its two files agree
 	RUNS=$$(mktemp -d) && RLHF_JAX_SMALL=1 RLHF_JAX_RUNS=$$RUNS MPLBACKEND=agg $(PY) docs/notebooks/from_the_article.py && rm -r $$RUNS

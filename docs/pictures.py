@@ -1,6 +1,7 @@
 """The pictures of README and docs, drawn from the numbers of finished runs: `make pictures`.
 
-    python docs/pictures.py --demo=runs/demo --over=runs/over --reuse=runs/reuse --scaling=runs/scaling
+    python docs/pictures.py --demo=runs/demo --over=runs/over --reuse=runs/reuse --scaling=runs/scaling \
+        --frontier=runs/frontier
 
 Nothing is trained. A picture whose run is missing stays as it is; its command is printed, and the exit code is 1. The
 page's pictures are those of the run in the package, by Chromium.
@@ -19,7 +20,7 @@ import numpy as np
 
 from rlhf_jax import config as configs
 from rlhf_jax import jsonfile
-from rlhf_jax.commands import overoptimize
+from rlhf_jax.commands import compare, overoptimize
 from rlhf_jax.evaluate import scaling
 from rlhf_jax.report import metrics, plots
 from rlhf_jax.viz import export
@@ -57,6 +58,13 @@ def over_optimization(run, out):
 def count(folder, out):
     """FLOPs, bytes, messages and memory of a device among ever more."""
     plots.scaling(jsonfile.read(folder / "scaling.json")["points"], out)
+
+
+def frontier(folder, out, *, task):
+    """The curves of all runs of a task, beside best-of-n."""
+    runs = [run for place in sorted((folder / task).iterdir()) for run in compare.read(place)]
+    parts = {"metric": "reward", "best_of_n": [run.best_of_n("reward") for run in runs]}
+    plots.compare({run.name: run.curve("reward") for run in runs}, out, **parts)
 
 
 def page(folder):
@@ -110,6 +118,15 @@ RUNS = {
         count,
         "python experiments/plan.py, with the flags under the picture in docs/scale.md",
     ),
+    **{
+        f"frontier_{task}.png": (
+            "frontier",
+            f"{task}/annealed-1/rl/metrics.jsonl",
+            functools.partial(frontier, task=task),
+            "the six runs under the picture in docs/results.md",
+        )
+        for task in ("tweets", "stories")
+    },
 }
 
 

@@ -223,6 +223,9 @@ def pictures():
     return module
 
 
+FLAGS = ("demo", "over", "reuse", "scaling", "frontier")  # of docs/pictures.py: folders of runs
+
+
 def test_every_picture_is_made_by_the_target(pictures):
     assert {path.name for path in (ROOT / "docs").glob("*.png")} == {*pictures.RUNS, *pictures.STOPS}
 
@@ -235,7 +238,7 @@ def test_the_command_of_its_run_stands_under_every_picture():
 
 
 def test_a_missing_run_is_named_with_its_command(pictures, tmp_path):
-    found = pictures.draw(dict.fromkeys(("demo", "over", "reuse", "scaling"), tmp_path), tmp_path)
+    found = pictures.draw(dict.fromkeys(FLAGS, tmp_path), tmp_path)
     assert len(found) == len(pictures.RUNS) and list(tmp_path.iterdir()) == []
     needed = tmp_path / "ppo" / "metrics.jsonl"
     assert found[0] == f"pipeline.png is not drawn: {needed} is missing. It is made by: make demo"
@@ -257,9 +260,16 @@ def test_pictures_are_drawn_from_numbers(pictures, tmp_path):
     ):
         (tmp_path / name).parent.mkdir(exist_ok=True)
         (tmp_path / name).write_text(json.dumps(found))
-    missing = pictures.draw(dict.fromkeys(("demo", "over", "reuse", "scaling"), tmp_path), tmp_path)
-    assert [line.split()[0] for line in missing] == ["pipeline.png"]
-    assert sorted(path.name for path in tmp_path.glob("*.png")) == ["over_optimization.png", "reuse.png", "scaling.png"]
+    run = tmp_path / "tweets" / "annealed-1" / "rl"
+    run.mkdir(parents=True)
+    (run / "config.json").write_text('{"algorithm": "ppo", "section": "ppo", "ppo": {"batch": 8}}')
+    (run / "summary.json").write_text("{}")
+    (run / "metrics.jsonl").write_text('{"step": 1, "time": 1, "rl/eval_reward": 0.5, "rl/eval_kl_exact": 1}\n')
+    (run / "samples.jsonl").write_text('{"reward_sft": 0.1, "reward_rl": 0.5}\n' * 20)
+    missing = pictures.draw(dict.fromkeys(FLAGS, tmp_path), tmp_path)
+    assert [line.split()[0] for line in missing] == ["pipeline.png", "frontier_stories.png"]
+    drawn = ["frontier_tweets.png", "over_optimization.png", "reuse.png", "scaling.png"]
+    assert sorted(path.name for path in tmp_path.glob("*.png")) == drawn
 
 
 # The notebook
