@@ -146,8 +146,8 @@ class Run:
     def scores(self) -> dict[str, Callable]:
         """{name: texts -> [N]}: what completions of the rows are scored by."""
         names = ["gold"] if self.config.task == "summarize" and self.config.data.source == "world" else []
-        names += ["sentiment"] if self.config.task == "write" and self.config.learned else []
-        names += [] if self.config.learned else [self.config.reward.kind]
+        names += ["sentiment"] if self.config.task == "write" and not self.config.named else []
+        names += [self.config.reward.kind] if self.config.named else []
         scores = {name: self.by(name) for name in dict.fromkeys(names)}
         place = configs.place(self.config, self.workdir, "judge")
         if (place / "judge" / "summary.json").exists():

@@ -96,8 +96,9 @@ def _what(config, stage):
     if stage in WHAT:
         what = WHAT[stage]
     else:
-        reward = "a learned reward" if config.learned else f"the reward {Path(config.reward.kind).name}"
-        what = f"a policy after {config.algorithm.replace('_', ' ')} against {reward}"
+        by = "against a learned reward" if config.learned else f"against the reward {Path(config.reward.kind).name}"
+        by = by if config.sampled else "on preference pairs"
+        what = f"a policy after {config.algorithm.replace('_', ' ')} {by}"
     return what[0].upper() + what[1:]
 
 

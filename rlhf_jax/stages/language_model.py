@@ -37,7 +37,8 @@ def language_model(name: str, setup: Setup, config: supervised.Config, policy) -
         numbers = dict(perplexity.perplexity(nats_N, tokens_N))
         drawn = setup.over(starts, lambda batch: sample(state.policy, batch, key), len(questions))
         texts = setup.decode(drawn["response"], drawn["mask"])
-        rows = setup.task.judge(questions, texts) | {"eos_rate": drawn["eos_rate"], "length": drawn["mask"].sum(axis=1)}
+        judged = measure.judge(setup.task, None, questions, texts, drawn["eos_rate"])
+        rows = judged | {"eos_rate": drawn["eos_rate"], "length": drawn["mask"].sum(axis=1)}
         numbers |= {column: float(np.mean(values)) for column, values in rows.items()}
         shown = [{column: row[column] for column in ("prompt", "label") if column in row} for row in questions]
         samples = [row | {"completion": text} for row, text in zip(shown, texts, strict=True)]

@@ -96,7 +96,7 @@ def measurement(setup, config, reward, holdout=None, part=None):
         texts = setup.decode(tokens["response"], tokens["mask"])
         if reward and reward.on_host:
             rows |= named(reward, reward.scores(questions, texts))
-        rows |= judge(setup.task, reward, questions, texts)
+        rows |= judge(setup.task, reward, questions, texts, rows["eos_rate"])
         numbers = {name: float(np.mean(values)) for name, values in rows.items()}
         numbers["entropy"] = float(rows.pop("entropy").sum() / max(rows["length"].sum(), 1))
         return Measured(numbers | diversity_of(texts), rows, texts, tokens)
@@ -118,7 +118,8 @@ def passes(setup, config, state, sides, part=None):
         for i in range(draws if draws > 1 else 0):
             key = jax.random.fold_in(setup.key("evaluation"), i)
             found = setup.over(arrays, lambda batch, key=key: once(policy, batch, key), len(questions))
-            judged = setup.task.judge(questions, setup.decode(found["response"], found["mask"]))
+            texts = setup.decode(found["response"], found["mask"])
+            judged = judge(setup.task, None, questions, texts, found["eos_rate"])
             if "exact" not in judged:
                 return {}
             columns.append(judged["exact"])
@@ -129,9 +130,15 @@ def passes(setup, config, state, sides, part=None):
     return {f"{name}{suffix}": value for suffix, policy in both for name, value in measure(policy).items()}
 
 
-def judge(task, reward, rows, texts):
-    """`task.judge`, or nothing where that is the reward itself, so that a function scores each completion once."""
-    return {} if reward and getattr(task, "reward", None) == reward.name else task.judge(rows, texts)
+def judge(task, reward, rows, texts, ended_N):
+    """`task.judge`, or nothing where that is the reward itself, so that a function scores each completion once.
+
+    An answer is exact only where its completion has ended.
+    """
+    if reward and getattr(task, "reward", None) == reward.name:
+        return {}
+    found = task.judge(rows, texts)
+    return found | ({"exact": found["exact"] * ended_N} if "exact" in found else {})
 
 
 def means(rows):
@@ -170,8 +177,10 @@ def known(names, metric):
 
 
 def metric_of(measured, reward):
-    """The number that a policy without a reward of its own has as its score: what only measures it, then the task's own,
-    then gold, then the hold-out judge's; or None."""
+    """The number that is the score of a policy which learns from pairs, or None.
+
+    It is the reward that only measures it; else the task's own number, gold, or the hold-out judge's.
+    """
     names = (reward.metric if reward else "", "exact", "reward", "gold", "judge")
     return next((name for name in names if name in measured.rows), None)
 

@@ -97,6 +97,7 @@ def test_microbatches_change_nothing_and_the_loss_is_logged(pairs, changes):
     for name in ("loss", "accuracy", "margin", "chosen_logp", "length_difference"):
         assert_close(numbers[name], others[name], atol=1e-5)
     assert numbers["length_difference"] == (2 - 1 + 0 + 0) / 4
+    assert_close(numbers["chosen_gain"], numbers["chosen_logp"] - jnp.mean(batch["chosen_ref_B"]), atol=1e-5)
     assert_close(numbers["loss"], numbers["dpo_loss"] + config.sft_coef * numbers.get("sft_loss", 0))
     # The verifier recomputes it.
     arrays = {f"batch.{key}": np.asarray(x) for key, x in batch.items()}

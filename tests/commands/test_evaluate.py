@@ -3,6 +3,7 @@
 import dataclasses
 import json
 import sys
+import types
 
 import jax
 import numpy as np
@@ -13,6 +14,7 @@ from rlhf_jax import config as configs
 from rlhf_jax import tasks
 from rlhf_jax.commands import evaluate as command
 from rlhf_jax.commands.evaluate import Settings, evaluate
+from rlhf_jax.data import sources
 from rlhf_jax.evaluate import calibration, win_rate
 from rlhf_jax.models import heads, hf
 from rlhf_jax.pretrained import Pretrained
@@ -96,6 +98,13 @@ def test_the_win_rate_is_over_the_stage_before(result, folder, model):
     assert (wins["value"], wins["ci95"]) == win_rate.win_rate(*scores)
     assert 0 <= wins["length_controlled"]["value"] <= 1
     assert wins["words"] == [np.mean([len(text.split()) for text in side]) for side in texts]
+
+
+def test_a_run_of_pairs_alone_has_no_score(tmp_path):
+    """DPO's reward is `learned` where none is named, and there is no such model."""
+    config = configs.Config(algorithm="dpo", data=sources.Config(source="files"))
+    run = command.Run(tmp_path, config, types.SimpleNamespace(reward=None), [], [], 1.0, Settings(), None)
+    assert run.scores == {}
 
 
 def test_a_second_evaluation_samples_nothing(result, folder, monkeypatch):

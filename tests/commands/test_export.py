@@ -340,3 +340,4 @@ def test_every_stage_has_words():
     ]
     names = {name for config in every for name in configs.stages(config)}
     assert names == model_card.WHAT.keys() | POLICY.keys()
+    assert model_card._what(configs.Config(algorithm="dpo"), "dpo") == "A policy after dpo on preference pairs"

@@ -136,6 +136,25 @@ def test_a_stage_that_is_unfinished_or_not_there_is_refused(unfinished, other, t
         (["--config.ppo.value_init=reward"], ["ppo.value_init: expected zero or auto where reward is", "'reward'"]),
         (["--config.data.cut=middle"], ["data.cut: expected left or right or newline or skip or error, got 'middle'"]),
         (["--config.data.prompts=no.jsonl"], ["missing files: data.prompts = 'no.jsonl'"]),
+        (["--config.algorithm=rloo", "--config.rloo.group=1"], ["rloo.group: expected at least 2, got 1\n"]),
+        (
+            ["--config.algorithm=grpo", "--config.grpo.batch=6"],
+            ["grpo.batch: expected a multiple of group x ", "got 6"],
+        ),
+        (
+            ["--config.algorithm=dapo", "--config.dapo.clip=0.3", "--config.dapo.clip_high=0.2"],
+            ["dapo.clip_high: expected 0, or at least clip = 0.3, got 0.2\n"],
+        ),
+        (["--config.algorithm=dpo"], ["data.preferences: expected a ", "(--config.data.preferences=FILE), got none\n"]),
+        (["--config.algorithm=rloo", "--config.rloo.gamma=0.9"], ["rloo.gamma: 0.9 has no effect, as a completion is"]),
+        (
+            ["--config.algorithm=reinforce_pp", "--config.reinforce_pp.epochs=1", "--config.reinforce_pp.clip=0.1"],
+            ["reinforce_pp.clip: 0.1 has no effect, as a rollout has one optimizer step"],
+        ),
+        (
+            ["--config.algorithm=dpo", "--config.evaluation.result=best"],
+            ["evaluation.result: 'best' has no effect, as algorithm is dpo, which learns from pairs\n"],
+        ),
         (["--config.data.source=world"], ["data.source: expected files or hub where task is prompts, got 'world'"]),
     ],
 )
