@@ -34,6 +34,8 @@ class Config(policy.Config):
         """Checks that concern several fields."""
         yield from super().problems()
         yield from policy.kl_problems(self)
+        if self.reduction != "token":
+            yield "reduction", "token (the loss is a mean over the kept tokens)"
 
     def unused(self):
         """Fields without effect, and why."""

@@ -122,6 +122,7 @@ def test_what_has_no_effect_and_what_cannot_be():
     ):
         assert error(fields.check, online_dpo.Config(**changes)) == message
     assert error(fields.check, best_of_n.Config(kl="reward")).startswith("kl: expected k2, k3, exact or off")
+    assert error(fields.check, best_of_n.Config(reduction="sequence")).startswith("reduction: expected token (the loss")
 
 
 # On its own samples; the rollout is that of test_group.py
