@@ -4,7 +4,9 @@ The real programs are compiled by libtpu (the extra [tpu]) for the topology and 
 as libtpu takes signals and prints. XLA reports the memory and the work of a chip, and its program has the collectives.
 
 XLA counts the body of a loop once. Products are counted from our own program, with and without the loops' trips; the
-ratio corrects XLA's FLOPs, its bytes, and the collectives within loops. Seconds are a roofline: the longest of what the
+ratio corrects XLA's FLOPs, its bytes, and the collectives within loops. With fsdp, XLA makes loops of its own for TPUs
+(a product with each part of a weight, while the next one is on its way): where its FLOPs stay below a chip's share of
+our products, they are corrected to that, and the rest in the same ratio. Seconds are a roofline: the longest of what the
 products, the memory and the links need at their published peaks, so a real program takes longer. The memory traffic of
 sampling is that of models/cost.py: every weight and the cache, at every token.
 """
@@ -210,11 +212,14 @@ def shallow(config, vocab_size, topology, depths):
     share = (config.model.layers - few) / (more - few)
 
     def line(low, high):
-        if isinstance(low, dict):
-            return {name: line(low[name], high[name]) for name in low}
-        return low + share * (high - low)
+        return {name: low[name] + share * (high[name] - low[name]) for name in low}
 
-    return line(low, high)
+    programs = {}
+    for name, first in low["programs"].items():
+        second = high["programs"][name]
+        spent = {"compile_seconds": first["compile_seconds"] + second["compile_seconds"]}
+        programs[name] = line(first, second) | spent
+    return low | {"state": line(low["state"], high["state"]), "programs": programs}
 
 
 def scaling(config, vocab_size, most):
@@ -337,6 +342,8 @@ def _compile(config, vocab_size, topology):
         peak = memory_of.argument_size_in_bytes + memory_of.temp_size_in_bytes
         peak += memory_of.output_size_in_bytes - memory_of.alias_size_in_bytes
         ratio = total / max(once, 1)
+        if not isinstance(topology, int):  # a TPU's products with a gathered weight may be loops that XLA has made
+            ratio = max(ratio, total / len(devices) / counted["flops"])
         traffic = counted.get("bytes accessed", 0) * ratio
         if name == "draw":
             rows = (lanes or N) // sharding.shards(mesh)
