@@ -5,10 +5,10 @@ as libtpu takes signals and prints. XLA reports the memory and the work of a chi
 
 XLA counts the body of a loop once. Products are counted from our own program, with and without the loops' trips; the
 ratio corrects XLA's FLOPs, its bytes, and the collectives within loops. With fsdp, XLA makes loops of its own for TPUs
-(a product with each part of a weight, while the next one is on its way): where its FLOPs stay below a chip's share of
-our products, they are corrected to that, and the rest in the same ratio. Seconds are a roofline: the longest of what the
-products, the memory and the links need at their published peaks, so a real program takes longer. The memory traffic of
-sampling is that of models/cost.py: every weight and the cache, at every token.
+(a product with each part of a weight, while the next is on its way) and counts them once too: FLOPs are then a chip's
+share of our products, but bytes and collectives are too few. Seconds are a roofline: the longest of what the products,
+the memory and the links need at their published peaks, so a real program takes longer. The memory traffic of sampling
+is that of models/cost.py: every weight and the cache, at every token.
 """
 
 from rlhf_jax import command
@@ -342,8 +342,7 @@ def _compile(config, vocab_size, topology):
         peak = memory_of.argument_size_in_bytes + memory_of.temp_size_in_bytes
         peak += memory_of.output_size_in_bytes - memory_of.alias_size_in_bytes
         ratio = total / max(once, 1)
-        if not isinstance(topology, int):  # a TPU's products with a gathered weight may be loops that XLA has made
-            ratio = max(ratio, total / len(devices) / counted["flops"])
+        least = 0 if isinstance(topology, int) else total / len(devices)  # XLA makes no such loops for CPUs
         traffic = counted.get("bytes accessed", 0) * ratio
         if name == "draw":
             rows = (lanes or N) // sharding.shards(mesh)
@@ -352,7 +351,7 @@ def _compile(config, vocab_size, topology):
             traffic = max(traffic, read * R * N / (lanes or N))
         found[name] = {
             "peak": peak,
-            "flops": counted["flops"] * ratio,
+            "flops": max(counted["flops"] * ratio, least),
             "flops_once": counted["flops"],
             "traffic": traffic,
             "collectives": outside + inside * ratio,
