@@ -91,8 +91,9 @@ def plans(several, vocab_size, topology):
         parse(topology)
     request = {"configs": list(map(configs.tree, several)), "vocab_size": vocab_size, "topology": topology}
     command = [sys.executable, "-m", "rlhf_jax.commands.topology"]
-    pipes = {"stdin": subprocess.PIPE, "stdout": subprocess.PIPE, "text": True, "env": environment}
+    pipes: dict[str, Any] = {"stdin": subprocess.PIPE, "stdout": subprocess.PIPE, "text": True, "env": environment}
     with tempfile.TemporaryFile("w+") as errors, subprocess.Popen(command, stderr=errors, **pipes) as child:
+        assert child.stdin and child.stdout
         child.stdin.write(json.dumps(request))
         child.stdin.close()
         yield from (json.loads(line) for line in child.stdout if line.startswith('{"state"'))
