@@ -4,9 +4,11 @@ The real programs are compiled by libtpu (the extra [tpu]) for the topology and 
 as libtpu takes signals and prints. XLA reports the memory and the work of a chip, and its program has the collectives.
 
 XLA counts the body of a loop once. Products are counted from our own program, with and without the loops' trips; the
-ratio corrects XLA's FLOPs, its bytes, and the collectives within loops. Seconds are a roofline: the longest of what the
-products, the memory and the links need at their published peaks, so a real program takes longer. The memory traffic of
-sampling is that of models/cost.py: every weight and the cache, at every token.
+ratio corrects XLA's FLOPs, its bytes, and the collectives within loops. With fsdp, XLA makes loops of its own for TPUs
+(a product with each part of a weight, while the next is on its way) and counts them once too: FLOPs are then a chip's
+share of our products, but bytes and collectives are too few. Seconds are a roofline: the longest of what the products,
+the memory and the links need at their published peaks, so a real program takes longer. The memory traffic of sampling
+is that of models/cost.py: every weight and the cache, at every token.
 """
 
 from rlhf_jax import command
@@ -89,8 +91,9 @@ def plans(several, vocab_size, topology):
         parse(topology)
     request = {"configs": list(map(configs.tree, several)), "vocab_size": vocab_size, "topology": topology}
     command = [sys.executable, "-m", "rlhf_jax.commands.topology"]
-    pipes = {"stdin": subprocess.PIPE, "stdout": subprocess.PIPE, "text": True, "env": environment}
+    pipes: dict[str, Any] = {"stdin": subprocess.PIPE, "stdout": subprocess.PIPE, "text": True, "env": environment}
     with tempfile.TemporaryFile("w+") as errors, subprocess.Popen(command, stderr=errors, **pipes) as child:
+        assert child.stdin and child.stdout
         child.stdin.write(json.dumps(request))
         child.stdin.close()
         yield from (json.loads(line) for line in child.stdout if line.startswith('{"state"'))
@@ -210,11 +213,14 @@ def shallow(config, vocab_size, topology, depths):
     share = (config.model.layers - few) / (more - few)
 
     def line(low, high):
-        if isinstance(low, dict):
-            return {name: line(low[name], high[name]) for name in low}
-        return low + share * (high - low)
+        return {name: low[name] + share * (high[name] - low[name]) for name in low}
 
-    return line(low, high)
+    programs = {}
+    for name, first in low["programs"].items():
+        second = high["programs"][name]
+        spent = {"compile_seconds": first["compile_seconds"] + second["compile_seconds"]}
+        programs[name] = line(first, second) | spent
+    return low | {"state": line(low["state"], high["state"]), "programs": programs}
 
 
 def scaling(config, vocab_size, most):
@@ -337,6 +343,7 @@ def _compile(config, vocab_size, topology):
         peak = memory_of.argument_size_in_bytes + memory_of.temp_size_in_bytes
         peak += memory_of.output_size_in_bytes - memory_of.alias_size_in_bytes
         ratio = total / max(once, 1)
+        least = 0 if isinstance(topology, int) else total / len(devices)  # XLA makes no such loops for CPUs
         traffic = counted.get("bytes accessed", 0) * ratio
         if name == "draw":
             rows = (lanes or N) // sharding.shards(mesh)
@@ -345,7 +352,7 @@ def _compile(config, vocab_size, topology):
             traffic = max(traffic, read * R * N / (lanes or N))
         found[name] = {
             "peak": peak,
-            "flops": counted["flops"] * ratio,
+            "flops": max(counted["flops"] * ratio, least),
             "flops_once": counted["flops"],
             "traffic": traffic,
             "collectives": outside + inside * ratio,

@@ -62,14 +62,18 @@ def test_the_products_of_an_iteration_are_those_of_the_cost_model():
 
 
 def test_a_deep_model_is_on_the_line_through_two_shallow_ones(monkeypatch):
+    """Bytes and FLOPs are; what was spent on compiling is the sum, and numbers of chips stay whole."""
+
     def plans(several, *_):
         for config in several:
             peak = 100 + 7 * config.model.layers
-            yield {"state": {"optimizer": peak}, "programs": {"update": {"peak": peak}}, "chips": 4}
+            counts = {"peak": peak, "compile_seconds": 3.0}
+            yield {"state": {"optimizer": peak}, "programs": {"update": counts}, "chips": 4, "steps": 9}
 
     monkeypatch.setattr(topology, "plans", plans)
     found = topology.shallow(changed(Config(), model={"layers": 48}), 800, "v5e:2x2", (2, 4))
-    assert found == {"state": {"optimizer": 436}, "programs": {"update": {"peak": 436}}, "chips": 4}
+    counts = {"peak": 436, "compile_seconds": 6.0}
+    assert found == {"state": {"optimizer": 436}, "programs": {"update": counts}, "chips": 4, "steps": 9}
 
 
 def test_each_point_of_a_scaling_has_its_mesh_and_batch(monkeypatch):
