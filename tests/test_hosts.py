@@ -9,7 +9,7 @@ import pytest
 from jax._src.lib import _jax
 from jax.experimental import multihost_utils
 
-from rlhf_jax import hosts
+from rlhf_jax import command, hosts
 from rlhf_jax.errors import InputError
 from rlhf_jax.training import loop
 
@@ -129,3 +129,13 @@ def test_a_host_announces_the_address_by_which_it_reaches_the_first(monkeypatch)
     for address in "127.0.0.1:8476", "[::1]:8476":
         hosts._connect_devices(address)
     assert announced == ["127.0.0.1", "::1"]
+
+
+def test_a_service_that_says_nothing_is_lost_though_a_call_waits_for_it(monkeypatch):
+    """As behind a link that was cut; JAX ends the process later, with many lines."""
+    ended = []
+    monkeypatch.setattr(hosts, "_group", hosts._Group(None, 1, 2, "10.0.0.2:8476", lost=1))
+    monkeypatch.setattr(hosts, "POLL", 0.1)
+    monkeypatch.setattr(command, "end", lambda *what: ended.append(what))
+    hosts._watch_service()
+    assert ended == [("host 0: 10.0.0.2:8476 does not answer any more; the same command goes on from there", 3)]
