@@ -7,6 +7,7 @@ and how a process has ended. The workdir must be a folder that all hosts share.
 A run of one process has none of this: every function here then returns at once.
 """
 
+import _thread
 import atexit
 import contextlib
 import dataclasses
@@ -30,6 +31,7 @@ from rlhf_jax.errors import AGAIN, BAD_INPUT, STOPPED, InputError
 POLL = 0.5  # seconds between two looks at what the other hosts say
 LONGEST = 7 * 24 * 3600 * 1000  # milliseconds that a host waits for another one, which lives: `_watch` finds the dead
 GREETING = b"rlhf_jax\n"  # of process 0, where all meet
+LAST = 5  # seconds that the last word of a process may take
 GRACE = 10  # seconds after `lost` in which the others have ended, where process 0 was killed
 HEARTBEAT = 30  # seconds after `lost` before which JAX does not end the process itself, with many lines
 FOLDER = "rlhf_jax/"  # of our keys in the coordination service
@@ -226,12 +228,16 @@ def _meet(config):
         else:
             if problem:
                 raise InputError(problem)
-            return meeting and meeting.thread.join()  # until the port is free again
+            break
         time.sleep(POLL)
-    if meeting and meeting.problem:  # before process 0 has come itself
-        meeting.thread.join()  # until the others know it, too
-        raise InputError(meeting.problem)
-    raise InputError(f"hosts.coordinator: expected process 0 at {config.coordinator}, waited {config.wait} s ({why})")
+    else:
+        if not (meeting and meeting.problem):
+            where = f"{config.coordinator}, waited {config.wait} s ({why})"
+            raise InputError(f"hosts.coordinator: expected process 0 at {where}")
+    if meeting:
+        meeting.thread.join()  # until the others know it, too, and the port is free again
+        if meeting.problem:  # before process 0 has come itself
+            raise InputError(meeting.problem)
 
 
 class _Meeting:
@@ -247,10 +253,11 @@ class _Meeting:
         until = time.monotonic() + config.wait
         # A run that was killed holds the port until the others have ended.
         busy = min(until, time.monotonic() + config.lost + GRACE + 5)
-        how = {"family": socket.AF_INET6, "dualstack_ipv6": True} if socket.has_dualstack_ipv6() else {}
+        both = socket.has_dualstack_ipv6()
+        family = socket.AF_INET6 if both else socket.AF_INET
         while True:
             try:
-                with socket.create_server(("", port), **how) as listener:
+                with socket.create_server(("", port), family=family, dualstack_ipv6=both) as listener:
                     return self._meet(listener, until)
             except OSError as error:
                 if time.monotonic() > busy:
@@ -262,7 +269,8 @@ class _Meeting:
     def _meet(self, listener, until):
         """Waits for all, and says to each what is wrong, or nothing."""
         count = self._config.count
-        guests, places = [], {}  # connections; {index: one of them}
+        guests: list[socket.socket] = []
+        places: dict[int, socket.socket] = {}  # by index
         listener.settimeout(POLL)
         while len(places) < count and not self.problem:
             if time.monotonic() > until:
@@ -475,8 +483,17 @@ class _Others:
         if group and not group.leaving:
             group.leaving = True
             record = json.dumps({"host": group.index, "message": str(message), "code": code})
-            with contextlib.suppress(Exception):
-                group.client.key_value_set(f"{FOLDER}end/{group.index}", record)
+            said: list[bool] = []
+
+            def say():
+                with contextlib.suppress(Exception):
+                    group.client.key_value_set(f"{FOLDER}end/{group.index}", record)
+                said.append(True)
+
+            _thread.start_new_thread(say, ())  # in a handler: a lock of threading may be held by what it interrupts
+            until = time.monotonic() + LAST
+            while not said and time.monotonic() < until:  # over a link that was cut, it does not return
+                time.sleep(0.01)
 
     def cause(self, error):
         """Ends the process where the error is that another one has ended; returns where it is not."""

@@ -4,6 +4,7 @@ import contextlib
 import socket
 import threading
 import time
+from unittest import mock
 
 import pytest
 from jax._src.lib import _jax
@@ -129,6 +130,18 @@ def test_a_host_announces_the_address_by_which_it_reaches_the_first(monkeypatch)
     for address in "127.0.0.1:8476", "[::1]:8476":
         hosts._connect_devices(address)
     assert announced == ["127.0.0.1", "::1"]
+
+
+def test_over_a_link_that_was_cut_a_process_ends_without_the_last_word(monkeypatch):
+    group = hosts._Group(mock.Mock(), 1, 2, "10.0.0.2:8476", lost=60)
+    monkeypatch.setattr(hosts, "_group", group)
+    monkeypatch.setattr(hosts, "LAST", 0.1)
+    never = threading.Event()
+    group.client.key_value_set = lambda *_: never.wait(60)
+    began = time.monotonic()
+    hosts._Others().ending("stopped by SIGINT", 3)
+    assert time.monotonic() - began < 30 and group.leaving
+    never.set()
 
 
 def test_a_service_that_says_nothing_is_lost_though_a_call_waits_for_it(monkeypatch):
