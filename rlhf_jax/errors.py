@@ -6,6 +6,7 @@ An exception with an `exit_code` ends a command with its message in one line, an
 from collections.abc import Iterable
 
 BAD_INPUT, STOPPED, NOT_FINITE, OUT_OF_MEMORY = 2, 3, 4, 5  # 0: done
+AGAIN = "the same command goes on from there"  # after a stop
 
 
 class InputError(ValueError):

@@ -7,6 +7,7 @@ and how a process has ended. The workdir must be a folder that all hosts share.
 A run of one process has none of this: every function here then returns at once.
 """
 
+import _thread
 import atexit
 import contextlib
 import dataclasses
@@ -25,13 +26,14 @@ from typing import Any
 from unittest import mock
 
 from rlhf_jax import command, fields
-from rlhf_jax.errors import BAD_INPUT, STOPPED, InputError
+from rlhf_jax.errors import AGAIN, BAD_INPUT, STOPPED, InputError
 
 POLL = 0.5  # seconds between two looks at what the other hosts say
 LONGEST = 7 * 24 * 3600 * 1000  # milliseconds that a host waits for another one, which lives: `_watch` finds the dead
 GREETING = b"rlhf_jax\n"  # of process 0, where all meet
+LAST = 5  # seconds that the last word of a process may take
 GRACE = 10  # seconds after `lost` in which the others have ended, where process 0 was killed
-HEARTBEAT = 60  # seconds after `lost` in which JAX itself ends the process, with many lines
+HEARTBEAT = 30  # seconds after `lost` before which JAX does not end the process itself, with many lines
 FOLDER = "rlhf_jax/"  # of our keys in the coordination service
 
 # The coordination service has a process of its own: it outlives process 0, so that the others learn of its end. On a
@@ -91,6 +93,7 @@ class _Group:
     calls: int = 0  # of what all processes do in the same order; it names barriers and values
     alone: bool = False  # whether process 0 does something that the others do not
     leaving: bool = False  # whether this process ends, and says nothing more
+    silent: float = 0.0  # seconds since the service has answered
     # Of a stop: calls of `stops`, the first one at which all stop, and the line of the process that had the signal.
     looks: int = 0
     stop_at: int | None = None
@@ -154,8 +157,8 @@ def start(config: Config) -> None:
                 None if config.index < 0 else config.index,
                 # On CPUs a process has all of its virtual devices, whatever SLURM says.
                 local_device_ids=[] if config.coordinator else None,
-                initialization_timeout=config.wait + HEARTBEAT,
-                heartbeat_timeout_seconds=config.lost + HEARTBEAT,
+                initialization_timeout=config.wait + 2 * HEARTBEAT,
+                heartbeat_timeout_seconds=_heartbeat(config),
             )
     except (RuntimeError, ValueError) as error:
         if isinstance(error, InputError):
@@ -171,8 +174,14 @@ def start(config: Config) -> None:
     command.others = _Others()
     atexit.register(_leave)
     _beat()
-    threading.Thread(target=_watch, daemon=True).start()
+    for watch in _watch, _watch_service:
+        threading.Thread(target=watch, daemon=True).start()
     _connect_devices(_group.address)
+
+
+def _heartbeat(config):
+    """JAX sends a sign of life in each half of these seconds, and ends the process if it has no answer for as long."""
+    return 2 * (config.lost + HEARTBEAT)
 
 
 def _cluster(config):
@@ -219,12 +228,16 @@ def _meet(config):
         else:
             if problem:
                 raise InputError(problem)
-            return meeting and meeting.thread.join()  # until the port is free again
+            break
         time.sleep(POLL)
-    if meeting and meeting.problem:  # before process 0 has come itself
-        meeting.thread.join()  # until the others know it, too
-        raise InputError(meeting.problem)
-    raise InputError(f"hosts.coordinator: expected process 0 at {config.coordinator}, waited {config.wait} s ({why})")
+    else:
+        if not (meeting and meeting.problem):
+            where = f"{config.coordinator}, waited {config.wait} s ({why})"
+            raise InputError(f"hosts.coordinator: expected process 0 at {where}")
+    if meeting:
+        meeting.thread.join()  # until the others know it, too, and the port is free again
+        if meeting.problem:  # before process 0 has come itself
+            raise InputError(meeting.problem)
 
 
 class _Meeting:
@@ -240,10 +253,11 @@ class _Meeting:
         until = time.monotonic() + config.wait
         # A run that was killed holds the port until the others have ended.
         busy = min(until, time.monotonic() + config.lost + GRACE + 5)
-        how = {"family": socket.AF_INET6, "dualstack_ipv6": True} if socket.has_dualstack_ipv6() else {}
+        both = socket.has_dualstack_ipv6()
+        family = socket.AF_INET6 if both else socket.AF_INET
         while True:
             try:
-                with socket.create_server(("", port), **how) as listener:
+                with socket.create_server(("", port), family=family, dualstack_ipv6=both) as listener:
                     return self._meet(listener, until)
             except OSError as error:
                 if time.monotonic() > busy:
@@ -255,7 +269,8 @@ class _Meeting:
     def _meet(self, listener, until):
         """Waits for all, and says to each what is wrong, or nothing."""
         count = self._config.count
-        guests, places = [], {}  # connections; {index: one of them}
+        guests: list[socket.socket] = []
+        places: dict[int, socket.socket] = {}  # by index
         listener.settimeout(POLL)
         while len(places) < count and not self.problem:
             if time.monotonic() > until:
@@ -295,7 +310,7 @@ class _Service:
     """The coordination service, in its own process: what `jax.distributed` calls of it."""
 
     def __init__(self, config, address, processes):
-        args = (address, processes, config.lost + GRACE, config.lost + HEARTBEAT)
+        args = (address, processes, config.lost + GRACE, _heartbeat(config))
         line = [sys.executable, "-c", SERVICE, *map(str, args)]
         until = time.monotonic() + config.wait * 2 / 3
         while True:
@@ -468,8 +483,17 @@ class _Others:
         if group and not group.leaving:
             group.leaving = True
             record = json.dumps({"host": group.index, "message": str(message), "code": code})
-            with contextlib.suppress(Exception):
-                group.client.key_value_set(f"{FOLDER}end/{group.index}", record)
+            said: list[bool] = []
+
+            def say():
+                with contextlib.suppress(Exception):
+                    group.client.key_value_set(f"{FOLDER}end/{group.index}", record)
+                said.append(True)
+
+            _thread.start_new_thread(say, ())  # in a handler: a lock of threading may be held by what it interrupts
+            until = time.monotonic() + LAST
+            while not said and time.monotonic() < until:  # over a link that was cut, it does not return
+                time.sleep(0.01)
 
     def cause(self, error):
         """Ends the process where the error is that another one has ended; returns where it is not."""
@@ -489,7 +513,6 @@ def _watch():
     group = _group
     assert group is not None
     seen: dict[str, tuple[str, float]] = {}  # the last sign of each host, and when it came
-    silent_since = None  # the service
     while not group.leaving:
         now = time.monotonic()
         try:
@@ -497,13 +520,10 @@ def _watch():
             keys = dict(group.client.key_value_dir_get(f"{FOLDER}life/"))
             ends = group.client.key_value_dir_get(f"{FOLDER}end/")
             stop = group.stop_at is None and group.client.key_value_dir_get(f"{FOLDER}stop/")
-            silent_since = None
+            group.silent = 0.0
             if stop:
                 _agree(group)
-        except Exception:
-            silent_since = silent_since or now
-            if now - silent_since > group.lost:
-                _end(group, 0, f"host 0 at {group.address} does not answer any more", STOPPED)
+        except Exception:  # `_watch_service` knows how long
             time.sleep(POLL)
             continue
         for _, record in ends:
@@ -514,7 +534,21 @@ def _watch():
                 seen[key] = sign, now
             elif now - seen[key][1] > group.lost:
                 host = int(key.rsplit("/", 1)[1])
-                _end(group, host, f"no sign of life for {group.lost} s; the same command goes on from there", STOPPED)
+                _end(group, host, f"no sign of life for {group.lost} s; {AGAIN}", STOPPED)
+        time.sleep(POLL)
+
+
+def _watch_service():
+    """Ends the process where the service does not answer. `_watch` may wait for it: a link that was cut says nothing.
+
+    It counts its own steps, so that a machine that was asleep first hears the others again.
+    """
+    group = _group
+    assert group is not None
+    while not group.leaving:
+        group.silent += POLL
+        if group.silent > group.lost:
+            _end(group, 0, f"{group.address} does not answer any more; {AGAIN}", STOPPED)
         time.sleep(POLL)
 
 

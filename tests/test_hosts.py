@@ -4,12 +4,13 @@ import contextlib
 import socket
 import threading
 import time
+from unittest import mock
 
 import pytest
 from jax._src.lib import _jax
 from jax.experimental import multihost_utils
 
-from rlhf_jax import hosts
+from rlhf_jax import command, hosts
 from rlhf_jax.errors import InputError
 from rlhf_jax.training import loop
 
@@ -129,3 +130,25 @@ def test_a_host_announces_the_address_by_which_it_reaches_the_first(monkeypatch)
     for address in "127.0.0.1:8476", "[::1]:8476":
         hosts._connect_devices(address)
     assert announced == ["127.0.0.1", "::1"]
+
+
+def test_over_a_link_that_was_cut_a_process_ends_without_the_last_word(monkeypatch):
+    group = hosts._Group(mock.Mock(), 1, 2, "10.0.0.2:8476", lost=60)
+    monkeypatch.setattr(hosts, "_group", group)
+    monkeypatch.setattr(hosts, "LAST", 0.1)
+    never = threading.Event()
+    group.client.key_value_set = lambda *_: never.wait(60)
+    began = time.monotonic()
+    hosts._Others().ending("stopped by SIGINT", 3)
+    assert time.monotonic() - began < 30 and group.leaving
+    never.set()
+
+
+def test_a_service_that_says_nothing_is_lost_though_a_call_waits_for_it(monkeypatch):
+    """As behind a link that was cut; JAX ends the process later, with many lines."""
+    ended = []
+    monkeypatch.setattr(hosts, "_group", hosts._Group(None, 1, 2, "10.0.0.2:8476", lost=1))
+    monkeypatch.setattr(hosts, "POLL", 0.1)
+    monkeypatch.setattr(command, "end", lambda *what: ended.append(what))
+    hosts._watch_service()
+    assert ended == [("host 0: 10.0.0.2:8476 does not answer any more; the same command goes on from there", 3)]

@@ -9,11 +9,9 @@ from typing import Any, NamedTuple
 import numpy as np
 
 from rlhf_jax import command, hosts
-from rlhf_jax.errors import STOPPED
+from rlhf_jax.errors import AGAIN, STOPPED
 from rlhf_jax.report import metrics
 from rlhf_jax.training.guard import NonFinite
-
-AGAIN = "the same command goes on from there"
 
 
 class Stopped(BaseException):
