@@ -1,6 +1,7 @@
 """Best-of-n distillation (rejection-sampling fine-tuning; Llama 2, arXiv 2307.09288, sec. 3.2.3). Trains `policy`.
 
-Of n completions of a prompt, the best is kept, of those that ended; the policy is fine-tuned on them, and again:
+Of n completions of a prompt, the best that ended is kept (with ended=False, the best); the policy is fine-tuned on the
+kept ones, and again:
 
     loss = mean of -log p over the tokens of the kept completions
 
@@ -45,7 +46,7 @@ class Config(policy.Config):
 
 
 def estimate(rollout, kl_coef, *, config):
-    """The rollout with a weight for each row: of a group, the best (that ended) has one, the others 0.
+    """The rollout with a weight for each row: of a group, the kept completion has one, the others 0.
 
     The weights' mean over the tokens of the rollout is 1, so the loss is a mean over the kept tokens.
     """

@@ -53,7 +53,7 @@ class Run:
     def best_of_n(self, metric) -> np.ndarray:
         """[M, 2]: exact KL and metric of the best of n samples of the policy before, where all answer one prompt."""
         scores = [each.get(f"{metric}_sft") for each in self.samples]
-        points = [] if None in scores else [(nats, score) for _, score, nats in best_of_n.curve(scores)]
+        points = [] if not scores or None in scores else [(nats, score) for _, score, nats in best_of_n.curve(scores)]
         return np.array(points).reshape(-1, 2)
 
     @property

@@ -90,9 +90,9 @@ def plans(several, vocab_size, topology):
     else:
         parse(topology)
     request = {"configs": list(map(configs.tree, several)), "vocab_size": vocab_size, "topology": topology}
-    command = [sys.executable, "-m", "rlhf_jax.commands.topology"]
+    line = [sys.executable, "-m", "rlhf_jax.commands.topology"]
     pipes: dict[str, Any] = {"stdin": subprocess.PIPE, "stdout": subprocess.PIPE, "text": True, "env": environment}
-    with tempfile.TemporaryFile("w+") as errors, subprocess.Popen(command, stderr=errors, **pipes) as child:
+    with tempfile.TemporaryFile("w+") as errors, subprocess.Popen(line, stderr=errors, **pipes) as child:
         assert child.stdin and child.stdout
         child.stdin.write(json.dumps(request))
         child.stdin.close()

@@ -466,7 +466,7 @@ def _better(final):
 
 
 def _kept(file, mask, final, config):
-    """The weights of the best completion of each group (that ended): their mean over the tokens is 1."""
+    """The weights of the kept completion of each group, by `ended`: their mean over the tokens is 1."""
     group = config["group"]
     able = file["rollout.eos_B"].reshape(-1, group).astype(bool) | (not config.get("ended", True))
     best = np.arange(group) == np.where(able, final.reshape(-1, group), -np.inf).argmax(axis=1)[:, None]

@@ -239,10 +239,17 @@ def manifest(name):
     return {"config": {"model": {"dtype": "float32"}}, "stages": {name: {"algorithm": name}}}
 
 
-@pytest.mark.parametrize("name", ["rloo", "grpo", "dapo", "reinforce_pp", "policy_gradient", "online_dpo", "best_of_n"])
-def test_the_verifiers_recompute_each_part(name, drawn, node):
+@pytest.mark.parametrize(
+    ("name", "changes"),
+    [
+        *((name, {}) for name in ("rloo", "grpo", "dapo", "reinforce_pp", "policy_gradient", "online_dpo", "best_of_n")),
+        ("online_dpo", {"loss": "ipo"}),
+        ("best_of_n", {"ended": False}),
+    ],
+)
+def test_the_verifiers_recompute_each_part(name, changes, drawn, node):
     """What a loss hands out, in Python and in the page; and both find a breach of an advantage."""
-    section = config(name, epochs=2, kl_coef=0.2, entropy_coef=0.1, **PAIRS.get(name, {}))
+    section = config(name, epochs=2, kl_coef=0.2, entropy_coef=0.1, **PAIRS.get(name, {}) | changes)
     _, numbers = learn(drawn, name, section, record=True)
     recorded = numbers.pop("record")
     rollout = {key: value for key, value in vars(recorded["rollout"]).items() if value is not None}

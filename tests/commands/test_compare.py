@@ -69,6 +69,8 @@ def test_best_of_n_of_the_policy_before(tmp_path):
     (tmp_path / "a" / "rloo" / "samples.jsonl").write_text("".join(lines))
     found = compare.read(place)[0].best_of_n("reward")
     np.testing.assert_allclose(found, [[0, 9.5], [np.log(2) - 0.5, 13]], atol=1e-9)
+    (tmp_path / "a" / "rloo" / "samples.jsonl").write_text("")
+    assert compare.read(place)[0].best_of_n("reward").shape == (0, 2)
 
 
 def test_other_prompts_are_not_paired(tmp_path, reporter):

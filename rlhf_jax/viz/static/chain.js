@@ -104,11 +104,19 @@ export function priced(laid, c, k) {
   return { ...laid, loss, clipped };
 }
 
+// Whether DPO's log-ratio of a completion is a mean over its tokens, and not their sum.
+export const averaged = (pairs) => pairs.total === "mean" || (pairs.total === "auto" && pairs.loss === "ipo");
+
+// The log-ratio [B] of each completion, as `averaged` has it.
+export function logRatios(now, { R, mask, logp_ref, pairs }) {
+  const sums = perRow(Float64Array.from(mask, (m, i) => (m ? now[i] - logp_ref[i] : 0)), mask, R);
+  const lengths = perRow(mask, mask, R);
+  return sums.map((sum, b) => (averaged(pairs) ? sum / Math.max(lengths[b], 1) : sum));
+}
+
 // The loss [B] of each completion's pair, rows 2q and 2q + 1; 0 where the two are equally good.
-export function pairLosses(now, { B, R, mask, logp_ref, raw, pairs }) {
-  const sums = perRow(Float64Array.from(mask, (m, i) => (m ? now[i] - logp_ref[i] : 0)), mask, R), lengths = perRow(mask, mask, R);
-  const averaged = pairs.total === "mean" || (pairs.total === "auto" && pairs.loss === "ipo");
-  const gain = sums.map((sum, b) => (averaged ? sum / Math.max(lengths[b], 1) : sum));
+export function pairLosses(now, c) {
+  const { B, R, raw, pairs } = c, gain = logRatios(now, c);
   return Array.from({ length: B }, (_, b) => {
     const sign = raw[b * R], h = sign * (gain[b] - gain[b ^ 1]);
     return sign ? losses.dpo(h, pairs.beta, pairs.loss, pairs.smoothing) : 0;

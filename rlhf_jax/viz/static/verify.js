@@ -88,7 +88,8 @@ function* claims(file, manifest) {
   yield* update(file, algorithm, { B, R, mask, logp, logged, claim, scored });
 }
 
-// The weights [B] of the best completion of each prompt (of those with EOS, unless eos is null): their mean over the tokens is 1.
+// The weights [B] of the kept completion of each prompt, the best of those with EOS, or of all where eos is null: their
+// mean over the tokens is 1.
 function kept(score, eos, length, O) {
   const best = Array.from(score, (_, b) => {
     const first = b - (b % O), ended = [...Array(O).keys()].map((o) => first + o).filter((i) => !eos || eos[i]);

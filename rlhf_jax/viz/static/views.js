@@ -1,6 +1,6 @@
 // The article: one view a section. `build(element, app)` makes it and returns update({cursor, file, knobs}).
 
-import { objectives } from "./chain.js";
+import { averaged, logRatios, objectives } from "./chain.js";
 import {
   axes, barCell, barRange, button, chart, check, code, dataTable, extent, fmt, h, heading, nats, p, par, path, percent, s, scale,
   select, signed, slider,
@@ -489,11 +489,11 @@ function pairView(el, app) {
     const { chain: c } = app, ps = app.pass(), b = app.row, i = app.index();
     epoch.set(app.cursor.epoch);
     table.update();
-    const sum = (row) => [...Array(c.R).keys()].reduce((x, t) => x + (c.mask[row * c.R + t] ? ps.now[row * c.R + t] - c.logp_ref[row * c.R + t] : 0), 0);
+    const ratio = logRatios(ps.now, c), over = averaged(c.pairs) ? "mean" : "Σ";
     const [better, worse] = sign(0) > 0 ? [b, b ^ 1] : [b ^ 1, b];
-    const h = sum(better) - sum(worse), of = loss === "sigmoid" && !smoothing ? `−log σ(β h) = −log σ(${fmt(beta)} × ${par(h, nats)})` : loss === "ipo" ? "(h − 1 / (2 β))²" : loss === "hinge" ? "max(1 − β h, 0)" : `${loss}(β h)`;
+    const h = ratio[better] - ratio[worse], of = loss === "sigmoid" && !smoothing ? `−log σ(β h) = −log σ(${fmt(beta)} × ${par(h, nats)})` : loss === "ipo" ? "(h − 1 / (2 β))²" : loss === "hinge" ? "max(1 − β h, 0)" : `${loss}(β h)`;
     formula.textContent = sign(0) === 0 ? "The two completions have the same score: the pair has no loss."
-      : `h = Σ log-ratio of the better − Σ of the worse = ${nats(sum(better))} − ${par(sum(worse), nats)} = ${nats(h)}\nloss = ${of} = ${fmt(ps.loss[i])}     (β = ${fmt(beta)})`;
+      : `h = ${over} log-ratio of the better − ${over} of the worse = ${nats(ratio[better])} − ${par(ratio[worse], nats)} = ${nats(h)}\nloss = ${of} = ${fmt(ps.loss[i])}     (β = ${fmt(beta)})`;
   };
 }
 
