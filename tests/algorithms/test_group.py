@@ -242,7 +242,10 @@ def manifest(name):
 @pytest.mark.parametrize(
     ("name", "changes"),
     [
-        *((name, {}) for name in ("rloo", "grpo", "dapo", "reinforce_pp", "policy_gradient", "online_dpo", "best_of_n")),
+        *(
+            (name, {})
+            for name in ("rloo", "grpo", "dapo", "reinforce_pp", "policy_gradient", "online_dpo", "best_of_n")
+        ),
         ("online_dpo", {"loss": "ipo"}),
         ("best_of_n", {"ended": False}),
     ],
