@@ -490,7 +490,10 @@ class _Others:
                     group.client.key_value_set(f"{FOLDER}end/{group.index}", record)
                 said.append(True)
 
-            _thread.start_new_thread(say, ())  # in a handler: a lock of threading may be held by what it interrupts
+            try:  # without `threading`: in a handler, a lock of it may be held by what it interrupts
+                _thread.start_new_thread(say, ())
+            except RuntimeError:  # Python ends, and has no new threads; the others find out
+                return
             until = time.monotonic() + LAST
             while not said and time.monotonic() < until:  # over a link that was cut, it does not return
                 time.sleep(0.01)

@@ -143,6 +143,10 @@ def test_over_a_link_that_was_cut_a_process_ends_without_the_last_word(monkeypat
     assert time.monotonic() - began < 30 and group.leaving
     never.set()
 
+    group.leaving = False  # while Python ends, where it has no new threads
+    monkeypatch.setattr(hosts._thread, "start_new_thread", mock.Mock(side_effect=RuntimeError))
+    hosts._Others().ending("stopped by SIGINT", 3)
+
 
 def test_a_service_that_says_nothing_is_lost_though_a_call_waits_for_it(monkeypatch):
     """As behind a link that was cut; JAX ends the process later, with many lines."""
