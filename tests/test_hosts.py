@@ -133,6 +133,23 @@ def test_an_evaluation_stops_between_two_batches_where_all_do(monkeypatch):
     assert stop()  # then the step is saved
 
 
+def test_no_process_passes_the_call_that_is_agreed_on_while_another_is_slow():
+    """`_watch` goes on meanwhile, and finds out which host has ended."""
+    group, said = hosts._Group(mock.Mock(), 0, 2, "", 60, looks=3), {}
+    group.client.key_value_set = lambda key, value, **_: said.update({key: value})
+    group.client.key_value_dir_get = lambda _: list(said.items())
+    passed = threading.Event()
+    hosts._agree(group)
+    hosts._agree(group)
+    assert group.stop_at is None
+    waiting = threading.Thread(target=lambda: group.lock.acquire() and passed.set(), daemon=True)
+    waiting.start()
+    assert not passed.wait(0.1)
+    said["rlhf_jax/looks/1"] = "5"
+    hosts._agree(group)
+    assert group.stop_at == 6 and passed.wait(60)
+
+
 def test_a_host_announces_the_address_by_which_it_reaches_the_first(monkeypatch):
     """Its own name often stands for 127.0.1.1, where no other host finds it."""
     announced = []
