@@ -213,7 +213,6 @@ def _meet(config):
     """
     meeting = _Meeting(config) if config.index == 0 else None
     until, why = time.monotonic() + config.wait, ""
-    problem = ""
     while time.monotonic() < until and not (meeting and meeting.problem):
         try:
             with socket.create_connection(_host_and_port(config.coordinator), timeout=5) as there:
@@ -228,6 +227,8 @@ def _meet(config):
         except OSError as error:
             why = error.strerror or str(error)
         else:
+            if problem:
+                raise InputError(problem)
             break
         time.sleep(POLL)
     else:
@@ -236,9 +237,8 @@ def _meet(config):
             raise InputError(f"hosts.coordinator: expected process 0 at {where}")
     if meeting:
         meeting.thread.join()  # until the others know it, too, and the port is free again
-        problem = meeting.problem  # also before process 0 has come itself
-    if problem:
-        raise InputError(problem)
+        if meeting.problem:  # before process 0 has come itself
+            raise InputError(meeting.problem)
 
 
 class _Meeting:

@@ -64,21 +64,6 @@ def test_who_is_wrong_is_known_at_once(members, line, port):
     assert time.monotonic() - began < 60
 
 
-def test_process_0_stays_until_all_have_been_answered(port, monkeypatch):
-    meetings = []
-
-    class Slow(hosts._Meeting):
-        def _listen(self):
-            meetings.append(self)
-            super()._listen()
-            time.sleep(0.5)
-
-    monkeypatch.setattr(hosts, "_Meeting", Slow)
-    monkeypatch.setattr(hosts, "POLL", 0.02)
-    assert all(meet(port, (0, 2), (1, 3), wait=30))
-    assert not meetings[0].thread.is_alive()
-
-
 def test_who_does_not_come_is_named(port):
     missing = "hosts.index: expected 0 to 3 within 2 s, did not come: 1, 3"
     assert meet(port, (0, 4), (2, 4)) == [missing, missing]
