@@ -97,6 +97,7 @@ class _Group:
     # Of a stop: calls of `stops`, the first one at which all stop, and the line of the process that had the signal.
     looks: int = 0
     stop_at: int | None = None
+    agreeing: bool = False
     leave: Callable[[], None] | None = None  # of `pauses`: what `pause` calls
     lock: Any = dataclasses.field(default_factory=threading.RLock)
 
@@ -465,10 +466,14 @@ def pause() -> None:
 
 def _agree(group):
     """Finds the call of `stops` at which all stop: one that no process has made yet."""
-    with group.lock:
-        group.client.key_value_set(f"{FOLDER}looks/{group.index}", str(group.looks))
-        keys = (f"{FOLDER}looks/{i}" for i in range(group.count))
-        group.stop_at = max(int(group.client.blocking_key_value_get(key, 60_000)) for key in keys) + 1
+    if not group.agreeing:
+        group.lock.acquire()  # until all have said how many they have made, over several looks of `_watch`
+        group.agreeing = True
+    group.client.key_value_set(f"{FOLDER}looks/{group.index}", str(group.looks), allow_overwrite=True)
+    said = group.client.key_value_dir_get(f"{FOLDER}looks/")
+    if len(said) == group.count:
+        group.stop_at = max(int(looks) for _, looks in said) + 1
+        group.lock.release()
 
 
 # Signs of life, and how processes end
@@ -490,7 +495,10 @@ class _Others:
                     group.client.key_value_set(f"{FOLDER}end/{group.index}", record)
                 said.append(True)
 
-            _thread.start_new_thread(say, ())  # in a handler: a lock of threading may be held by what it interrupts
+            try:  # without `threading`: in a handler, a lock of it may be held by what it interrupts
+                _thread.start_new_thread(say, ())
+            except RuntimeError:  # Python ends, and has no new threads; the others find out
+                return
             until = time.monotonic() + LAST
             while not said and time.monotonic() < until:  # over a link that was cut, it does not return
                 time.sleep(0.01)

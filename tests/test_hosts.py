@@ -118,6 +118,23 @@ def test_an_evaluation_stops_between_two_batches_where_all_do(monkeypatch):
     assert stop()  # then the step is saved
 
 
+def test_no_process_passes_the_call_that_is_agreed_on_while_another_is_slow():
+    """`_watch` goes on meanwhile, and finds out which host has ended."""
+    group, said = hosts._Group(mock.Mock(), 0, 2, "", 60, looks=3), {}
+    group.client.key_value_set = lambda key, value, **_: said.update({key: value})
+    group.client.key_value_dir_get = lambda _: list(said.items())
+    passed = threading.Event()
+    hosts._agree(group)
+    hosts._agree(group)
+    assert group.stop_at is None
+    waiting = threading.Thread(target=lambda: group.lock.acquire() and passed.set(), daemon=True)
+    waiting.start()
+    assert not passed.wait(0.1)
+    said["rlhf_jax/looks/1"] = "5"
+    hosts._agree(group)
+    assert group.stop_at == 6 and passed.wait(60)
+
+
 def test_a_host_announces_the_address_by_which_it_reaches_the_first(monkeypatch):
     """Its own name often stands for 127.0.1.1, where no other host finds it."""
     announced = []
@@ -142,6 +159,10 @@ def test_over_a_link_that_was_cut_a_process_ends_without_the_last_word(monkeypat
     hosts._Others().ending("stopped by SIGINT", 3)
     assert time.monotonic() - began < 30 and group.leaving
     never.set()
+
+    group.leaving = False  # while Python ends, where it has no new threads
+    monkeypatch.setattr(hosts._thread, "start_new_thread", mock.Mock(side_effect=RuntimeError))
+    hosts._Others().ending("stopped by SIGINT", 3)
 
 
 def test_a_service_that_says_nothing_is_lost_though_a_call_waits_for_it(monkeypatch):

@@ -39,13 +39,21 @@ if [ -n "$MOUNT" ]; then
     command="cd /mnt/run && $command"
 else
     sync="gcloud storage rsync --recursive --quiet"
-    # A summary marks a stage as finished, so that it comes after the rest. What has been removed is removed at the end.
+    # First all but the summaries, which mark a stage as finished. What has been removed is removed at the end.
     copy="$sync --exclude='.*summary\.json' $RUN $BUCKET && $sync --delete-unmatched-destination-objects $RUN $BUCKET"
-    command="mkdir -p $RUN && { ! gcloud storage ls $BUCKET || $sync $BUCKET $RUN; } || exit 1
-        (while sleep $EVERY; do $copy; done) & copies=\$!
+    RUN=${RUN%/}
+    # Only where there is surely no copy, the run begins anew: its next copy replaces all. A workdir here is newer.
+    command="if found=\$(gcloud storage ls $BUCKET 2>&1); then
+            [ -e $RUN ] || { mkdir -p $RUN.new && $sync $BUCKET $RUN.new && mv $RUN.new $RUN; } || exit 1
+        else
+            case \$found in *'matched no objects'*) ;; *) echo \"\$found\" >&2 && exit 1 ;; esac
+        fi
+        mkdir -p $RUN || exit 1
+        (trap exit TERM; while sleep $EVERY > /dev/null 2>&1 & wait \$!; do $copy; done) & copies=\$!
         $command
         code=\$?
         kill \$copies
+        wait \$copies # for a copy that runs: two at once would remove and copy the same files
         $copy
         exit \$code"
 fi

@@ -27,7 +27,8 @@ def test_the_job_of_kubernetes():
     assert set(spec["podFailurePolicy"]["rules"][0]["onExitCodes"]["values"]) == HOPELESS - {0}
 
 
-# Stands for gcloud: a slice is a folder `worker`, whose state is in the file `state`; gs://b is the folder `b`.
+# Stands for gcloud: a slice is a folder `worker`, whose state is in the file `state`; gs://b is the folder `b`. The
+# second look into the bucket fails.
 GCLOUD = r"""#!/usr/bin/env bash
 set -o pipefail && cd "$(dirname "$0")/.." && echo "$*" >> calls
 case "$*" in
@@ -36,8 +37,10 @@ case "$*" in
     *" delete "*) rm -r worker state ;;
     *" ssh "*) for arg; do [ "${arg#--command=}" = "$arg" ] || line=${arg#--command=}; done
         cd worker && HOME=$PWD setsid --wait bash -c "$line" ;;
-    "storage ls "*) [ -e "${3#gs://}" ] ;;
-    "storage rsync "*) to=${!#} from=${@: -2:1} skip=nothing
+    "storage ls "*) [ "$(grep -c "storage ls" calls)" != 2 ] || { echo "ERROR: no network" >&2 && exit 1; }
+        [ -e "${3#gs://}" ] || { echo "ERROR: One or more URLs matched no objects." >&2 && exit 1; } ;;
+    "storage rsync "*) exec 9> lock && { flock -n 9 || touch raced; } && sleep 0.2
+        to=${!#} from=${@: -2:1} skip=nothing
         [ "${from#gs://}" = "$from" ] && from=worker/$from || from=${from#gs://}
         [ "${to#gs://}" = "$to" ] && to=worker/$to || to=${to#gs://}
         [[ "$*" != *--exclude=* ]] || skip=summary.json
@@ -50,6 +53,7 @@ esac
 # The run: at its first start it takes a checkpoint, and the slice is preempted; then it goes on from there.
 RUN = """#!/usr/bin/env bash
 if [ -e runs/demo/sft/checkpoints/1 ]; then
+    sleep 0.2 # a copy runs at the end
     rm runs/demo/sft/checkpoints/1 && touch runs/demo/sft/checkpoints/2 && echo done > runs/demo/sft/summary.json
 else
     mkdir -p runs/demo/sft/checkpoints && touch runs/demo/sft/checkpoints/1
@@ -73,8 +77,9 @@ def test_a_slice_of_one_worker_goes_on_from_its_copy_in_a_bucket(tmp_path):
     done = subprocess.run(["bash", CLUSTER / "tpu.sh", "rl"], env=env, capture_output=True, text=True, timeout=120)
     assert done.returncode == 0, done.stderr
     assert "tpu.sh: exit code 137, the slice is PREEMPTED; again in 0 s" in done.stderr
+    assert "ERROR: no network\ntpu.sh: exit code 1, the slice is READY; again in 0 s" in done.stderr
     kept = sorted(str(path.relative_to(tmp_path / "b")) for path in (tmp_path / "b").rglob("*") if path.is_file())
     assert kept == ["demo/sft/checkpoints/2", "demo/sft/summary.json"]
-    assert not (tmp_path / "worker").exists()
+    assert not (tmp_path / "worker").exists() and not (tmp_path / "raced").exists()
     calls = (tmp_path / "calls").read_text()
     assert calls.count("--spot") == 2 and "mount" not in calls
