@@ -63,8 +63,7 @@ def count(folder, out):
 def frontier(folder, out, *, task):
     """The curves of all runs of a task, beside best-of-n."""
     runs = [run for place in sorted((folder / task).glob("*/")) for run in compare.read(place)]
-    parts = {"metric": "reward", "best_of_n": [run.best_of_n("reward") for run in runs]}
-    plots.compare({run.name: run.curve("reward") for run in runs}, out, **parts)
+    compare.draw(runs, "reward", out)
 
 
 def page(folder):

@@ -49,6 +49,10 @@ def main():
             raise InputError(f"--{name}: expected none without --topology")
     if chip and SCALING.value:
         raise InputError("--scaling: expected none with --topology, as it compiles for CPU devices")
+    if SCALING.value and config.mesh != sharding.Config():
+        raise InputError("mesh: expected none with --scaling, which has each of data and fsdp in turn")
+    if LARGEST.value and DEPTHS.value:
+        raise InputError("--largest: expected none with --depths, as it compiles all layers")
     depths = sorted({int(layers) for layers in DEPTHS.value if layers.isdecimal()})
     if DEPTHS.value and not (len(DEPTHS.value) == len(depths) == 2 and 1 <= depths[0] < config.model.layers):
         expected = f"two numbers of layers, the first below model.layers = {config.model.layers}"

@@ -76,12 +76,12 @@ def test_a_process_that_has_started_again_is_no_second_one(port):
     first = threading.Thread(target=lambda: found.extend(meet(port, (0, 3), wait=30)))
     first.start()
 
-    heard = b""
-    while not heard:
+    received = b""
+    while not received:
         with contextlib.suppress(ConnectionRefusedError), socket.create_connection(("localhost", port)) as there:
             there.sendall(b"[1, 3]\n")
-            heard = there.recv(99)
-    assert heard == hosts.GREETING
+            received = there.recv(99)
+    assert received == hosts.GREETING
     with socket.create_connection(("localhost", port)) as another_program:
         another_program.sendall(b"GET / HTTP/1.1\n")
     assert meet(port, (1, 3), (2, 3), wait=30) == ["", ""]

@@ -132,14 +132,19 @@ def compare(places: list[str], out: str, reporter) -> dict:
             tables[title] = (header, [list(map(_cell, row)) for row in rows])
     for header, rows in tables.values():
         reporter.table(header, rows)
-    curves = {run.name: run.curve(metric) for run in runs}
-    plots.compare(curves, out, metric=metric, best_of_n=[run.best_of_n(metric) for run in runs])
+    draw(runs, metric, out)
     path = Path(out)
     made = [report.Section(title, tables=[(tuple(header), _texts(rows))]) for title, (header, rows) in tables.items()]
     made.append(report.Section("Curves", pictures=[("curves", path)] if path.exists() and path.stat().st_size else []))
     page = report.save(path.parent, (f"{path.stem}.html", f"{path.stem}.md"), f"{len(runs)} runs", made)
     reporter.note(f"curves in {out}, everything in {page}")
     return results
+
+
+def draw(runs: list[Run], metric: str, out) -> None:
+    """Writes the curves of the runs to `out`, beside best-of-n."""
+    curves = {run.name: run.curve(metric) for run in runs}
+    plots.compare(curves, out, metric=metric, best_of_n=[run.best_of_n(metric) for run in runs])
 
 
 def over_seeds(runs: list[Run], metric: str) -> tuple[list[str], list[list]]:

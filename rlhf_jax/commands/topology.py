@@ -96,7 +96,7 @@ def plans(several, vocab_size, topology):
         assert child.stdin and child.stdout
         child.stdin.write(json.dumps(request))
         child.stdin.close()
-        yield from (json.loads(line) for line in child.stdout if line.startswith('{"state"'))
+        yield from (json.loads(said) for said in child.stdout if said.startswith('{"state"'))
         if child.wait():
             errors.seek(0)
             lines = errors.read().strip().splitlines() or [f"exit code {child.returncode}"]

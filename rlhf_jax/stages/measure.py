@@ -13,6 +13,7 @@ from rlhf_jax.algorithms import policy as policy_algorithm
 from rlhf_jax.evaluate import diversity, interval, win_rate
 from rlhf_jax.evaluate.pass_at_k import pass_at_k
 from rlhf_jax.stages import row_keys
+from rlhf_jax.training import sharding
 
 
 @dataclasses.dataclass(frozen=True)
@@ -105,9 +106,10 @@ def measurement(setup, config, reward, holdout=None, part=None):
 
 
 def passes(setup, config, state, sides, part=None):
-    """{"pass_1" and the suffix of a side, "pass_2", "pass_4", ...}: pass@k of the held-out questions.
+    """{"pass_1" and the suffix of a side, "pass_2", "pass_4", ...}: pass@k of the held-out questions, 0 to 1.
 
-    The sides are the reference and the policy of a state, at the training temperature. {} where no answer is right.
+    The sides are the reference and the policy of a state, at the training temperature. {} where the task does not say
+    which answer is right. pass@k is the unbiased estimate of Chen et al. 2021 (evaluate/pass_at_k.py).
     """
     arrays, questions = questions_of(setup, part)
     draws, sampling = setup.evaluation.draws, setup.sampling(config.temperature)
@@ -133,12 +135,12 @@ def passes(setup, config, state, sides, part=None):
 def judge(task, reward, rows, texts, ended_N):
     """`task.judge`, or nothing where that is the reward itself, so that a function scores each completion once.
 
-    An answer is exact only where its completion has ended.
+    An answer is exact only where its completion has ended: ended_N [N], on a device or not.
     """
     if reward and getattr(task, "reward", None) == reward.name:
         return {}
     found = task.judge(rows, texts)
-    return found | ({"exact": found["exact"] * ended_N} if "exact" in found else {})
+    return found | ({"exact": found["exact"] * sharding.gather(ended_N)} if "exact" in found else {})
 
 
 def means(rows):

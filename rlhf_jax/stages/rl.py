@@ -254,8 +254,8 @@ class _Parts:
         if record:
             recorded = _by_name(recorded) | {"look": look, "components": components}
         # The device learns while the host reads the texts.
-        ended_B = sharding.gather(drawn.done_B)
-        numbers |= measure.means(measure.judge(self.setup.task, self.reward, rows, completions.texts, ended_B))
+        judged = measure.judge(self.setup.task, self.reward, rows, completions.texts, drawn.done_B)
+        numbers |= measure.means(judged)
         numbers |= measure.diversity_of(completions.texts)
         if self.reward.on_host:
             numbers.pop("score")

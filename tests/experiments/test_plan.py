@@ -50,6 +50,8 @@ def test_a_flag_that_cannot_be_is_one_line(plan):
         (["--depths=1", "--topology=v5e:2x2"], "--depths: expected two numbers of layers, the first below "),
         (["--depths=1,2", "--topology=v5e:2x2"], "--depths: expected two numbers of layers, the first below "),
         (["--scaling=there", "--topology=v5e:2x2"], "--scaling: expected none with --topology"),
+        (["--scaling=there", "--config.mesh.fsdp=2", "--devices=2"], "mesh: expected none with --scaling"),
+        (["--largest", "--depths=1,2", "--topology=v5e:2x2"], "--largest: expected none with --depths"),
     ],
 )
 def test_what_cannot_be_counted_is_one_line(flags, said, plan):

@@ -321,6 +321,16 @@ def test_eight_runs_are_named_once_beside_nothing(tmp_path):
     assert len(looks) == 8 and is_picture(tmp_path / "a.png")
 
 
+def test_best_of_n_is_beside_the_runs_over_kl_alone(tmp_path):
+    arrays = dict.fromkeys(("iterations", "samples", "seconds", "kl", "value"), np.arange(2.0))
+    points = [np.array([[0, 0.1], [1, 0.7]]), np.empty((0, 2))]
+    figure = plots.compare({"a": arrays}, tmp_path / "a.png", metric="reward", best_of_n=points)
+    *others, over_kl = figure.axes
+    assert [len(axes.lines) for axes in others] == [1, 1, 1]
+    assert over_kl.lines[0].get_xydata().tolist() == [[0, 0.1], [1, 0.7]]
+    assert [(text.get_text(), text.xy) for text in over_kl.texts] == [("best of n", (1, 0.7))]
+
+
 def test_a_device_among_ever_more_is_a_line_for_each_scaling_and_mesh(tmp_path):
     """Quantities are rows, programs are columns; the collectives' axis alone is linear, as there may be none."""
     points = [
