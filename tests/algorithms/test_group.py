@@ -247,7 +247,7 @@ def manifest(name):
             for name in ("rloo", "grpo", "dapo", "reinforce_pp", "policy_gradient", "online_dpo", "best_of_n")
         ),
         ("online_dpo", {"loss": "ipo"}),
-        ("best_of_n", {"ended": False}),
+        ("best_of_n", {"ended": False, "missing_eos": "subtract", "missing_eos_penalty": 0.0}),
     ],
 )
 def test_the_verifiers_recompute_each_part(name, changes, drawn, node):
